@@ -1,0 +1,43 @@
+# Two commands do all the set-up: `make demo` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+CORES ?= all
+# The tests that read ../shared/data run where that folder is.
+MARKS := not gpu$(if $(wildcard ../shared/data),, and not shared_data)
+
+.PHONY: help demo demo-contrast test check format clean
+.DEFAULT_GOAL := help
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: $(VENV)/installed ## install, then run the whole pipeline on the built-in demo (config/demo.yaml)
+	$(BIN)/snakemake --cores $(CORES) --quiet rules progress
+	$(BIN)/python cli.py results runs/demo runs/demo-glm_off-0
+
+demo-contrast: $(VENV)/installed ## the demo with GLM, without GLM, and with seen labels only, three seeds each
+	$(BIN)/snakemake --cores $(CORES) --quiet rules progress contrast
+	$(BIN)/python cli.py contrast
+
+test: $(VENV)/installed ## the whole test suite
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m '$(MARKS)'
+
+check: $(VENV)/installed ## ruff, mypy, snakemake --lint, the floors test
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/snakemake --lint
+	$(BIN)/python -m pytest tests/test_floors.py
+
+format: $(VENV)/installed ## ruff format and fix
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean: ## remove runs and the environment
+	rm -rf runs $(VENV) .snakemake

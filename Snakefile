@@ -1,0 +1,136 @@
+# The pipeline as a table of contents: every rule is one call of cli.py.
+#   snakemake --cores all                                    the demo
+#   snakemake --cores all --configfile config/voc.yaml       any other run
+#   snakemake --cores all --config set="train.lr=1e-4"       the CLI's --set, several separated by spaces
+# Outputs are the small manifests that a stage writes last; the Zarr folder and its ledger are not
+# declared, since Snakemake deletes declared outputs before a rerun, and the resume state with them.
+import sys
+
+from pipeline.config import contrast_runs, from_mapping, stage_triggers
+
+
+if "name" not in config:
+
+    configfile: "config/demo.yaml"
+
+
+SETTINGS = str(config.pop("set", "")).split()
+RUN = from_mapping(config, SETTINGS)
+RUNS = contrast_runs(RUN, SETTINGS)  # run name -> its settings; the run itself comes first
+TRIGGERS = {run: stage_triggers(config, settings) for run, settings in RUNS.items()}
+OPTIONS = {run: " ".join(f"--set '{setting}'" for setting in settings) for run, settings in RUNS.items()}
+CACHE, OUT = RUN.cache_path.as_posix(), RUN.runs
+CLI = f"{sys.executable} cli.py"
+CONFIG = (workflow.overwrite_configfiles or ["config/demo.yaml"])[-1]
+
+
+wildcard_constraints:
+    run="|".join(RUNS),
+
+
+localrules:
+    all,
+    contrast,
+
+
+rule all:
+    input:
+        f"{OUT}/{RUN.name}/report/index.html",
+
+
+rule contrast:
+    input:
+        expand("{out}/{run}/eval/metrics.json", out=OUT, run=list(RUNS)[1:]),
+
+
+rule extract:
+    output:
+        f"{CACHE}/extract.manifest.json",
+    params:
+        cli=CLI,
+        config=CONFIG,
+        options=OPTIONS[RUN.name],
+        trigger=TRIGGERS[RUN.name]["extract"],
+    log:
+        f"{OUT}/{RUN.name}/logs/extract.log",
+    conda:
+        "config/environment.yaml"
+    threads: workflow.cores
+    shell:
+        "{params.cli} extract --config {params.config} {params.options} --log {log}"
+
+
+rule cluster:
+    input:
+        rules.extract.output,
+    output:
+        f"{CACHE}/cluster.manifest.json",
+    params:
+        cli=CLI,
+        config=CONFIG,
+        options=OPTIONS[RUN.name],
+        trigger=TRIGGERS[RUN.name]["cluster"],
+    log:
+        f"{OUT}/{RUN.name}/logs/cluster.log",
+    conda:
+        "config/environment.yaml"
+    threads: workflow.cores
+    shell:
+        "{params.cli} cluster --config {params.config} {params.options} --log {log}"
+
+
+rule train:
+    input:
+        rules.cluster.output,
+    output:
+        f"{OUT}/{{run}}/train/train.manifest.json",
+    params:
+        cli=CLI,
+        config=CONFIG,
+        options=lambda wildcards: OPTIONS[wildcards.run],
+        trigger=lambda wildcards: TRIGGERS[wildcards.run]["train"],
+    log:
+        f"{OUT}/{{run}}/logs/train.log",
+    conda:
+        "config/environment.yaml"
+    threads: workflow.cores
+    shell:
+        "{params.cli} train --config {params.config} {params.options} --log {log}"
+
+
+rule eval:
+    input:
+        rules.train.output,
+    output:
+        f"{OUT}/{{run}}/eval/metrics.json",
+    params:
+        cli=CLI,
+        config=CONFIG,
+        options=lambda wildcards: OPTIONS[wildcards.run],
+        trigger=lambda wildcards: TRIGGERS[wildcards.run]["eval"],
+    log:
+        f"{OUT}/{{run}}/logs/eval.log",
+    conda:
+        "config/environment.yaml"
+    threads: workflow.cores
+    shell:
+        "{params.cli} eval --config {params.config} {params.options} --log {log}"
+
+
+rule report:
+    input:
+        rules.eval.output,
+    output:
+        f"{OUT}/{{run}}/report/index.html",
+    params:
+        cli=CLI,
+        config=CONFIG,
+        options=lambda wildcards: OPTIONS[wildcards.run],
+        trigger=lambda wildcards: TRIGGERS[wildcards.run]["report"],
+    log:
+        f"{OUT}/{{run}}/logs/report.log",
+    conda:
+        "config/environment.yaml"
+    threads: workflow.cores
+    shell:
+        "{params.cli} report --config {params.config} {params.options} --log {log}"

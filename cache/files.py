@@ -1,0 +1,91 @@
+"""All writing to the file system: durable, atomic, with its failures in words.
+
+Local paths only. A reader sees the old file or the new one, never a part: a file is written beside
+its place under a name that ends in `.partial`, forced to disk, then renamed.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from cache.errors import CacheError, CacheWriteFailed
+
+PARTIAL = ".partial"
+ADVICE = {
+    errno.ENOSPC: "Free space on that disk, or point cache.path to another one",
+    errno.EDQUOT: "Free some of your quota, or point cache.path to another disk",
+    errno.EACCES: "Make it writable for this user, or point cache.path elsewhere",
+    errno.EPERM: "Make it writable for this user, or point cache.path elsewhere",
+    errno.EROFS: "Mount it writable, or point cache.path elsewhere",
+}
+OTHERWISE = "Check the path and its disk"
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns an OSError of its body into one CacheWriteFailed line about `path`."""
+    try:
+        yield
+    except CacheError:
+        raise  # some of them are OSErrors too
+    except OSError as error:
+        reason = error.strerror or str(error)
+        advice = ADVICE.get(error.errno or 0, OTHERWISE)
+        raise CacheWriteFailed(
+            f"{path}: can't be written: {reason}. {advice}, then run the same command again; "
+            "what was complete before is still there."
+        ) from error
+
+
+def write_atomic(path: Path, content: Any) -> None:
+    """Replaces `path` by `content` (bytes-like), on disk when this returns.
+
+    Raises: CacheWriteFailed; the old file, if there was one, is untouched.
+    """
+    # The process id keeps a repeated task on a lost worker from writing into its twin's file.
+    partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with partial.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        except BaseException:
+            with suppress(OSError):
+                partial.unlink()
+            raise
+        sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Forces a file, or the names in a folder, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(folder: Path) -> None:
+    """Forces a folder with all below it to disk."""
+    for path in folder.rglob("*"):
+        sync(path)
+    sync(folder)
+
+
+def remove_partials(folder: Path) -> None:
+    """Removes what killed writers left. Only for the holder of the lock: nobody else is writing."""
+    with writing(folder):
+        for path in list(folder.rglob(f"*{PARTIAL}")):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)

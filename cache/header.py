@@ -1,0 +1,109 @@
+"""What a cache says of itself: the attributes of its Zarr group, read and written as the JSON they are.
+
+    {"cache": {"version": 1, "shard": 64, "sizes": {"N": 1464, ...}, "identity": ["data", "teacher", ...]},
+     "data": ..., "teacher": ..., "cluster": ...}
+
+`cache` is ours; `identity` names the sections that say what the cache was made from, which never
+change; the others were added by later stages.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from cache.errors import CorruptShard, MissingCache, StaleCache, unreadable
+from cache.files import write_atomic
+from cache.schema import SHARD, VERSION
+
+DATA = "data.zarr"
+METADATA = "zarr.json"
+HEADER = "cache"
+
+
+def new_attributes(
+    sizes: Mapping[str, int], samples: Sequence[str], sections: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The attributes of a cache made from `sections`. Raises: ValueError for arguments that don't fit."""
+    if not samples or len(samples) != sizes.get("N") or len(set(samples)) != len(samples):
+        raise ValueError(f"want N = {sizes.get('N')} samples, all distinct, got {len(samples)}.")
+    if HEADER in sections:
+        raise ValueError(f"the attribute {HEADER!r} is the cache's own.")
+    lengths = {axis: int(size) for axis, size in sizes.items()}
+    header = {"version": VERSION, "shard": SHARD, "sizes": lengths, "identity": sorted(sections)}
+    return json.loads(json.dumps({HEADER: header, **sections}))  # tuples become lists, as when read back
+
+
+def read_attributes(path: Path) -> dict[str, Any]:
+    """The attributes of the cache at `path`. Raises: MissingCache, StaleCache, CorruptShard, CacheError."""
+    file = path / DATA / METADATA
+    todo = "Run `cli.py extract --config CONFIG` to make one, or point cache.path elsewhere."
+    try:
+        found = json.loads(file.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        raise MissingCache(f"{path}: no cache here, {DATA} is missing. {todo}") from None
+    except OSError as error:
+        raise unreadable(file, error) from error
+    except ValueError as error:
+        raise CorruptShard(f"{file}: isn't JSON ({error}). Delete {path} and run extract again.") from error
+    attributes = found.get("attributes", {}) if isinstance(found, dict) else {}
+    header = attributes.get(HEADER)
+    if not isinstance(header, dict):
+        raise MissingCache(f"{path}: {DATA} is no cache of this program. {todo}")
+    made, wanted = (header.get("version"), header.get("shard")), (VERSION, SHARD)
+    if made != wanted:
+        raise StaleCache(
+            f"{path}: has schema version {made[0]} with shards of {made[1]}, this program reads version "
+            f"{wanted[0]} with shards of {wanted[1]}. Delete the folder and run `cli.py extract --config "
+            "CONFIG` again, or use the version of the program that made it."
+        )
+    return attributes
+
+
+def write_attributes(path: Path, attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """Replaces the attributes, and returns them as read back. Raises: CacheWriteFailed."""
+    group = {"zarr_format": 3, "node_type": "group", "attributes": attributes}
+    write_atomic(path / DATA / METADATA, json.dumps(group, indent=1).encode())
+    return read_attributes(path)
+
+
+def check_same(
+    path: Path,
+    found: Mapping[str, Any],
+    found_samples: Sequence[str],
+    wanted: Mapping[str, Any],
+    wanted_samples: Sequence[str],
+) -> None:
+    """Compares the cache at `path` with what it would be made from now; later sections don't count.
+
+    Raises: StaleCache naming the first difference with both values.
+    """
+    for what, there, asked in _pairs(found, found_samples, wanted, wanted_samples):
+        if there != asked:
+            raise StaleCache(
+                f"{path}: {what} is {_short(there)} in the cache, wanted {_short(asked)}. "
+                "Delete the folder to have it made again, or point cache.path elsewhere."
+            )
+
+
+def _pairs(
+    found: Mapping[str, Any],
+    found_samples: Sequence[str],
+    wanted: Mapping[str, Any],
+    wanted_samples: Sequence[str],
+) -> Iterable[tuple[str, Any, Any]]:
+    """(what, in the cache, wanted) of all that must be equal."""
+    for section in sorted({*found[HEADER]["identity"], *wanted[HEADER]["identity"]}):
+        yield f"attribute {section!r}", found.get(section), wanted.get(section)
+    for axis, size in wanted[HEADER]["sizes"].items():
+        yield f"size {axis}", found[HEADER]["sizes"].get(axis, size), size
+    for row, (there, asked) in enumerate(zip_longest(found_samples, wanted_samples)):
+        yield f"sample {row}", there, asked
+
+
+def _short(value: object, limit: int = 120) -> str:
+    text = repr(value)
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."

@@ -1,0 +1,83 @@
+"""The arrays of a cache, as data: what a stage may write and what any reader may rely on.
+
+Axes: N samples, V views, C channels, h and w tokens, K classes, K_c centres, box x0, y0, x1, y1 in
+source pixels. An array over N is cut into shards of 64 samples, the unit of writing and of resume;
+the others are a single file. No datum ever equals a fill value, so that a row that nobody wrote
+can't pass for data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+VERSION = 1  # raised when an older reader would misread a newer cache
+SHARD = 64  # samples: at 1 MiB of tokens a view, 64 to 256 MiB a file
+FIXED = {"box": 4}
+
+
+@dataclass(frozen=True)
+class ArraySpec:
+    """One array. `stage` writes it; `chunk` is the number of samples that are read at once."""
+
+    name: str
+    axes: tuple[str, ...]
+    dtype: str
+    fill: float | str
+    stage: str
+    note: str
+    chunk: int = 1
+    compressed: bool = False
+    padded: bool = False  # vectors past the last valid one are NaN
+    is_sharded: bool = True
+
+    def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """The array's shape for these axis sizes. Raises: ValueError naming an axis without a size."""
+        known = {**sizes, **FIXED}
+        missing = [axis for axis in self.axes if axis not in known]
+        if missing:
+            raise ValueError(f"array {self.name!r} has axes {self.axes}, but no size is given for {missing}.")
+        return tuple(int(known[axis]) for axis in self.axes)
+
+
+NAN = float("nan")
+_SPECS = (
+    ArraySpec("view", ("N", "V", "box"), "float32", NAN, "extract", "box of each view in source pixels"),
+    ArraySpec("cls", ("N", "V", "C"), "float16", NAN, "extract", "the teacher's CLS token"),
+    # No entropy coding: it gains 8 % on float16 features and doubles the time to read.
+    ArraySpec("tokens", ("N", "V", "h", "w", "C"), "float16", NAN, "extract", "the teacher's dense tokens"),
+    # One byte a sample and always read as a whole, hence not one chunk a sample.
+    ArraySpec("status", ("N",), "uint8", 255, "extract", "0 ok, else why it is quarantined", chunk=SHARD),
+    ArraySpec("text", ("K", "C"), "float32", NAN, "extract", "unit-norm text features", is_sharded=False),
+    ArraySpec(
+        "pseudo",
+        ("N", "V", "h", "w"),
+        "uint8",
+        254,
+        "cluster",
+        "0 annotated, 1..P potential objects, 255 padding",
+        compressed=True,
+    ),
+    ArraySpec(
+        "pseudo_raw",
+        ("N", "V", "h", "w"),
+        "uint8",
+        254,
+        "cluster",
+        "the K-means map before fusion, coded as pseudo (cluster.debug)",
+        compressed=True,
+    ),
+    ArraySpec(
+        "centroids",
+        ("N", "V", "K_c", "C"),
+        "float16",
+        NAN,
+        "cluster",
+        "mean token of each fused mask: row p - 1 for mask p, NaN from P on",
+        padded=True,
+    ),
+)
+ARRAYS = {spec.name: spec for spec in _SPECS}
+# The ids, in order: written once, when the cache is made. An array and not an attribute, because
+# attributes are read at every opening by every worker, and 100,000 ids are megabytes of them.
+SAMPLE = ArraySpec("sample", ("N",), "string", "", "extract", "ids", compressed=True, is_sharded=False)

@@ -1,0 +1,308 @@
+"""The only door to zarr: the arrays of one cache, written by whole shards and read by rows.
+
+    store = Store.create(root, sizes=..., arrays=["view", "cls"], samples=ids, attributes=...)
+    digest = store.write_shard("cls", 3, block)      # (64, V, C); then record it in the ledger
+    store.read_rows("cls", [200])                    # (1, V, C)
+
+`root/data.zarr` is a plain Zarr v3 group. A shard's bytes are zarr's own, but made in memory: zarr
+would merge a shard into the one on disk (so that a corrupt one could never be mended), and it
+doesn't force files to disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from zarr.codecs import Crc32cCodec, ZstdCodec
+from zarr.storage import MemoryStore
+
+from cache.errors import CorruptShard, MissingCache, StaleCache, damaged, unreadable
+from cache.files import PARTIAL, sync, sync_tree, write_atomic, writing
+from cache.header import DATA, HEADER, METADATA, check_same, new_attributes, read_attributes, write_attributes
+from cache.schema import ARRAYS, SAMPLE, SHARD, ArraySpec
+
+ZSTD_LEVEL = 3  # zstd's own default
+# What zarr and its codecs raise on bytes, and on array metadata, that aren't what was written.
+BAD_BYTES = (ValueError, RuntimeError)
+BAD_METADATA = (OSError, ValueError, KeyError, TypeError)
+
+
+def block_digest(array: str, shard: int, block: np.ndarray) -> str:
+    """blake2b of a shard's content and place, so that two swapped shards don't pass; 32 hex digits."""
+    head = json.dumps([array, shard, block.dtype.str, block.shape])
+    found = hashlib.blake2b(head.encode(), digest_size=16)
+    found.update(np.ascontiguousarray(block).reshape(-1).view(np.uint8).data)
+    return found.hexdigest()
+
+
+class Store:
+    """The arrays under one cache folder. Picklable: holds paths and numbers, opens zarr when first read."""
+
+    def __init__(self, path: str | Path) -> None:
+        """Use `Store.open` or `Store.create`."""
+        self.path = Path(path)
+        self.data = self.path / DATA
+        self._found = read_attributes(self.path)
+        self._samples: list[str] | None = None
+        self._opened: dict[str, Any] = {}
+
+    @classmethod
+    def open(cls, path: str | Path) -> Store:
+        """An existing cache. Raises: MissingCache, StaleCache (schema version), CorruptShard (metadata)."""
+        return cls(path)
+
+    @classmethod
+    def create(
+        cls,
+        path: str | Path,
+        *,
+        sizes: Mapping[str, int],
+        arrays: Sequence[str],
+        samples: Sequence[str],
+        attributes: Mapping[str, Any],
+    ) -> Store:
+        """Makes the cache, or opens it when it is there and was made from the same; missing arrays are added.
+
+        `sizes` maps axis letters to lengths, `attributes` (JSON) is the provenance. Hold the lock.
+        Raises: StaleCache naming what differs, CacheWriteFailed, ValueError.
+        """
+        wanted = new_attributes(sizes, samples, attributes)
+        if not (Path(path) / DATA).exists():
+            _create(Path(path), wanted, samples)
+        store = cls(path)
+        check_same(store.path, store._found, store.samples, wanted, samples)
+        store.add_arrays(arrays, sizes)
+        return store
+
+    def add_arrays(self, names: Iterable[str], sizes: Mapping[str, int], *, replace: bool = False) -> None:
+        """Adds arrays that aren't there yet; `sizes` needs only the axes that are new. Hold the lock.
+
+        An array of another shape is an error, or with `replace` is dropped first if it is in `names`.
+        Raises: StaleCache naming both shapes, CacheWriteFailed.
+        """
+        names, merged = list(names), self.sizes | {axis: int(size) for axis, size in sizes.items()}
+        unknown = [name for name in names if name not in ARRAYS]
+        if unknown:
+            raise ValueError(f"{self.path}: no such arrays as {unknown}; the schema has {list(ARRAYS)}.")
+        for name in self.arrays:
+            found, wanted = self._zarr(name).shape, ARRAYS[name].shape(merged)
+            if found == wanted:
+                continue
+            if not (replace and name in names):
+                raise StaleCache(
+                    f"{self.path}: array {name!r} has shape {found}, wanted {wanted}. Delete "
+                    f"{self.data / name} to have it made again, or point cache.path elsewhere."
+                )
+            with writing(self.data / name):
+                shutil.rmtree(self.data / name)
+        if merged != self.sizes:
+            header = {**self._found[HEADER], "sizes": merged}
+            self._found = write_attributes(self.path, {**self._found, HEADER: header})
+        for name in names:
+            if not self.has(name):
+                with writing(self.data / name):
+                    _new_array(str(self.data), ARRAYS[name], ARRAYS[name].shape(merged))
+                    sync_tree(self.data / name)
+                    sync(self.data)
+        self._opened.clear()
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """Provenance, and the sections that stages added."""
+        return {key: value for key, value in self._found.items() if key != HEADER}
+
+    def update_attributes(self, section: str, values: Mapping[str, Any]) -> None:
+        """Merges `values` into a section of the attributes. Hold the lock.
+
+        Raises: ValueError for what `create` was given (it says what the cache is), CacheWriteFailed.
+        """
+        found = read_attributes(self.path)  # another process may have added to them
+        if section == HEADER or section in found[HEADER]["identity"]:
+            raise ValueError(f"{self.path}: the attribute {section!r} says what this cache was made from.")
+        merged = {**found.get(section, {}), **values}
+        self._found = write_attributes(self.path, {**found, section: merged})
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Lengths by axis letter."""
+        return dict(self._found[HEADER]["sizes"])
+
+    @property
+    def samples(self) -> list[str]:
+        """The ids, in order. Raises: CorruptShard."""
+        if self._samples is None:
+            self._samples = [str(sample) for sample in self._decode(SAMPLE.name, 0, slice(None))]
+        return list(self._samples)
+
+    @property
+    def num_samples(self) -> int:
+        return int(self._found[HEADER]["sizes"]["N"])
+
+    @property
+    def num_shards(self) -> int:
+        return -(-self.num_samples // SHARD)
+
+    def rows(self, shard: int) -> range:
+        """Rows of a shard; the last one may be short."""
+        if not 0 <= shard < self.num_shards:
+            raise IndexError(f"{self.path}: no shard {shard}, there are {self.num_shards}.")
+        return range(shard * SHARD, min((shard + 1) * SHARD, self.num_samples))
+
+    @property
+    def arrays(self) -> list[str]:
+        """Names of the arrays that are there, in the schema's order (`sample` is not listed)."""
+        return [name for name in ARRAYS if self.has(name)]
+
+    def has(self, array: str) -> bool:
+        return array in ARRAYS and (self.data / array / METADATA).is_file()
+
+    def size_bytes(self, array: str) -> int:
+        """Bytes on disk."""
+        return sum(file.stat().st_size for file in (self.data / array).glob("*") if file.is_file())
+
+    def write_shard(self, array: str, shard: int, block: np.ndarray) -> str:
+        """Writes one whole shard, forces it to disk, reads it back and compares; returns its digest.
+
+        block: (rows of the shard, ...) of the array's dtype. Whatever was there is replaced.
+        Raises: ValueError for a wrong shape or dtype, CacheWriteFailed (the old shard stays),
+        CorruptShard when the disk gives back something else.
+        """
+        spec, opened = self._spec(array), self._zarr(array)
+        wanted = (len(self._rows_of(array, shard)), *opened.shape[1:])
+        if block.shape != wanted or block.dtype != np.dtype(spec.dtype):
+            raise ValueError(
+                f"{self.path}: shard {shard} of {array!r} is {wanted} {spec.dtype}, "
+                f"got {block.shape} {block.dtype}; only whole shards are written."
+            )
+        made: dict[str, Any] = {}
+        _new_array(MemoryStore(made), spec, wanted)[:] = block
+        (encoded,) = (value for key, value in made.items() if not key.endswith(METADATA))
+        write_atomic(self._file(array, shard), encoded.as_numpy_array())
+        digest = block_digest(array, shard, block)
+        if self.digest(array, shard) != digest:
+            raise CorruptShard(
+                f"{self._file(array, shard)}: what was read back differs from what was written. "
+                "Check the disk and the memory of this machine, or point cache.path elsewhere."
+            )
+        return digest
+
+    def write_whole(self, array: str, values: np.ndarray) -> str:
+        """Writes an array that has no sample axis, such as `text`; otherwise as write_shard."""
+        if self._spec(array).is_sharded:
+            raise ValueError(f"{self.path}: {array!r} is written by shards.")
+        return self.write_shard(array, 0, values)
+
+    def read_shard(self, array: str, shard: int) -> np.ndarray:
+        """All rows of one shard. Raises: MissingCache (no such array), CorruptShard, IndexError."""
+        rows = self._rows_of(array, shard)
+        return self._decode(array, shard, slice(rows.start, rows.stop))
+
+    def read_rows(self, array: str, rows: Sequence[int] | np.ndarray) -> np.ndarray:
+        """The rows asked for, in that order: (len(rows), ...). Touches only the chunks it needs.
+
+        Raises: MissingCache (no such array), CorruptShard, IndexError for a row beyond the array.
+        """
+        wanted, spec, opened = np.asarray(rows, dtype=np.int64), self._spec(array), self._zarr(array)
+        if len(wanted) and not 0 <= wanted.min() <= wanted.max() < opened.shape[0]:
+            raise IndexError(f"{self.path}: {array!r} has rows 0 to {opened.shape[0] - 1}, asked for {rows}.")
+        out = np.empty((len(wanted), *opened.shape[1:]), opened.dtype)
+        shards = wanted // SHARD if spec.is_sharded else wanted * 0
+        for shard in np.unique(shards):
+            places = np.flatnonzero(shards == shard)
+            unique, inverse = np.unique(wanted[places], return_inverse=True)
+            together = unique[-1] - unique[0] < len(unique)  # zarr reads a slice faster than a list
+            picked = slice(int(unique[0]), int(unique[-1]) + 1) if together else unique
+            out[places] = self._decode(array, int(shard), picked)[inverse]
+        return out
+
+    def read_whole(self, array: str) -> np.ndarray:
+        """All of an array; meant for those without a sample axis. Raises: as read_rows."""
+        self._spec(array)
+        return self.read_rows(array, np.arange(self._zarr(array).shape[0]))
+
+    def digest(self, array: str, shard: int) -> str:
+        """Digest of what the disk holds, to compare with the ledger's. Raises: as read_shard."""
+        return block_digest(array, shard, self.read_shard(array, shard))
+
+    def __reduce__(self) -> Any:
+        # Open arrays stay behind: a worker opens its own (zarr's event loop doesn't survive a fork).
+        return Store.open, (self.path,)
+
+    def _rows_of(self, array: str, shard: int) -> range:
+        if self._spec(array).is_sharded:
+            return self.rows(shard)
+        if shard != 0:
+            raise IndexError(f"{self.path}: {array!r} has one shard, 0, asked for {shard}.")
+        return range(self._zarr(array).shape[0])
+
+    def _file(self, array: str, shard: int) -> Path:
+        num_axes = len(ARRAYS.get(array, SAMPLE).axes)
+        return self.data / array / ".".join(["c", str(shard), *["0"] * (num_axes - 1)])
+
+    def _spec(self, array: str) -> ArraySpec:
+        if not self.has(array):
+            known = f"the schema has only {list(ARRAYS)}"
+            todo = f"run `cli.py {ARRAYS[array].stage} --config CONFIG` first" if array in ARRAYS else known
+            raise MissingCache(f"{self.path}: has no array {array!r}, only {self.arrays}; {todo}.")
+        return ARRAYS[array]
+
+    def _zarr(self, name: str) -> Any:
+        if name not in self._opened:
+            try:
+                self._opened[name] = zarr.open_array(str(self.data / name), mode="r")
+            except BAD_METADATA as error:
+                raise damaged(self.data / name / METADATA, name, 0, error) from error
+        return self._opened[name]
+
+    def _decode(self, array: str, shard: int, rows: slice | np.ndarray) -> np.ndarray:
+        opened, file = self._zarr(array), self._file(array, shard)
+        # Of a file that is missing or empty zarr would hand out fill values.
+        if not file.is_file() or file.stat().st_size == 0:
+            raise damaged(file, array, shard, "the file is missing or empty")
+        try:
+            return opened[rows] if isinstance(rows, slice) else opened.oindex[rows]
+        except BAD_BYTES as error:
+            raise damaged(file, array, shard, error) from error
+        except OSError as error:
+            raise unreadable(file, error) from error
+
+
+def _create(path: Path, attributes: dict[str, Any], samples: Sequence[str]) -> None:
+    """Makes the group with its sample ids beside its place, then renames: there is never half a cache."""
+    partial = path / f"{DATA}{PARTIAL}"
+    with writing(path / DATA):
+        shutil.rmtree(partial, ignore_errors=True)
+        path.mkdir(parents=True, exist_ok=True)
+        zarr.create_group(str(partial), zarr_format=3, attributes=attributes)
+        ids = _new_array(str(partial), SAMPLE, (len(samples),))
+        ids[:] = np.array(samples, dtype=np.dtypes.StringDType())
+        sync_tree(partial)
+        partial.rename(path / DATA)
+        sync(path)
+
+
+def _new_array(store: Any, spec: ArraySpec, shape: tuple[int, ...]) -> Any:
+    """An empty array of `spec`. One file a shard, in one folder an array (key separator ".")."""
+    rows = spec.chunk if spec.is_sharded else shape[0]
+    return zarr.create_array(
+        store,
+        name=spec.name,
+        shape=shape,
+        dtype=spec.dtype,
+        chunks=(rows, *shape[1:]),
+        shards=(SHARD, *shape[1:]) if spec.is_sharded else None,
+        # crc32c last: without it a flipped bit is read in silence.
+        compressors=[*([ZstdCodec(level=ZSTD_LEVEL)] if spec.compressed else []), Crc32cCodec()],
+        fill_value=spec.fill,
+        chunk_key_encoding={"name": "default", "separator": "."},
+        dimension_names=spec.axes,
+        attributes={"note": spec.note},
+        config={"write_empty_chunks": True},
+    )

@@ -1,0 +1,178 @@
+"""Does the cache still hold what the ledger says? Every shard is read, hashed and looked into."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cache.errors import CacheError
+from cache.ledger import Ledger, read_manifest
+from cache.schema import ARRAYS
+from cache.store import Store, block_digest
+
+OK = 0  # code of a usable row in `status`
+MANIFEST = ".manifest.json"
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something wrong. kind: corrupt, changed, invalid, incomplete or stale."""
+
+    kind: str
+    where: str
+    what: str
+    todo: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.what}. {self.todo}"
+
+
+def verify(
+    cache_root: str | Path, *, fingerprints: Mapping[str, str] | None = None, progress: Progress | None = None
+) -> list[Finding]:
+    """All that is wrong with a cache; an empty list when every recorded shard is as it was written.
+
+    `fingerprints` says what each stage should have been made from; otherwise its manifest does.
+    `progress(done, total)` is called after each recorded shard.
+    Raises: MissingCache, StaleCache (schema version), CorruptShard (the group's own metadata).
+    """
+    root, fingerprints = Path(cache_root), fingerprints or {}
+    store = Store.open(root)
+    stages = sorted(
+        {*fingerprints}
+        | {path.name for path in (root / "ledger").glob("*") if path.is_dir()}
+        | {path.name.removesuffix(MANIFEST) for path in root.glob(f"*{MANIFEST}")}
+    )
+    ledgers = {stage: Ledger(root, stage) for stage in stages}
+    entries = {stage: ledger.entries() for stage, ledger in ledgers.items()}
+    findings = list(_whole_arrays(store))
+    done, total = 0, sum(len(found) for found in entries.values())
+    for stage in stages:
+        findings += _completion(store, ledgers[stage], entries[stage], fingerprints.get(stage))
+        for shard, entry in entries[stage].items():
+            findings += _shard(store, ledgers[stage], shard, entry)
+            done += 1
+            if progress:
+                progress(done, total)
+    return findings
+
+
+def _whole_arrays(store: Store) -> Iterator[Finding]:
+    """The sample ids and the arrays without a sample axis: no ledger speaks of them."""
+    todo = f"Delete {store.path} and run extract again."
+    try:
+        if len(store.samples) != store.num_samples:
+            what = f"{len(store.samples)} ids for {store.num_samples} samples"
+            yield Finding("invalid", str(store.data / "sample"), what, todo)
+    except CacheError as error:
+        yield Finding("corrupt", str(store.data / "sample"), _reason(error), todo)
+    for name in store.arrays:
+        if ARRAYS[name].is_sharded:
+            continue
+        todo = _redo(store, ARRAYS[name].stage)
+        try:
+            values = store.read_whole(name)
+        except CacheError as error:
+            yield Finding("corrupt", str(store.data / name), _reason(error), todo)
+            continue
+        if not np.isfinite(values).all():
+            yield Finding("invalid", str(store.data / name), "holds values that aren't finite", todo)
+
+
+def _completion(
+    store: Store, ledger: Ledger, entries: Mapping[int, dict[str, Any]], wanted: str | None
+) -> Iterator[Finding]:
+    """Is every shard recorded, and made from the same thing as the manifest and the config say?"""
+    path, stage = _manifest(store, ledger.stage), ledger.stage
+    manifest, redo = read_manifest(path), _redo(store, stage)
+    made = manifest.get("fingerprint") if manifest else None
+    missing = sorted(set(range(store.num_shards)) - set(entries))
+    if manifest is None:
+        what = f"{stage} has not ended: {len(entries)} of {store.num_shards} shards are recorded"
+        yield Finding("incomplete", str(path), what, f"Run `cli.py {stage}` again.")
+    elif missing:
+        what = f"{stage} has ended, but has no record of {len(missing)} shards, the first is {missing[0]}"
+        yield Finding("incomplete", str(ledger.folder), what, redo)
+    if manifest and manifest.get("num_samples", store.num_samples) != store.num_samples:
+        what = f"speaks of {manifest['num_samples']} samples, the cache has {store.num_samples}"
+        yield Finding("stale", str(path), what, redo)
+    if manifest and wanted and made != wanted:
+        todo = f"Run `cli.py {stage}` with this config, or point cache.path elsewhere."
+        yield Finding("stale", str(path), f"has fingerprint {made}, wanted {wanted}", todo)
+    expected = wanted or made
+    others = [shard for shard, entry in entries.items() if entry.get("fingerprint") != expected]
+    if expected and others:
+        found = entries[others[0]].get("fingerprint")
+        what = f"{len(others)} shards aren't of fingerprint {expected} (shard {others[0]} is of {found})"
+        yield Finding("stale", str(ledger.folder), what, redo)
+
+
+def _shard(store: Store, ledger: Ledger, shard: int, entry: Mapping[str, Any]) -> Iterator[Finding]:
+    """Every array of one recorded shard."""
+    record = ledger.path(shard)
+    todo = f"Delete {record} and {_manifest(store, ledger.stage)}, then run `cli.py {ledger.stage}` again."
+    if shard >= store.num_shards:
+        what = f"speaks of shard {shard}, the cache has {store.num_shards}"
+        yield Finding("stale", str(record), what, f"Delete {record}.")
+        return
+    rows = store.rows(shard)
+    if entry.get("rows", [rows.start, rows.stop]) != [rows.start, rows.stop]:
+        what = f"speaks of rows {entry['rows']}, the shard has {[rows.start, rows.stop]}"
+        yield Finding("stale", str(record), what, todo)
+    for name, digest in dict(entry.get("digests") or {}).items():
+        where = f"{store.data / name} shard {shard}"
+        try:
+            block = store.read_shard(name, shard)
+        except CacheError as error:
+            yield Finding("corrupt", where, _reason(error), todo)
+            continue
+        if block_digest(name, shard, block) != digest:
+            what = "readable, but not what was recorded (another shard, or another cache's)"
+            yield Finding("changed", where, what, todo)
+        for what in _invalid(name, block, _usable(store, shard)):
+            yield Finding("invalid", where, what, todo)
+
+
+def _usable(store: Store, shard: int) -> np.ndarray:
+    """(rows,) bool: which rows must hold data; none when `status` can't be read, which is its own finding."""
+    if not store.has("status"):
+        return np.ones(len(store.rows(shard)), bool)
+    try:
+        return store.read_shard("status", shard) == OK
+    except CacheError:
+        return np.zeros(len(store.rows(shard)), bool)
+
+
+def _invalid(name: str, block: np.ndarray, usable: np.ndarray) -> Iterator[str]:
+    """What is wrong with the values of a shard."""
+    spec = ARRAYS[name]
+    if np.issubdtype(block.dtype, np.integer):
+        if (block == spec.fill).any():
+            yield f"holds the fill value {spec.fill}, which no datum uses"
+        return
+    values = block[usable]
+    bad = ~np.isfinite(values)
+    if spec.padded:  # a vector is either all there or all NaN
+        bad &= ~np.isnan(values).all(axis=-1, keepdims=True)
+    rows = np.flatnonzero(usable)[bad.reshape(len(values), -1).any(axis=1)]
+    if len(rows):
+        yield f"{len(rows)} usable rows hold values that aren't finite, the first is row {rows[0]} in it"
+
+
+def _manifest(store: Store, stage: str) -> Path:
+    return store.path / f"{stage}{MANIFEST}"
+
+
+def _redo(store: Store, stage: str) -> str:
+    """A stage with a manifest does nothing; without, it makes what the ledger lacks."""
+    return f"Delete {_manifest(store, stage)} and run `cli.py {stage}` again."
+
+
+def _reason(error: Exception) -> str:
+    """The reason within a CacheError's message, without its advice."""
+    return str(error).partition(". Run `cli.py verify")[0].rstrip(".")

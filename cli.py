@@ -1,0 +1,190 @@
+"""One command a stage; every stage reads the same YAML and meets the others only in the cache.
+
+    python cli.py extract --config config/demo.yaml --set views.num=4
+
+Importing this file loads no torch: each command imports its stage when it runs. A user's mistake
+ends in one line and exit code 2; a traceback is a bug.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="CLIPTeacher: a frozen CLIP run once, cached, teaches any segmenter the classes it has no labels for.",
+)
+
+ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="the run's YAML")]
+SetOption = Annotated[list[str], typer.Option("--set", "-s", help="override a key: train.lr=1e-4; may be repeated")]
+LogOption = Annotated[Path | None, typer.Option("--log", help="write what is printed to this file too")]
+WorkersOption = Annotated[int, typer.Option("--workers", help="dask processes on this machine; 0 runs in this one")]
+SchedulerOption = Annotated[str | None, typer.Option("--scheduler", help="a dask scheduler, tcp://host:port")]
+DEFAULT = Path("config/demo.yaml")
+
+
+def _load(config: Path, settings: list[str], log: Path | None = None):  # noqa: ANN202 - pydantic loads with it
+    from pipeline.config import load
+    from pipeline.tracking import log_to
+
+    if log:
+        log_to(log)
+    return load(config, settings)
+
+
+@app.command()
+def extract(
+    config: ConfigOption = DEFAULT,
+    set_: SetOption = [],  # noqa: B006 - typer copies it
+    workers: WorkersOption = 0,
+    scheduler: SchedulerOption = None,
+    audit: Annotated[int, typer.Option(help="recompute this many random rows and compare, instead")] = 0,
+    log: LogOption = None,
+) -> None:
+    """Run the frozen teacher once over the training images: views, CLS, dense tokens, text features."""
+    settings = _load(config, set_, log)
+    from pipeline import extract as stage
+    from pipeline.tracking import say
+
+    manifest = stage.extract(settings, workers=workers, scheduler=scheduler)
+    if audit:
+        worst = stage.audit(settings, audit)
+        say(
+            f"audit of {min(audit, manifest['num_samples'])} rows: largest difference cls {worst['cls']:.3g}, tokens "
+            f"{worst['tokens']:.3g}; lowest cosine {worst['cosine']:.6f}"
+        )
+
+
+@app.command()
+def cluster(
+    config: ConfigOption = DEFAULT,
+    set_: SetOption = [],  # noqa: B006
+    workers: WorkersOption = 0,
+    scheduler: SchedulerOption = None,
+    log: LogOption = None,
+) -> None:
+    """Find potential objects in the ignored area: multi-scale K-means and mask fusion."""
+    settings = _load(config, set_, log)
+    from pipeline import cluster as stage
+
+    stage.print_summary(stage.cluster(settings, workers=workers, scheduler=scheduler)["summary"])
+
+
+@app.command()
+def train(config: ConfigOption = DEFAULT, set_: SetOption = [], log: LogOption = None) -> None:  # noqa: B006
+    """Train the student from the cache: GLM, VLA, cross-entropy, focal and dice. Resumes by itself."""
+    settings = _load(config, set_, log)
+    from pipeline import train as stage
+
+    stage.train(settings)
+
+
+@app.command(name="eval")
+def evaluate(config: ConfigOption = DEFAULT, set_: SetOption = [], log: LogOption = None) -> None:  # noqa: B006
+    """Evaluate the student on the test images: pAcc, mIoU(S), mIoU(U), hIoU, per class, over gamma."""
+    settings = _load(config, set_, log)
+    from pipeline import evaluate as stage
+
+    stage.evaluate(settings)
+
+
+@app.command()
+def predict(
+    images: Annotated[list[Path], typer.Argument(help="image files")],
+    run: Annotated[Path, typer.Option(help="a run folder or a checkpoint")] = Path("runs/demo"),
+    names: Annotated[str | None, typer.Option(help='class names, "a,b,c"; default: those of the run')] = None,
+    out: Annotated[Path, typer.Option(help="folder for overlays and masks")] = Path("predictions"),
+    gamma: Annotated[float | None, typer.Option(help="added to unseen logits; default: the run's")] = None,
+) -> None:
+    """Segment any image with any class names: an overlay with a legend, and the raw mask."""
+    from pipeline import predict as stage
+
+    wanted = [name.strip() for name in names.split(",") if name.strip()] if names is not None else None
+    for overlay, mask in stage.predict(run, images, names=wanted, out=out, gamma=gamma):
+        typer.echo(f"{overlay}  {mask}")
+
+
+@app.command()
+def inspect(
+    run: Annotated[Path, typer.Argument(help="a run folder")],
+    image: Annotated[str | None, typer.Option("--image", help="only this sample")] = None,
+    class_: Annotated[str | None, typer.Option("--class", help="only images that hold this class")] = None,
+    png: Annotated[Path | None, typer.Option("--png", help="write the panels as one PNG instead of the report")] = None,
+    export: Annotated[Path | None, typer.Option("--export", help="write pseudo labels as indexed PNGs")] = None,
+) -> None:
+    """Look into a run: the cache's tree, and an HTML report of labels, pseudo labels and predictions."""
+    from pipeline import report as stage
+
+    stage.inspect(run, image=image, class_name=class_, png=png, export=export)
+
+
+@app.command()
+def report(config: ConfigOption = DEFAULT, set_: SetOption = [], log: LogOption = None) -> None:  # noqa: B006
+    """Write the run's HTML report: runs/<name>/report/index.html."""
+    settings = _load(config, set_, log)
+    from pipeline import report as stage
+
+    stage.report(settings)
+
+
+@app.command()
+def verify(config: ConfigOption = DEFAULT, set_: SetOption = []) -> None:  # noqa: B006
+    """Check a cache: checksums, coverage, finiteness, fingerprints. Exit code 2 when something is found."""
+    settings = _load(config, set_)
+    from pipeline.verify import verify as check
+
+    findings = check(settings)
+    for finding in findings:
+        typer.echo(f"{finding.kind}: {finding.where}: {finding.what} {finding.todo}")
+    if findings:
+        typer.echo(f"{len(findings)} findings in {settings.cache_path}", err=True)
+        raise typer.Exit(2)
+    typer.echo(f"{settings.cache_path}: sound")
+
+
+@app.command()
+def results(
+    runs: Annotated[list[Path], typer.Argument(help="run folders; those not evaluated are left out")],
+) -> None:
+    """Print the result table of one or more runs."""
+    from pipeline.results import print_results
+
+    print_results(runs)
+
+
+@app.command()
+def contrast(config: ConfigOption = DEFAULT, set_: SetOption = []) -> None:  # noqa: B006
+    """Print the contrast table: with GLM, without GLM, seen labels only; means and spreads over seeds."""
+    settings = _load(config, set_)
+    from pipeline.results import print_contrast
+
+    print_contrast(settings)
+
+
+def main() -> None:
+    from cache.errors import CacheError
+    from pipeline.config import UserError
+
+    try:
+        app()
+    except (UserError, CacheError) as error:
+        sys.exit(_complain(str(error)))
+    except OSError as error:  # disk full, no permission: the system's word and the path it names
+        sys.exit(_complain(f"{error.filename or 'writing'}: {error.strerror or error}. Make room or mend permissions."))
+    except KeyboardInterrupt:
+        sys.exit(_complain("interrupted; the same command resumes.", 130))
+
+
+def _complain(line: str, code: int = 2) -> int:
+    print(f"error: {' '.join(line.split())}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    main()

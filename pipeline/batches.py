@@ -1,0 +1,179 @@
+"""Cache rows and replayed views, made into training batches.
+
+What goes into iteration t is a pure function of (seed, t): the plan names the rows and epochs, each
+item draws its flip and colours from a generator keyed by (seed, t, position). So resuming needs no
+sampler state, and several processes read disjoint parts of one batch.
+
+Axes: B images of this process, S view side, h = w token grid, C channels.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from cache.errors import StaleCache
+from cache.store import Store
+from pipeline.config import Config
+from pipeline.data.base import DataError, DataSet, Sample, open_data_set
+from pipeline.ops.views import replay_image, replay_labels, view_of
+
+IGNORE = 255  # label of a pixel without annotation
+
+# mmseg's PhotoMetricDistortion: brightness +-32 of 255, contrast and saturation 0.5-1.5, hue +-18 of 180.
+BRIGHTNESS, CONTRAST, SATURATION, HUE = 32.0, (0.5, 1.5), (0.5, 1.5), 18 / 180
+
+
+@functools.lru_cache(maxsize=1)
+def _data(dumped: str) -> DataSet:
+    section = Config.model_validate_json(dumped).data
+    return open_data_set(section.kind, **section.options())
+
+
+def data_of(config: Config) -> DataSet:
+    """The run's data set, opened once a process."""
+    return _data(config.model_dump_json(by_alias=True))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which rows make iteration t: shuffled epochs laid end to end, cut into batches."""
+
+    rows: tuple[int, ...]  # usable rows of the cache, quarantined ones left out
+    batch: int
+    seed: int
+
+    def items(self, iteration: int) -> list[tuple[int, int]]:
+        """(row, epoch) of each place in the batch of `iteration`, counted from 0."""
+        first, num = iteration * self.batch, len(self.rows)
+        places = range(first, first + self.batch)
+        return [(self.rows[_order(self.seed, place // num, num)[place % num]], place // num) for place in places]
+
+
+@functools.lru_cache(maxsize=4)
+def _order(seed: int, epoch: int, num: int) -> np.ndarray:
+    return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(num)
+
+
+@dataclass(frozen=True)
+class Place:
+    """One item of a batch: the key of the dataset below."""
+
+    row: int
+    epoch: int
+    iteration: int
+    position: int
+
+
+class CachedViews(Dataset):
+    """Training items: a cached view replayed on its image and labels, with its CLS token and pseudo labels.
+
+    Item: image (3, S, S) uint8, labels (S, S) uint8 (unseen and unannotated 255), pseudo (h, w) uint8,
+    cls (C,) float32, sample int64 (the row, for GLM's mask).
+    Raises: StaleCache when the cache's samples aren't the data set's.
+    """
+
+    def __init__(self, config: Config, data: DataSet) -> None:
+        self.config, self.data = config, data
+        self.store = Store.open(config.cache_path)
+        self.samples = data.samples("train")
+        ids = [sample.id for sample in self.samples]
+        if list(self.store.samples) != ids:
+            odd = next((a, b) for a, b in zip([*self.store.samples, None], [*ids, None], strict=False) if a != b)
+            raise StaleCache(
+                f"{config.cache_path}: caches {len(self.store.samples)} images, {data.name} lists {len(ids)}; the first "
+                f"that differs is {odd[0]!r} against {odd[1]!r}. Run `cli.py extract` again, or mend the list."
+            )
+        self.size = int(self.store.attributes["teacher"]["image_size"])
+        self.mean_colour = np.array(self.store.attributes["mean_colour"], np.uint8)
+        self.num_views = int(self.store.attributes["views"]["num"])
+        status = self.store.read_rows("status", np.arange(self.store.num_samples))
+        self.rows = tuple(int(row) for row in np.flatnonzero(status == 0))
+        if not self.rows:
+            raise DataError(f"{config.cache_path}: no usable image is cached; see `cli.py verify`.")
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, place: Place) -> dict[str, Any]:
+        sample, train = self.samples[place.row], self.config.train
+        view = view_of(sample.id, place.epoch, self.num_views)
+        image, labels = self.replay(sample, self._row("view", place.row)[view])
+        pseudo = torch.from_numpy(self._row("pseudo", place.row)[view])
+        rng = np.random.Generator(np.random.Philox(key=[train.seed, (place.iteration << 20) + place.position]))
+        if rng.random() < train.flip:
+            image, labels, pseudo = image.flip(-1), labels.flip(-1), pseudo.flip(-1)
+        if train.photometric:
+            image = distorted(image, rng)
+        cls = torch.from_numpy(self._row("cls", place.row)[view]).float()
+        return {"image": image, "labels": labels, "pseudo": pseudo, "cls": cls, "sample": place.row}
+
+    def _row(self, array: str, row: int) -> np.ndarray:
+        return self.store.read_rows(array, np.array([row]))[0]
+
+    def replay(self, sample: Sample, box: np.ndarray) -> tuple[Tensor, Tensor]:
+        """A view as extraction saw it, and the seen labels under it: (3, S, S) uint8, (S, S) uint8."""
+        image, labels = self.data.image(sample), self.data.seen_labels(sample)
+        if labels is None:
+            labels = np.full(image.shape[:2], IGNORE, np.uint8)
+        return replay_image(image, box, self.size, self.mean_colour), replay_labels(labels, box, self.size)
+
+
+def distorted(image: Tensor, rng: np.random.Generator) -> Tensor:
+    """Photometric distortion of (3, S, S) uint8, each part with probability 1/2 (mmseg's, in its order)."""
+    from torchvision.transforms.v2 import functional as transforms
+
+    values = image.float()
+    if rng.random() < 0.5:
+        values = values + rng.uniform(-BRIGHTNESS, BRIGHTNESS)
+    contrast_first = rng.random() < 0.5
+    contrast = rng.uniform(*CONTRAST) if rng.random() < 0.5 else 1.0
+    values = values * contrast if contrast_first else values
+    unit = values.clamp(0, 255) / 255
+    if rng.random() < 0.5:
+        unit = transforms.adjust_saturation(unit, rng.uniform(*SATURATION))
+    if rng.random() < 0.5:
+        unit = transforms.adjust_hue(unit, rng.uniform(-HUE, HUE))
+    values = unit * 255
+    values = values if contrast_first else values * contrast
+    return values.clamp(0, 255).round().to(torch.uint8)
+
+
+def training_batches(
+    views: CachedViews, *, start: int, stop: int, process: int = 0, num_processes: int = 1
+) -> Iterator[dict[str, Tensor]]:
+    """The batches of iterations start..stop-1, this process's places of each."""
+    train = views.config.train
+    plan = Plan(views.rows, train.batch, train.seed)
+    loader: DataLoader = DataLoader(
+        views,
+        batch_sampler=_Batches(plan, start, stop, process, num_processes),
+        num_workers=train.workers,
+        multiprocessing_context="spawn" if train.workers else None,  # a forked zarr reader can deadlock
+        pin_memory=torch.cuda.is_available(),
+    )
+    return iter(loader)
+
+
+@dataclass(frozen=True)
+class _Batches:
+    plan: Plan
+    start: int
+    stop: int
+    process: int
+    num_processes: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __iter__(self) -> Iterator[Sequence[Place]]:
+        for iteration in range(self.start, self.stop):
+            places = [Place(r, e, iteration, i) for i, (r, e) in enumerate(self.plan.items(iteration))]
+            yield places[self.process :: self.num_processes]

@@ -1,0 +1,305 @@
+"""The one schema of a run: YAML in, checked values out, and the fingerprint of every stage.
+
+Defaults live here and nowhere else. `config_fingerprint` says what a config asks of a stage (the
+Snakefile's trigger), `fingerprint` what the stage makes of it: facts about the data included.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+
+class UserError(ValueError):
+    """Something that the user can mend: shown as one line, exit code 2. All the pipeline's errors are kin."""
+
+
+class ConfigError(UserError):
+    """The user's config can't be used; the message says which key, what was found and what fits."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Data(Section):
+    """Which data set; the options beside `kind` are the data set's own (see pipeline/data)."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    kind: str = "demo"
+
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class TeacherSection(Section):
+    """The frozen CLIP. `model` and `pretrained` are open_clip's; `local-dir:` models bring their weights."""
+
+    model: str = "ViT-B-16-quickgelu"
+    pretrained: str | None = Field("openai", description="an open_clip tag or a checkpoint file")
+    quick_gelu: bool | None = Field(None, description="must be stated for a checkpoint file, which can't tell")
+    image_size: int = Field(512, ge=16, description="side of a view in pixels (paper: 512)")
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    batch: int = Field(8, ge=1, description="views per forward, padded to this size so that rows don't depend on it")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
+
+
+class Text(Section):
+    """Class text features: from the teacher with these templates, or from a file of features."""
+
+    templates: str | list[str] = Field("single", description="a named set of pipeline/data/prompts.py or a list")
+    features: str | None = Field(None, description=".npy of shape (K, C), classes in the data set's order")
+
+
+class Views(Section):
+    num: int = Field(1, ge=1, le=255, description="cached views per image; view 0 is the whole image")
+
+
+class CacheSection(Section):
+    path: str | None = Field(None, description="default runs/<name>/cache; several runs may share one")
+    max_bad: int = Field(10, ge=0, description="more quarantined images than this stop extract")
+
+
+class Cluster(Section):
+    """Pseudo labels: multi-scale K-means and mask fusion (eq. 4-5, Algorithm 1)."""
+
+    sizes: tuple[int, ...] = Field((3, 7), description="windows per side at each scale (section 3.3)")
+    window: Literal["grid", "tokens"] = Field("grid", description="the two readings of eq. 4-5")
+    iterations: int = Field(20, ge=1, description="at most this many of Lloyd's (settled)")
+    threshold: float = Field(0.8, gt=0, lt=1, description="lambda of Algorithm 1 (section 4.2)")
+    backend: Literal["faiss", "torch"] = "faiss"
+    device: str = Field("auto", description="auto takes a GPU when there is one")
+    debug: bool = Field(False, description="keep the K-means map before fusion too")
+
+
+class Student(Section):
+    """Any segmentation_models_pytorch decoder over any timm encoder; C dense channels at stride 4."""
+
+    arch: str = Field("Segformer", description="a decoder of segmentation_models_pytorch")
+    encoder: str = Field("mit_b0", description="an encoder of it; tu-<name> is timm's <name>")
+    encoder_weights: str | None = Field("imagenet", description="null trains from scratch")
+    weights: str | None = Field(None, description="a local file of encoder weights instead")
+    options: dict[str, Any] = Field(default_factory=dict, description="more arguments of the decoder")
+    mean: tuple[float, float, float] = Field((0.485, 0.456, 0.406), description="ImageNet, timm's default")
+    std: tuple[float, float, float] = Field((0.229, 0.224, 0.225), description="ImageNet, timm's default")
+
+
+class LossWeights(Section):
+    """Eq. 11-12; focal's 100 and dice's 1 are ZegCLIP's (method section 7)."""
+
+    glm: float = Field(1.0, ge=0, alias="global")
+    generate: float = Field(1.0, ge=0)
+    ce: float = Field(1.0, ge=0)
+    focal: float = Field(100.0, ge=0)
+    dice: float = Field(1.0, ge=0)
+
+
+class Train(Section):
+    iterations: int = Field(20_000, ge=1, description="20k VOC, 40k Context, 80k COCO-Stuff (section 4.1)")
+    batch: int = Field(16, ge=1, description="per run, all processes together (section 4.1)")
+    lr: float = Field(6e-5, gt=0, description="mmseg's SegFormer schedule, as the three below")
+    weight_decay: float = Field(0.01, ge=0)
+    head_lr_factor: float = Field(10.0, gt=0)
+    warmup: int = Field(1500, ge=0, description="linear, iterations")
+    power: float = Field(1.0, gt=0, description="of the poly decay")
+    seed: int = 0
+    glm: Literal["attention", "max", "mean", "off"] = "attention"
+    tau: float = Field(0.07, gt=0, description="InfoNCE's temperature (settled: CLIP's initial one)")
+    bank: int = Field(24, ge=0, description="n, iterations of CLS tokens kept (section 4.2)")
+    vla: Literal["transformer", "mlp", "original"] = "transformer"
+    potential: bool = Field(True, description="off: the ignored area stays ignored, seen labels only")
+    potentials: Literal["batch", "image"] = Field("batch", description="batch is eq. 9 as printed")
+    nel: Literal["all", "seen", "off"] = Field("all", description="what focal and dice cover")
+    potential_ce: bool = Field(True, description="cross-entropy on potential objects too")
+    generate: bool = Field(True, description="L_generate, eq. 8")
+    loss_grid: Literal["stride4", "full"] = "stride4"
+    weights: LossWeights = Field(default_factory=LossWeights)
+    flip: float = Field(0.5, ge=0, le=1, description="probability of a horizontal flip (mmseg)")
+    photometric: bool = Field(True, description="mmseg's PhotoMetricDistortion, student side only")
+    precision: Literal["no", "bf16", "fp16"] = Field("no", description="accelerate's mixed precision")
+    channels_last: bool = True
+    workers: int = Field(0, ge=0, description="loader processes")
+    threads: int | None = Field(None, description="torch threads; null leaves torch's own choice")
+    log_every: int = Field(50, ge=1)
+    checkpoint_every: int = Field(2000, ge=1)
+    keep: int = Field(2, ge=1, description="checkpoints kept")
+
+    @field_validator("glm", "nel", mode="before")
+    @classmethod
+    def _off(cls, value: Any) -> Any:
+        return "off" if value is False else value  # YAML 1.1 reads a bare off as false
+
+
+class Eval(Section):
+    gamma: float = Field(1.5, description="added to unseen logits (section 4.2)")
+    gamma_sweep: tuple[float, ...] = (0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0)
+    mode: Literal["whole", "slide"] = Field("whole", description="whole: squashed to a view; slide: windows")
+    stride: float = Field(2 / 3, gt=0, le=1, description="step of sliding windows, in windows (mmseg: 341/512)")
+    batch: int = Field(8, ge=1)
+
+
+class Report(Section):
+    images: int = Field(24, ge=1, description="training images and test images in the gallery, each")
+
+
+class Config(Section):
+    name: str = Field("demo", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    runs: str = "runs"
+    data: Data = Field(default_factory=Data)
+    teacher: TeacherSection = Field(default_factory=TeacherSection)
+    text: Text = Field(default_factory=Text)
+    views: Views = Field(default_factory=Views)
+    cache: CacheSection = Field(default_factory=CacheSection)
+    cluster: Cluster = Field(default_factory=Cluster)
+    student: Student = Field(default_factory=Student)
+    train: Train = Field(default_factory=Train)
+    eval: Eval = Field(default_factory=Eval)
+    report: Report = Field(default_factory=Report)
+
+    @model_validator(mode="after")
+    def _text_source(self) -> Config:
+        if self.teacher.pretrained and self.teacher.model.startswith(("local-dir:", "hf-hub:")):
+            raise ValueError("teacher.pretrained must be null beside a local-dir: or hf-hub: model, which has its own")
+        return self
+
+    @property
+    def run_path(self) -> Path:
+        return Path(self.runs) / self.name
+
+    @property
+    def cache_path(self) -> Path:
+        return Path(self.cache.path) if self.cache.path else self.run_path / "cache"
+
+
+# What each stage reads of the config, and what it builds on.
+STAGES: dict[str, tuple[tuple[str, ...], str | None]] = {
+    "extract": (("data", "teacher", "text", "views", "cache.max_bad"), None),
+    "cluster": (("data", "cluster"), "extract"),
+    "train": (("data", "student", "train"), "cluster"),
+    "eval": (("data", "eval"), "train"),
+    "report": (("report",), "eval"),
+}
+# Speed and bookkeeping, not content: changing these never re-runs a stage.
+NOT_CONTENT = {"teacher.device", "cluster.device", "train.workers", "train.threads", "train.log_every"} | {
+    "train.keep",
+    "eval.batch",
+}
+# Options of a data set that only other stages see.
+DATA_NOT_FOR = {"extract": ("test_seed", "test", "unseen", "split"), "cluster": ("test_seed", "test")}
+DATA_NOT_FOR["train"] = DATA_NOT_FOR["cluster"]
+
+
+def digest(value: Any) -> str:
+    """16 hex digits of a JSON-able value."""
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def config_fingerprint(config: Config, stage: str) -> str:
+    """Identity of what the config asks of `stage`: the sections it reads and those of all stages above it."""
+    sections, upstream = STAGES[stage]
+    dumped = config.model_dump(mode="json", by_alias=True)
+    own: dict[str, Any] = {}
+    for section in sections:
+        value: Any = dumped
+        for part in section.split("."):
+            value = value[part]
+        if isinstance(value, dict):
+            hidden = DATA_NOT_FOR.get(stage, ()) if section == "data" else ()
+            value = {k: v for k, v in value.items() if f"{section}.{k}" not in NOT_CONTENT and k not in hidden}
+        own[section] = value
+    return digest([stage, own, config_fingerprint(config, upstream) if upstream else None])
+
+
+def fingerprint(config: Config, stage: str, upstream: str | None, facts: Mapping[str, Any]) -> str:
+    """Identity of what `stage` makes: config, the fingerprint found upstream, and facts such as the samples."""
+    return digest([config_fingerprint(config, stage), upstream, dict(facts)])
+
+
+def load(path: str | Path, settings: Iterable[str] = ()) -> Config:
+    """Reads a YAML file and applies `a.b=value` settings. Raises ConfigError, one line each."""
+    path = Path(path)
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        near = sorted(p.as_posix() for p in Path("config").glob("*.yaml"))
+        raise ConfigError(f"{path}: no such config file. There are: {', '.join(near) or 'none here'}.") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: a config is a mapping of sections, found {type(raw).__name__}.")
+    return from_mapping(raw, settings, where=str(path))
+
+
+def from_mapping(raw: Mapping[str, Any], settings: Iterable[str] = (), *, where: str = "config") -> Config:
+    values = json.loads(json.dumps(raw))
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"--set {setting!r}: write it as section.key=value, for example train.lr=1e-4.")
+        _assign(values, key.strip().split("."), yaml.safe_load(text) if text else None, setting)
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("; ".join(_explain(where, item) for item in error.errors())) from None
+
+
+def _assign(values: dict[str, Any], keys: list[str], value: Any, setting: str) -> None:
+    for key in keys[:-1]:
+        values = values.setdefault(key, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"--set {setting!r}: {key!r} is a value, not a section.")
+    if isinstance(value, str):  # YAML 1.1 reads 1e-4 as text
+        try:
+            value = float(value)
+        except ValueError:
+            pass
+    values[keys[-1]] = value
+
+
+def _explain(where: str, item: Any) -> str:
+    keys = [str(part) for part in item["loc"]]
+    name = ".".join(keys)
+    if item["type"] == "extra_forbidden":
+        model: Any = Config
+        for key in keys[:-1]:
+            model = model.model_fields[key].annotation
+        known = [field.alias or key for key, field in model.model_fields.items()]
+        near = difflib.get_close_matches(keys[-1], known, 1, 0.0)
+        return f"{where}: unknown key {name!r}; the nearest valid one is {'.'.join([*keys[:-1], *near])!r}."
+    if item["type"] == "value_error" and not name:
+        return f"{where}: {item['msg'].removeprefix('Value error, ')}"
+    return f"{where}: {name} = {item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}."
+
+
+# The contrast that the paper's main claim rests on (Table 3): the same run without parts of it.
+CONTRASTS: dict[str, tuple[str, ...]] = {
+    "full": (),
+    "glm_off": ("train.glm=off",),
+    "seen_only": ("train.glm=off", "train.potential=false"),
+}
+CONTRAST_SEEDS = (0, 1, 2)
+
+
+def contrast_runs(config: Config, settings: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """Run names and their settings: the run itself, then each contrast and seed, all on the run's cache."""
+    runs = {config.name: tuple(settings)}
+    for contrast, changes in CONTRASTS.items():
+        for seed in CONTRAST_SEEDS:
+            name = f"{config.name}-{contrast}-{seed}"
+            where = (f"name={name}", f"cache.path={config.cache_path.as_posix()}", f"train.seed={seed}")
+            runs[name] = (*settings, *changes, *where)
+    return runs
+
+
+def stage_triggers(raw: Mapping[str, Any], settings: Iterable[str]) -> dict[str, str]:
+    """What Snakemake watches: the config fingerprint of every stage."""
+    config = from_mapping(raw, settings)
+    return {stage: config_fingerprint(config, stage) for stage in STAGES}

@@ -1,0 +1,272 @@
+"""What a data set is to the stages: classes, their split into seen and unseen, samples, images, labels.
+
+Axes: H, W pixels of one image, K classes. Coordinates are those of the upright image: an EXIF
+orientation is applied to the image, and a mask is taken to be upright already.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from pipeline.data.classes import Splits, bitwise_palette
+
+PARTS = ("train", "test")
+IGNORE = 255  # label of a pixel without annotation, in everything that leaves this folder
+STAMP_THREADS = 8  # waiting for the disk or the network, not computing
+
+# EXIF tag 274 -> what turns the stored pixels upright (CIPA DC-008, section 4.6.4); 5 to 8 swap the sides.
+ORIENTATION = 274
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class DataError(ValueError):
+    """The data or its description can't be used; the message says what, where and what to do."""
+
+
+class BadImage(DataError):
+    """One image can't be decoded: a stage may quarantine it and go on."""
+
+
+def unknown(what: str, found: object, known: Iterable[str]) -> DataError:
+    """The error for a word that is not in a list: it names the nearest one that is."""
+    names = [str(name) for name in known]
+    near = difflib.get_close_matches(str(found), names, 1, 0.0)
+    return DataError(
+        f"{what} {str(found)!r}; the nearest valid one is {near[0]!r}." if near else f"{what} {found!r}."
+    )
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image: an id unique within its part, and where image and mask lie (files, for most data sets)."""
+
+    id: str
+    image: str
+    mask: str | None = None
+
+
+class DataSet(ABC):
+    """Classes, split and samples; the four abstract methods say where images and labels come from.
+
+    Raises: DataError for repeated or blank class names, more than 255 of them, unknown or repeated unseen
+    names, no seen class left, or a palette of another shape than (K, 3).
+    """
+
+    name = "data"
+    ignore = IGNORE
+
+    def __init__(
+        self,
+        *,
+        classes: Sequence[str],
+        unseen: Sequence[str] = (),
+        palette: np.ndarray | None = None,
+        name: str | None = None,
+    ) -> None:
+        self.name = name or type(self).name
+        self.classes = tuple(classes)
+        check_names(f"{self.name}: classes", self.classes, self.classes)
+        if not 1 <= len(self.classes) <= IGNORE:
+            raise DataError(
+                f"{self.name}: {len(self.classes)} classes; want 1 to 255, since ids have 8 bits and 255 is ignored."
+            )
+        self.unseen = check_names(f"{self.name}: unseen", unseen, self.classes)
+        if len(self.unseen) == len(self.classes):
+            raise DataError(
+                f"{self.name}: all {len(self.classes)} classes are unseen; training needs a seen one."
+            )
+        self.palette = (
+            bitwise_palette(len(self.classes)) if palette is None else np.asarray(palette, np.uint8)
+        )
+        if self.palette.shape != (len(self.classes), 3):
+            raise DataError(
+                f"{self.name}: palette of shape {self.palette.shape}; want {(len(self.classes), 3)}."
+            )
+
+    @property
+    def unseen_ids(self) -> tuple[int, ...]:
+        return tuple(i for i, name in enumerate(self.classes) if name in self.unseen)
+
+    @property
+    def seen_ids(self) -> tuple[int, ...]:
+        return tuple(i for i, name in enumerate(self.classes) if name not in self.unseen)
+
+    @abstractmethod
+    def samples(self, part: str) -> list[Sample]:
+        """The samples of "train" or "test", in a fixed order. Raises: DataError."""
+
+    @abstractmethod
+    def image(self, sample: Sample) -> np.ndarray:
+        """(H, W, 3) uint8, RGB, upright. Raises: BadImage."""
+
+    @abstractmethod
+    def labels(self, sample: Sample) -> np.ndarray | None:
+        """(H, W) uint8, class ids 0..K-1 and 255, or None without a mask. Raises: DataError."""
+
+    @abstractmethod
+    def stamp(self, sample: Sample) -> str:
+        """Identity of the image's content: the same for a copy of the file, another after an edit."""
+
+    def mask_stamp(self, sample: Sample) -> str:
+        """The same of the mask; where image and labels are made together, one stamp stands for both."""
+        return self.stamp(sample)
+
+    def seen_labels(self, sample: Sample) -> np.ndarray | None:
+        """What training may see: `labels` with the ids of unseen classes set to 255."""
+        labels = self.labels(sample)
+        if labels is None:
+            return None
+        table = np.arange(256, dtype=np.uint8)
+        table[list(self.unseen_ids)] = IGNORE
+        return table[labels]
+
+    def identity(self, part: str, what: str = "images") -> str:
+        """32 hex digits over the ids of a part and the stamps of its "images" or "labels"."""
+        stamps = {"images": self.stamp, "labels": self.mask_stamp}
+        if what not in stamps:
+            raise unknown("identity: unknown content", what, stamps)
+        samples = self.samples(part)
+        digest = hashlib.blake2b(digest_size=16)
+        with ThreadPoolExecutor(STAMP_THREADS) as pool:
+            for sample, stamp in zip(samples, pool.map(stamps[what], samples), strict=True):
+                digest.update(f"{sample.id}\0{stamp}\n".encode())
+        return digest.hexdigest()
+
+
+def check_names(where: str, names: object, known: Sequence[str]) -> tuple[str, ...]:
+    """The names as a tuple, if they are text, not blank, not repeated and all among the known ones."""
+    if isinstance(names, str) or not isinstance(names, Sequence):
+        raise DataError(f"{where}: want a list of names, found {names!r}.")
+    for place, name in enumerate(names):
+        if not isinstance(name, str) or not name.strip():
+            raise DataError(
+                f"{where}: name {place} is {name!r}; want text (in YAML, quote words such as 'no' or '7')."
+            )
+        if name in names[:place]:
+            raise DataError(f"{where}: {name!r} is listed twice.")
+        if name not in known:
+            raise unknown(f"{where}: no class is called", name, known)
+    return tuple(names)
+
+
+def chosen_split(kind: str, splits: Splits, unseen: Sequence[str] | None, split: str | None) -> Sequence[str]:
+    """The unseen names: those given, else those of the named split, else those of the first split."""
+    if unseen is not None:
+        return unseen
+    if split is None:
+        return next(iter(splits.values()))
+    if split not in splits:
+        raise unknown(f"data.split: {kind} has no split", split, splits)
+    return splits[split]
+
+
+def read_image(path: str | Path) -> np.ndarray:
+    """Any picture that PIL knows as (H, W, 3) uint8 RGB, upright; the first frame of several.
+
+    16-bit greys are scaled to 8 bits, transparency is laid on white.
+    Raises: BadImage for what can't be decoded, DataError for a file that can't be read.
+    """
+    with opened(path, BadImage) as image:
+        turn = UPRIGHT.get(orientation(image))
+        rgb = _as_rgb(image)
+        return np.array(rgb if turn is None else rgb.transpose(turn))
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16-bit greys; PIL's own conversion clips them at 255
+        values = np.asarray(image).astype(np.int64)
+        if values.min() < 0 or values.max() > 65535:
+            raise BadImage(f"grey values from {values.min()} to {values.max()}; want 8 or 16 bits")
+        return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise BadImage("pixels are floating point numbers of unknown range; save it with 8 or 16 bits")
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def orientation(image: Image.Image) -> int:
+    try:
+        value = image.getexif().get(ORIENTATION, 1)
+    except Exception:  # broken EXIF is common and PIL raises nearly anything on it; the pixels are fine
+        return 1
+    return value if value in UPRIGHT else 1
+
+
+@contextmanager
+def opened(path: str | Path, wrong: type[DataError]) -> Iterator[Image.Image]:
+    """An open picture. Wrong content becomes the error `wrong`, what the file system says a DataError."""
+    try:
+        with Image.open(path) as image:
+            yield image
+    except DataError as error:  # ours, about the content
+        raise type(error)(f"{path}: {error}.") from None
+    except OSError as error:
+        if error.errno is not None:
+            raise DataError(
+                f"{path}: can't be read: {error.strerror}. Restore the file or correct the list."
+            ) from None
+        raise wrong(f"{path}: {_reason(path, error)}. Replace the file.") from None
+    except Exception as error:  # PIL's decoders raise nearly anything on damaged files
+        raise wrong(f"{path}: {_reason(path, error)}. Replace the file.") from None
+
+
+def _reason(path: str | Path, error: Exception) -> str:
+    if isinstance(error, Image.UnidentifiedImageError):
+        with open(path, "rb") as file:
+            head = file.read(16)
+        return f"not a picture that PIL knows, it begins with {head!r}" if head else "the file is empty"
+    return f"can't be decoded: {' '.join(str(error).split()) or type(error).__name__}"
+
+
+# kind -> module and class; a data set is imported when it is asked for.
+KINDS = {
+    "demo": ("pipeline.data.demo", "DemoDataSet"),
+    "folder": ("pipeline.data.folder", "FolderDataSet"),
+    "coco_stuff": ("pipeline.data.coco_stuff", "CocoStuff"),
+    "voc": ("pipeline.data.voc", "Voc"),
+    "context": ("pipeline.data.context", "Context"),
+}
+
+
+def open_data_set(kind: str, **options: Any) -> DataSet:
+    """The data set of a kind; the options are its constructor's, `data.<option>` in a config.
+
+    Raises: DataError for an unknown kind or option (naming the nearest), a missing option, or bad data.
+    """
+    if kind not in KINDS:
+        raise unknown("data.kind: unknown kind", kind, KINDS)
+    module, name = KINDS[kind]
+    factory = getattr(importlib.import_module(module), name)
+    parameters = inspect.signature(factory).parameters
+    for option in options:
+        if option not in parameters:
+            raise unknown(f"data: kind {kind!r} has no option", option, parameters)
+    for option, parameter in parameters.items():
+        if parameter.default is parameter.empty and option not in options:
+            raise DataError(
+                f"data.{option} is missing, and kind {kind!r} needs it; it has {', '.join(parameters)}."
+            )
+    return factory(**options)

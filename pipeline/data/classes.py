@@ -1,0 +1,87 @@
+"""Class names, named splits and colours: data with its sources, in the order of the label ids."""
+
+from __future__ import annotations
+
+import numpy as np
+
+# A named split is the tuple of its unseen names; a data set's first one is its default.
+Splits = dict[str, tuple[str, ...]]
+
+
+def _names(text: str) -> tuple[str, ...]:
+    """Names separated by commas; line breaks count as spaces."""
+    return tuple(" ".join(name.split()) for name in text.split(","))
+
+
+# PASCAL VOC 2012's twenty objects, ids 0-19 (raw 1-20). Source: the VOC 2012 development kit.
+VOC_CLASSES = _names("""
+    aeroplane, bicycle, bird, boat, bottle, bus, car, cat, chair, cow, diningtable, dog, horse,
+    motorbike, person, pottedplant, sheep, sofa, train, tvmonitor
+""")
+# Source of the split: CLIPTeacher (section 4.1) and ZegCLIP, ids 15-19.
+VOC_SPLITS: Splits = {"voc-15-5": ("pottedplant", "sheep", "sofa", "train", "tvmonitor")}
+
+# PASCAL Context's 59 classes without background, ids 0-58 (raw 1-59). Order: mmseg's PascalContextDataset59.
+CONTEXT_CLASSES = _names("""
+    aeroplane, bag, bed, bedclothes, bench, bicycle, bird, boat, book, bottle, building, bus, cabinet,
+    car, cat, ceiling, chair, cloth, computer, cow, cup, curtain, dog, door, fence, floor, flower, food,
+    grass, ground, horse, keyboard, light, motorbike, mountain, mouse, person, plate, platform,
+    pottedplant, road, rock, sheep, shelves, sidewalk, sign, sky, snow, sofa, table, track, train, tree,
+    truck, tvmonitor, wall, water, window, wood
+""")
+# The first is CLIPTeacher's (section 4.1), ids 19, 33, 48, 14, 7, 24, 6, 54, 31, 0.
+# The second is published with Cascade-CLIP (configs/context_59), ids 0, 2, 3, 7, 9, 13, 17, 19, 31, 37.
+CONTEXT_SPLITS: Splits = {
+    "context-49-10": _names("cow, motorbike, sofa, cat, boat, fence, bird, tvmonitor, keyboard, aeroplane"),
+    "context-49-10-cascade": _names(
+        "aeroplane, bed, bedclothes, boat, bottle, car, cloth, cow, keyboard, plate"
+    ),
+}
+
+# COCO-Stuff 164k: 80 things, then 91 stuffs, ids 0-170. Order: mmseg's COCOStuffDataset, which is
+# COCO-Stuff's own (labels.txt of nightrome/cocostuff) without the eleven classes below.
+COCO_STUFF_CLASSES = _names("""
+    person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant,
+    stop sign, parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe,
+    backpack, umbrella, handbag, tie, suitcase, frisbee, skis, snowboard, sports ball, kite,
+    baseball bat, baseball glove, skateboard, surfboard, tennis racket, bottle, wine glass, cup, fork,
+    knife, spoon, bowl, banana, apple, sandwich, orange, broccoli, carrot, hot dog, pizza, donut, cake,
+    chair, couch, potted plant, bed, dining table, toilet, tv, laptop, mouse, remote, keyboard,
+    cell phone, microwave, oven, toaster, sink, refrigerator, book, clock, vase, scissors, teddy bear,
+    hair drier, toothbrush, banner, blanket, branch, bridge, building-other, bush, cabinet, cage,
+    cardboard, carpet, ceiling-other, ceiling-tile, cloth, clothes, clouds, counter, cupboard, curtain,
+    desk-stuff, dirt, door-stuff, fence, floor-marble, floor-other, floor-stone, floor-tile, floor-wood,
+    flower, fog, food-other, fruit, furniture-other, grass, gravel, ground-other, hill, house, leaves,
+    light, mat, metal, mirror-stuff, moss, mountain, mud, napkin, net, paper, pavement, pillow,
+    plant-other, plastic, platform, playingfield, railing, railroad, river, road, rock, roof, rug,
+    salad, sand, sea, shelf, sky-other, skyscraper, snow, solid-other, stairs, stone, straw,
+    structural-other, table, tent, textile-other, towel, tree, vegetable, wall-brick, wall-concrete,
+    wall-other, wall-panel, wall-stone, wall-tile, wall-wood, water-other, waterdrops, window-blind,
+    window-other, wood
+""")
+# Raw ids (0-181 in stuffthingmaps, one less than in labels.txt) of classes that label no COCO image:
+# street sign, hat, shoe, eye glasses, plate, mirror, window, desk, door, blender, hair brush.
+COCO_STUFF_RAW_GAPS = (11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90)
+# Source of the split: CLIPTeacher (section 4.1) and ZegCLIP, ids 19, 23, 28, 29, 36, 51, 76, 88, 94, 112,
+# 133, 136, 137, 157, 160.
+COCO_STUFF_SPLITS: Splits = {
+    "coco-stuff-156-15": _names("""
+        cow, giraffe, suitcase, frisbee, skateboard, carrot, scissors, cardboard, clouds, grass, playingfield,
+        river, road, tree, wall-concrete
+    """)
+}
+
+
+def bitwise_palette(num: int) -> np.ndarray:
+    """(num, 3) uint8 distinct colours: entries 1..num <= 255 of VOC's colour map, so never black.
+
+    Entry i spreads the bits of i over red, green and blue, three at a time, from the highest bit down. For
+    VOC it is the official palette. mmseg's for COCO-Stuff gives several classes one colour (person and
+    bicycle, for instance), so it is not used.
+    """
+    ids = np.arange(1, num + 1)
+    palette = np.zeros((num, 3), np.uint8)
+    for step in range(8):
+        for channel in range(3):
+            palette[:, channel] |= (((ids >> (3 * step + channel)) & 1) << (7 - step)).astype(np.uint8)
+    return palette

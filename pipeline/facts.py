@@ -1,0 +1,199 @@
+"""What a run's folder and cache say of themselves: arrays, stages, provenance, curves, sister runs.
+
+Everything here only reads, and takes a run that is half done as it is.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cache.errors import CacheError
+from cache.ledger import Ledger, read_manifest
+from cache.schema import ARRAYS
+from cache.store import Store
+from pipeline.config import Config, UserError
+from pipeline.tracking import found_manifest, run_config
+
+SHARD_STAGES = ("extract", "cluster")
+NOT_A_DIFFERENCE = ("name", "runs", "cache.", "report.")  # of two runs that are to be compared
+
+
+@dataclass(frozen=True)
+class ArrayFact:
+    """One array of the cache. bytes_per_view is of the views written so far; None without a view axis."""
+
+    name: str
+    note: str
+    axes: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: str
+    num_shards: int
+    size_bytes: int
+    bytes_per_view: float | None
+
+
+@dataclass(frozen=True)
+class StageFact:
+    """How far a stage is. seconds is the work of all its shards together, whoever did them."""
+
+    name: str
+    done: int
+    total: int
+    unit: str
+    is_complete: bool
+    seconds: float | None = None
+    num_images: int | None = None
+
+
+@dataclass(frozen=True)
+class Sister:
+    """A finished run on the same cache: its metrics, and the settings in which it differs."""
+
+    name: str
+    metrics: Mapping[str, Any]
+    differences: tuple[str, ...] = ()
+
+
+def metrics_path(config: Config) -> Path:
+    return config.run_path / "eval" / "metrics.json"
+
+
+def done_shards(config: Config, stage: str) -> set[int]:
+    """Shards that the stage has finished, of its manifest's fingerprint or else of its newest record's."""
+    ledger = Ledger(config.cache_path, stage)
+    manifest = found_manifest(config, stage)
+    if manifest is not None:
+        return ledger.done(manifest["fingerprint"])
+    entries = [ledger.entry(shard) or {} for shard in ledger.shards()]
+    newest = max(entries, key=lambda entry: str(entry.get("time")), default={})
+    return ledger.done(newest["fingerprint"]) if "fingerprint" in newest else set()
+
+
+def array_facts(config: Config, store: Store) -> list[ArrayFact]:
+    facts = []
+    done = {stage: done_shards(config, stage) for stage in SHARD_STAGES}
+    for name in store.arrays:
+        spec = ARRAYS[name]
+        size, per_view = store.size_bytes(name), None
+        if "V" in spec.axes:
+            views = sum(len(store.rows(shard)) for shard in done.get(spec.stage, ())) * store.sizes["V"]
+            per_view = size / views if views else None
+        num_shards = store.num_shards if spec.is_sharded else 1
+        shape = spec.shape(store.sizes)
+        facts.append(ArrayFact(name, spec.note, spec.axes, shape, spec.dtype, num_shards, size, per_view))
+    return facts
+
+
+def stage_facts(config: Config, store: Store, metrics: Mapping[str, Any] | None) -> list[StageFact]:
+    """extract, cluster, train, eval, in the order in which they run."""
+    facts = []
+    for stage in SHARD_STAGES:
+        ledger, done = Ledger(config.cache_path, stage), done_shards(config, stage)
+        seconds = sum(float((ledger.entry(shard) or {}).get("seconds", 0)) for shard in done)
+        num_images = sum(len(store.rows(shard)) for shard in done)
+        is_complete = found_manifest(config, stage) is not None and len(done) == store.num_shards
+        facts.append(StageFact(stage, len(done), store.num_shards, "shards", is_complete, seconds, num_images))
+    curve, trained = losses(config), found_manifest(config, "train")
+    done_iterations = int(trained["iterations"]) if trained else int(curve[-1]["iteration"]) if curve else 0
+    total = done_iterations if trained else config.train.iterations
+    facts.append(StageFact("train", done_iterations, total, "iterations", trained is not None))
+    tested = int(metrics["num_images"]) if metrics else 0
+    facts.append(StageFact("eval", tested, tested, "test images", metrics is not None))
+    return facts
+
+
+def quarantined(config: Config) -> dict[str, str]:
+    """Image ids that can't be used, and why, from the shards that are done."""
+    ledger, found = Ledger(config.cache_path, "extract"), {}
+    for shard in sorted(done_shards(config, "extract")):
+        found |= (ledger.entry(shard) or {}).get("quarantined", {})
+    return dict(sorted(found.items()))
+
+
+def provenance(store: Store) -> dict[str, dict[str, str]]:
+    """Section by section, key by key, what the cache says it was made from."""
+    groups: dict[str, dict[str, str]] = {"cache": {}}
+    for key, value in store.attributes.items():
+        if isinstance(value, dict):
+            groups[key] = {k: _word(v) for k, v in value.items()}
+        elif key == "classes":
+            groups["cache"][key] = f"{len(value)}: {', '.join(map(str, value))}"
+        else:
+            groups["cache"][key] = _word(value)
+    return {name: group for name, group in groups.items() if group}
+
+
+def _word(value: Any) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return ", ".join(map(_word, value)) if isinstance(value, list) else str(value)
+
+
+def losses(config: Config) -> list[dict[str, float]]:
+    """The logged values by iteration; a line that was cut off is left out."""
+    path, found = config.run_path / "train" / "losses.jsonl", []
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                found.append(json.loads(line))
+            except ValueError:
+                continue
+    return found
+
+
+def sisters(config: Config) -> list[Sister]:
+    """Other runs beside this one that were evaluated and read the same cache, by name."""
+    own, found = settings_of(config), []
+    for path in sorted(config.run_path.parent.glob("*/config.yaml")):
+        try:
+            other = run_config(path.parent)
+            metrics = read_manifest(path.parent / "eval" / "metrics.json")
+        except (UserError, CacheError):
+            continue  # somebody else's folder
+        is_same = path.parent.resolve() == config.run_path.resolve()
+        if metrics is None or is_same or other.cache_path.resolve() != config.cache_path.resolve():
+            continue
+        theirs = settings_of(other)
+        differs = tuple(f"{key} = {_word(theirs.get(key))}" for key in theirs if theirs[key] != own.get(key))
+        found.append(Sister(path.parent.name, metrics, differs))
+    return found
+
+
+def settings_of(config: Config) -> dict[str, Any]:
+    """The config's leaves by dotted key, without what has no bearing on results."""
+    leaves = dict(_leaves(config.model_dump(mode="json", by_alias=True), ""))
+    return {key: value for key, value in leaves.items() if not key.startswith(NOT_A_DIFFERENCE)}
+
+
+def _leaves(value: Any, key: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        for name, inner in value.items():
+            yield from _leaves(inner, f"{key}.{name}" if key else name)
+    else:
+        yield key, value
+
+
+def human_bytes(size: float) -> str:
+    """1536 -> '1.5 KiB'."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
+
+
+def human_seconds(seconds: float) -> str:
+    """4 -> '4.0 s', 4000 -> '1 h 7 min'."""
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    if seconds < 6000:
+        return f"{seconds / 60:.0f} min"
+    return f"{int(seconds // 3600)} h {int(seconds % 3600 // 60)} min"

@@ -1,0 +1,209 @@
+"""Which images of a run are worth looking at, and their panels: from cache rows and the student to cards.
+
+Training cards show what the student is taught from, test cards what it learnt. Axes: H x W an
+image's own size (or S x S for a replayed view), h x w the token grid.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+
+from cache.errors import StaleCache
+from cache.store import Store
+from pipeline.checkpoint import Checkpoint
+from pipeline.config import Config, UserError
+from pipeline.data.base import BadImage, DataSet, Sample
+from pipeline.inference import best_by_group, class_logits, predicted
+from pipeline.models.student import DenseStudent
+from pipeline.ops import metrics
+from pipeline.ops.views import replay_image, replay_labels
+from pipeline.panels import Panel, Strip, class_panel, error_panel, object_panel, photo
+
+IGNORE = 255
+ANNOTATED, PADDING = 0, 255  # codes of the `pseudo` array that are no potential object
+MAX_CARDS = 200  # of each gallery: a page is for looking at, and stays below 15 MB
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What to look at: one image, the images that hold one class, or some spread over all."""
+
+    limit: int
+    image: str | None = None
+    class_id: int | None = None
+
+    @property
+    def most(self) -> int:
+        return min(self.limit, MAX_CARDS)
+
+
+@dataclass(frozen=True)
+class Card:
+    """One image with its panels. accuracy and iou are percent of this image alone, None without truth."""
+
+    id: str
+    part: Literal["train", "test"]
+    panels: tuple[Panel, ...] = ()
+    classes: tuple[int, ...] = ()
+    accuracy: float | None = None
+    iou: float | None = None
+    num_objects: int | None = None
+    notes: tuple[str, ...] = field(default=())
+
+    def strip(self, data: DataSet) -> Strip:
+        """The card as a row of a contact sheet; unseen names carry a star."""
+        score = f"accuracy {self.accuracy:.1f} %, IoU {self.iou:.1f} %" if self.accuracy is not None else ""
+        caption = "   ".join(part for part in (f"{self.part} {self.id}", score, *self.notes) if part)
+        colour = {i: tuple(int(v) for v in data.palette[i]) for i in self.classes}
+        names = [(data.classes[i] + " *" * (i in data.unseen_ids), colour[i]) for i in self.classes]
+        return Strip(caption, self.panels, names)  # type: ignore[arg-type]
+
+
+def not_found(what: str, name: str, names: Sequence[str]) -> UserError:
+    """The error for a name that doesn't exist, with the valid ones nearest to it."""
+    likely = sorted(names, key=lambda other: -len(os.path.commonprefix([other, name])))[:2000]  # difflib is slow
+    near = difflib.get_close_matches(name, likely, 3, 0.0)
+    return UserError(f"{what} {name!r}: there is none of that name; the nearest are {', '.join(map(repr, near))}.")
+
+
+# ---- training images ---------------------------------------------------------------------------
+
+
+def train_cards(store: Store, data: DataSet, chosen: Selection, extracted: set[int], clustered: set[int]) -> Iterator[Card]:
+    """Cards of cached training images; `extracted` and `clustered` are the shards that are done.
+
+    One selected image shows all its views, others the whole image (view 0).
+    Raises: StaleCache when the data set no longer lists a cached image, CorruptShard.
+    """
+    samples = {sample.id: sample for sample in data.samples("train")}
+    ids = store.samples
+    rows = [row for shard in sorted(extracted) for row in store.rows(shard)]
+    for row in _chosen(rows, chosen, lambda row: ids[row], lambda row: _labels(data, samples.get(ids[row]))):
+        sample = samples.get(ids[row])
+        if sample is None:
+            raise StaleCache(f"{store.path}: caches {ids[row]!r}, which {data.name} no longer lists. Mend the list or extract again.")
+        if int(store.read_rows("status", [row])[0]) != 0:
+            yield Card(sample.id, "train", notes=("quarantined: this image could not be read",))
+            continue
+        shard = next(s for s in extracted if row in store.rows(s))
+        num_views = store.sizes["V"] if chosen.image else 1
+        for view in range(num_views):
+            yield train_card(store, data, sample, row, view, has_pseudo=shard in clustered)
+
+
+def train_card(store: Store, data: DataSet, sample: Sample, row: int, view: int, *, has_pseudo: bool) -> Card:
+    """Image, seen labels, clusters before fusion if kept, potential objects, and the truth that training never sees."""
+    image, seen, truth = data.image(sample), data.seen_labels(sample), data.labels(sample)
+    seen = np.full(image.shape[:2], IGNORE, np.uint8) if seen is None else seen
+    notes = []
+    if view:
+        box, size = store.read_rows("view", [row])[0][view], int(store.attributes["teacher"]["image_size"])
+        mean = np.array(store.attributes["mean_colour"], np.uint8)
+        image = replay_image(image, box, size, mean).permute(1, 2, 0).numpy()
+        seen = replay_labels(seen, box, size).numpy()
+        truth = None if truth is None else replay_labels(truth, box, size).numpy()
+        notes.append(f"view {view}: box {', '.join(f'{v:g}' for v in box)}")
+    shown = [photo(image), class_panel("seen labels", seen, data.palette)]
+    if has_pseudo:
+        if store.has("pseudo_raw"):
+            shown.append(object_panel("K-means", store.read_rows("pseudo_raw", [row])[0][view]))
+        pseudo = store.read_rows("pseudo", [row])[0][view]
+        num = len(np.setdiff1d(pseudo, [ANNOTATED, PADDING]))
+        notes.append(f"{num} potential object{'' if num == 1 else 's'}")
+        shown.append(object_panel("pseudo labels", pseudo))
+    else:
+        num = None
+    classes = _present(seen)
+    if truth is not None:
+        hidden = np.where(seen == IGNORE, truth, IGNORE).astype(np.uint8)
+        if (hidden != IGNORE).any():
+            shown.append(Panel("hidden truth", "classes", hidden, data.palette, clear=IGNORE, under="ground"))
+        classes = _present(seen, hidden)
+    return Card(sample.id, "train", tuple(shown), classes, num_objects=num, notes=tuple(notes))
+
+
+# ---- test images -------------------------------------------------------------------------------
+
+
+def test_cards(
+    config: Config, data: DataSet, chosen: Selection, student: DenseStudent, checkpoint: Checkpoint, gamma: float
+) -> Iterator[Card]:
+    """Cards of test images, segmented by the student as `eval` does."""
+    samples = data.samples("test")
+    picked = _chosen(range(len(samples)), chosen, lambda i: samples[i].id, lambda i: _labels(data, samples[i]))
+    for index in picked:
+        yield test_card(config, data, samples[index], student, checkpoint, gamma)
+
+
+def test_card(
+    config: Config, data: DataSet, sample: Sample, student: DenseStudent, checkpoint: Checkpoint, gamma: float
+) -> Card:
+    """Image, truth, prediction and errors; without a mask image and prediction alone."""
+    try:
+        image = data.image(sample)
+    except BadImage as error:
+        return Card(sample.id, "test", notes=(str(error),))
+    seen, unseen = list(data.seen_ids), list(data.unseen_ids)
+    logits = class_logits(student, checkpoint.text, image, checkpoint.config.teacher.image_size, config.eval)
+    guess = predicted(best_by_group(logits, seen, unseen), gamma).numpy().astype(np.uint8)
+    truth = data.labels(sample)
+    guessed = class_panel("prediction", guess, data.palette)
+    if truth is None:
+        return Card(sample.id, "test", (photo(image), guessed), _present(guess), notes=("no mask",))
+    shown = (
+        photo(image),
+        class_panel("truth", truth, data.palette),
+        guessed,
+        error_panel("errors", truth, guess, unseen),
+    )
+    matrix = metrics.confusion(torch.from_numpy(truth), torch.from_numpy(guess), len(data.classes))
+    iou = metrics.iou_per_class(matrix)
+    known = iou[~np.isnan(iou)]
+    if not known.size:
+        return Card(sample.id, "test", shown, _present(truth, guess), notes=("no labelled pixel",))
+    accuracy = 100 * metrics.pixel_accuracy(matrix)
+    return Card(sample.id, "test", shown, _present(truth, guess), accuracy, 100 * float(known.mean()))
+
+
+# ---- choosing ----------------------------------------------------------------------------------
+
+
+def _chosen(places: Sequence[int], chosen: Selection, id_of, labels_of) -> Iterable[int]:
+    """The places to show: the named image, or those that hold the class, or some spread evenly."""
+    if chosen.image is not None:
+        return [place for place in places if id_of(place) == chosen.image][:1]
+    if chosen.class_id is not None:
+        return _holding(places, chosen, labels_of)
+    return [places[i] for i in spread(len(places), chosen.most)]
+
+
+def _holding(places: Sequence[int], chosen: Selection, labels_of) -> Iterator[int]:
+    found = 0
+    for place in places:
+        labels = labels_of(place)
+        if labels is not None and (labels == chosen.class_id).any():
+            yield place
+            found += 1
+            if found == chosen.most:
+                return
+
+
+def _labels(data: DataSet, sample: Sample | None) -> np.ndarray | None:
+    return None if sample is None else data.labels(sample)
+
+
+def spread(num: int, most: int) -> list[int]:
+    """At most `most` of 0..num-1, evenly apart: a choice that no result can sway."""
+    return sorted({int(i) for i in np.linspace(0, num - 1, min(num, most)).round()}) if num else []
+
+
+def _present(*maps: np.ndarray) -> tuple[int, ...]:
+    ids = np.unique(np.concatenate([np.unique(m) for m in maps]))
+    return tuple(int(i) for i in ids if i != IGNORE)

@@ -1,0 +1,87 @@
+"""The student at test time: no CLIP, no adapter, only dense features and text features.
+
+Axes: K classes, C channels, H x W the image's own size, S the student's input side.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from pipeline.config import Eval
+from pipeline.models.student import DenseStudent
+from pipeline.ops.views import replay_image
+
+BLACK = np.zeros(3, np.uint8)
+
+
+@torch.inference_mode()
+def class_logits(student: DenseStudent, text: Tensor, image: np.ndarray, size: int, section: Eval) -> Tensor:
+    """Logits R^T T at the image's size, gamma not yet added.
+
+    Shapes: text (K, C), image (H, W, 3) uint8 -> (K, H, W) float32.
+    `whole` squashes the image to the student's side, as view 0; `slide` scales the short side to it and
+    averages the logits of overlapping windows (mmseg's slide_inference).
+    """
+    return {"whole": _whole, "slide": _slide}[section.mode](student, text, image, size, section)
+
+
+def _whole(student: DenseStudent, text: Tensor, image: np.ndarray, size: int, section: Eval) -> Tensor:
+    height, width = image.shape[:2]
+    box = np.array([0, 0, width, height], np.float32)
+    logits = _logits(student, text, replay_image(image, box, size, BLACK)[None])
+    return interpolate(logits, (height, width), mode="bilinear", align_corners=False)[0]
+
+
+def _slide(student: DenseStudent, text: Tensor, image: np.ndarray, size: int, section: Eval) -> Tensor:
+    height, width = image.shape[:2]
+    scale = size / min(height, width)
+    rows, columns = max(size, round(height * scale)), max(size, round(width * scale))
+    pixels = torch.from_numpy(image).permute(2, 0, 1)[None].float()
+    pixels = interpolate(pixels, (rows, columns), mode="bilinear", align_corners=False, antialias=True)
+    total = torch.zeros(len(text), rows, columns)
+    count = torch.zeros(rows, columns)
+    for top in _starts(rows, size, section.stride):
+        for left in _starts(columns, size, section.stride):
+            window = pixels[:, :, top : top + size, left : left + size]
+            logits = _logits(student, text, window)
+            logits = interpolate(logits, (size, size), mode="bilinear", align_corners=False)[0]
+            total[:, top : top + size, left : left + size] += logits.cpu()
+            count[top : top + size, left : left + size] += 1
+    return interpolate((total / count)[None], (height, width), mode="bilinear", align_corners=False)[0]
+
+
+def _starts(length: int, size: int, stride: float) -> list[int]:
+    """Where windows begin so that they cover 0..length, the last one flush with the end."""
+    step = max(int(size * stride), 1)
+    return sorted({min(start, length - size) for start in range(0, length - size + step, step)})
+
+
+def _logits(student: DenseStudent, text: Tensor, images: Tensor) -> Tensor:
+    device = next(student.parameters()).device
+    dense = student(images.to(device)).float()  # (B, C, S/4, S/4)
+    return torch.einsum("bchw,kc->bkhw", dense, text.to(device))
+
+
+def best_by_group(logits: Tensor, seen: list[int], unseen: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """What a gamma sweep needs of the logits.
+
+    Shapes: logits (K, H, W) -> best seen class (H, W), best unseen class (H, W), and the gamma from
+    which on the unseen one wins (H, W); an empty group never wins.
+    """
+    nothing = torch.full(logits.shape[1:], -torch.inf)
+    zeros = torch.zeros(logits.shape[1:], dtype=torch.long)
+    logits = logits.cpu()
+    top_seen, at_seen = logits[seen].max(0) if seen else (nothing, zeros)
+    top_unseen, at_unseen = logits[unseen].max(0) if unseen else (nothing, zeros)
+    best_seen = torch.tensor(seen)[at_seen] if seen else at_seen
+    best_unseen = torch.tensor(unseen)[at_unseen] if unseen else at_unseen
+    return best_seen, best_unseen, top_seen - top_unseen
+
+
+def predicted(best: tuple[Tensor, Tensor, Tensor], gamma: float) -> Tensor:
+    """Class ids (H, W) when gamma is added to the unseen logits."""
+    seen, unseen, needed = best
+    return torch.where(needed < gamma, unseen, seen)

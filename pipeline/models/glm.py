@@ -1,0 +1,102 @@
+"""Global learning module: the student's dense features, pooled, must recognise the teacher's CLS token.
+
+Axes: B images, C channels, L = H * W positions, M bank entries. No trainable parameter in this file.
+"""
+
+from collections.abc import Callable
+from math import sqrt
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.ops.losses import in_float32
+
+EMPTY = -1  # sample index of a slot that holds nothing
+
+
+def _attention(cls: Tensor, dense: Tensor) -> Tensor:
+    """Eq. 1 and 2: softmax over the positions of s . R / sqrt(C), then the weighted sum of R."""
+    weight = torch.einsum("bc,bcl->bl", cls, dense).div(sqrt(dense.shape[1])).softmax(dim=1)  # (B, L)
+    return torch.einsum("bl,bcl->bc", weight, dense)
+
+
+def _max(cls: Tensor, dense: Tensor) -> Tensor:
+    return dense.amax(2)
+
+
+def _mean(cls: Tensor, dense: Tensor) -> Tensor:
+    return dense.mean(2)
+
+
+POOLINGS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "attention": _attention,
+    "max": _max,
+    "mean": _mean,
+}
+
+
+@in_float32
+def pooled(cls: Tensor, dense: Tensor, how: str = "attention") -> Tensor:
+    """Predicted CLS token of each image, from the student's dense features. Not normalised.
+
+    "attention" weighs positions by their agreement with the true CLS token; "max" and "mean" don't
+    look at it (Table 4). The CLS token enters with its own length, as eq. 1 has it.
+
+    Shapes: cls (B, C), dense (B, C, H, W) or (B, C, L) -> (B, C) float32.
+    Source: CLIPTeacher eq. 1-2.
+    Raises: ValueError if batch or channels differ, or for another word.
+    """
+    if how not in POOLINGS:
+        raise ValueError(f"pooling {how!r} is not one of {sorted(POOLINGS)}.")
+    if cls.shape != dense.shape[:2]:
+        raise ValueError(
+            f"cls {tuple(cls.shape)} and dense {tuple(dense.shape)} differ in batch or channels."
+        )
+    return POOLINGS[how](cls, dense.flatten(2))
+
+
+class ClsBank(nn.Module):
+    """The CLS tokens of the last iterations, first in, first out: the extra negatives of eq. 3.
+
+    Compute the loss, then push, then update the student: the current tokens are never in the bank
+    while their own loss is computed. Buffers, so a checkpoint restores it.
+
+    iterations: how many are kept (the paper's n = 24; 0 is no bank); batch: the largest number of tokens
+    pushed at once (under several processes: the gathered batch); channels: C.
+    """
+
+    tokens: Tensor
+    samples: Tensor
+    num_pushed: Tensor
+
+    def __init__(self, iterations: int, batch: int, channels: int) -> None:
+        super().__init__()
+        self.register_buffer("tokens", torch.zeros(iterations, batch, channels))
+        self.register_buffer("samples", torch.full((iterations, batch), EMPTY, dtype=torch.int64))
+        self.register_buffer("num_pushed", torch.zeros((), dtype=torch.int64))
+
+    def entries(self) -> tuple[Tensor, Tensor]:
+        """All slots: tokens (M, C) and sample indices (M,), M = iterations * batch; -1 where nothing is."""
+        return self.tokens.flatten(0, 1), self.samples.flatten()
+
+    @torch.no_grad()
+    def push(self, cls: Tensor, samples: Tensor) -> None:
+        """Replace the oldest iteration by this one; a short batch leaves the rest of its slots empty.
+
+        Shapes: cls (B, C) with B <= batch, samples (B,) int64, not negative.
+        Raises: ValueError for more tokens than slots, or other shapes.
+        """
+        iterations, batch, channels = self.tokens.shape
+        if cls.shape != (len(samples), channels) or len(samples) > batch:
+            raise ValueError(
+                f"cls {tuple(cls.shape)} and samples {tuple(samples.shape)} don't fit a bank of "
+                f"{batch} tokens of {channels} channels an iteration."
+            )
+        if iterations == 0:
+            return
+        slot = int(self.num_pushed) % iterations
+        self.tokens[slot].zero_()
+        self.samples[slot].fill_(EMPTY)
+        self.tokens[slot, : len(cls)] = cls
+        self.samples[slot, : len(cls)] = samples
+        self.num_pushed += 1

@@ -1,0 +1,96 @@
+"""The segmenter that is taught: the only door to timm and segmentation_models_pytorch.
+
+Axes: B images, C = the teacher's channels, H = W = S / 4.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import segmentation_models_pytorch as smp
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+
+from pipeline.config import Student, UserError
+
+STRIDE = 4  # of the dense output; SegFormer's (method section 4)
+PARAMETERS_WITHOUT_DECAY = ("pos_embed", "position", "relative_position_bias_table")
+
+
+class StudentError(UserError):
+    """The student can't be built as the config asks."""
+
+
+class DenseStudent(nn.Module):
+    """Any decoder of segmentation_models_pytorch with C output channels at stride 4.
+
+    Shapes: images (B, 3, S, S) float, normalised -> R (B, C, S/4, S/4).
+    """
+
+    def __init__(self, net: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        super().__init__()
+        self.net = net
+        self.register_buffer("mean", 255 * torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", 255 * torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images (B, 3, S, S) in 0..255 RGB, uint8 or float."""
+        dense = self.net((images.float() - self.mean) / self.std)
+        size = (images.shape[2] // STRIDE, images.shape[3] // STRIDE)
+        return dense if dense.shape[2:] == size else interpolate(dense, size, mode="bilinear", align_corners=False)
+
+
+def build_student(section: Student, channels: int, *, pretrained: bool = True) -> DenseStudent:
+    """Builds encoder and decoder by name; `pretrained=False` skips all weights (a checkpoint follows).
+
+    Raises: StudentError naming the arch, the encoder or the option that doesn't exist.
+    """
+    archs = {arch.__name__.lower(): arch for arch in smp.MODEL_ARCHITECTURES}
+    if section.arch.lower() not in archs:
+        raise StudentError(f"student.arch {section.arch!r}: want one of {', '.join(a.__name__ for a in archs.values())}.")
+    options: dict[str, Any] = dict(section.options)
+    accepted = inspect.signature(archs[section.arch.lower()]).parameters
+    if "upsampling" in accepted:
+        options.setdefault("upsampling", 1)  # leave the logits on the decoder's own grid
+    try:
+        net = smp.create_model(
+            section.arch,
+            encoder_name=section.encoder,
+            encoder_weights=section.encoder_weights if pretrained and section.weights is None else None,
+            classes=channels,
+            **options,
+        )
+        if pretrained and section.weights is not None:
+            net.encoder.load_state_dict(torch.load(section.weights, map_location="cpu", weights_only=True))
+    except Exception as error:  # timm, smp, the hub and torch each raise their own
+        what = " ".join(str(error).split())[:300]
+        raise StudentError(
+            f"student {section.arch} on {section.encoder!r} (weights {section.weights or section.encoder_weights!r}): "
+            f"{what}. Offline, set student.encoder_weights to null or student.weights to a file."
+        ) from None
+    return DenseStudent(net, section.mean, section.std)
+
+
+def parameter_groups(student: DenseStudent, extra: nn.Module, *, lr: float, head_lr_factor: float, decay: float) -> list:
+    """AdamW's groups: encoder at lr, decoder, head and VLA at lr * factor; no decay on norms, biases, positions.
+
+    Source: mmseg's SegFormer schedule (method section 4).
+    """
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    named = [(f"student.{n}", p) for n, p in student.named_parameters()]
+    named += [(f"vla.{n}", p) for n, p in extra.named_parameters()]
+    for name, parameter in named:
+        if parameter.requires_grad:
+            is_encoder = name.startswith("student.net.encoder.")
+            has_decay = parameter.ndim > 1 and not any(part in name for part in PARAMETERS_WITHOUT_DECAY)
+            groups.setdefault((is_encoder, has_decay), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "lr": lr if is_encoder else lr * head_lr_factor,
+            "weight_decay": decay if has_decay else 0.0,
+        }
+        for (is_encoder, has_decay), parameters in sorted(groups.items(), key=lambda item: item[0])
+    ]

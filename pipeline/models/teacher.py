@@ -1,0 +1,273 @@
+"""The frozen CLIP: the only door to open_clip.
+
+Axes: B images, S image side, h = w = S / patch token grid, C joint space, K classes.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import logging
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from open_clip.convert import convert_state_dict
+from open_clip.factory import resize_pos_embed
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from pipeline.config import UserError
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Extra entries of OpenAI's own archives; open_clip drops them from TorchScript archives only.
+OPENAI_ENTRIES = ("input_resolution", "context_length", "vocab_size")
+TEXT_BATCH = 256
+
+
+class TeacherError(UserError):
+    """The teacher can't be built as the config asks."""
+
+
+@dataclass(eq=False)
+class Teacher:
+    """A CLIP in eval mode on one device, with what is needed to tell where its outputs came from."""
+
+    model: Any
+    tokenizer: Any
+    image_size: int
+    patch: int
+    channels: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    device: torch.device
+    dtype: torch.dtype
+    provenance: dict[str, Any]
+
+    @classmethod
+    def load(
+        cls,
+        name: str,
+        pretrained: str | None = None,
+        *,
+        image_size: int,
+        quick_gelu: bool | None = None,
+        precision: str = "fp32",
+        device: str = "cpu",
+    ) -> Teacher:
+        """Builds the model at `image_size`, positions interpolated as open_clip does, weights checked.
+
+        name: an open_clip model, `local-dir:folder` or `hf-hub:repo`; pretrained: a tag, a
+        checkpoint file (safetensors, a state dict, or OpenAI's TorchScript archive) or None.
+        Raises: TeacherError for unknown names, missing or foreign weights, a QuickGELU mismatch, a
+        side that is no multiple of the patch.
+        """
+        with _quiet():
+            config = _model_config(name)
+            tag = open_clip.get_pretrained_cfg(name.replace("/", "-"), pretrained) if pretrained else {}
+            _check_quick_gelu(name, pretrained, tag, bool(config.get("quick_gelu")), quick_gelu)
+            path = _weights_file(name, pretrained, tag)
+            try:
+                model = open_clip.create_model(name, load_weights=False, force_image_size=image_size)
+            except Exception as error:  # open_clip raises whatever its parts raise
+                raise TeacherError(f"teacher.model {name!r}: {' '.join(str(error).split())[:300]}") from None
+            _load_weights(model, path, quick_gelu)
+        visual = model.visual
+        if not hasattr(visual, "conv1") or getattr(visual, "proj", None) is None:
+            raise TeacherError(
+                f"teacher.model {name!r}: dense tokens need one of open_clip's own ViTs with a projection, "
+                f"found {type(visual).__name__}."
+            )
+        visual.output_tokens = True
+        patch = int(visual.patch_size[0])
+        if image_size % patch:
+            raise TeacherError(f"teacher.image_size {image_size} is no multiple of the patch of {name!r}, {patch}.")
+        preprocess = open_clip.get_model_preprocess_cfg(model)
+        dtype = PRECISIONS[precision]
+        model = model.eval().requires_grad_(False).to(device=device, dtype=dtype)
+        return cls(
+            model=model,
+            tokenizer=_tokenizer(name, config),
+            image_size=image_size,
+            patch=patch,
+            channels=int(visual.proj.shape[1]),
+            mean=tuple(preprocess["mean"]),
+            std=tuple(preprocess["std"]),
+            device=torch.device(device),
+            dtype=dtype,
+            provenance={
+                "model": name,
+                "pretrained": pretrained,
+                "weights_sha256": weights_sha256(model),
+                "quick_gelu": bool(config.get("quick_gelu")),
+                "image_size": image_size,
+                "patch": patch,
+                "channels": int(visual.proj.shape[1]),
+                "mean": [float(value) for value in preprocess["mean"]],
+                "std": [float(value) for value in preprocess["std"]],
+                "dense": "last block, ln_post, projection",
+                "precision": precision,
+                "open_clip": version("open_clip_torch"),
+                "torch": version("torch"),
+            },
+        )
+
+    @torch.inference_mode()
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """CLS and dense tokens of a batch of views, neither normalised.
+
+        Shapes: images (B, 3, S, S) uint8 RGB -> cls (B, C), tokens (B, h, w, C), in the teacher's dtype.
+        Source: method section 2; the dense tokens take the CLS token's ln_post and projection.
+        """
+        mean = torch.tensor(self.mean, device=self.device).view(1, 3, 1, 1)
+        std = torch.tensor(self.std, device=self.device).view(1, 3, 1, 1)
+        pixels = (images.to(self.device).float() / 255 - mean) / std
+        pooled, tokens = self.model.visual(pixels.to(self.dtype))  # (B, C), (B, h*w, width)
+        side = self.image_size // self.patch
+        dense = tokens @ self.model.visual.proj  # (B, h*w, C)
+        return pooled, dense.reshape(len(images), side, side, -1)
+
+    @torch.inference_mode()
+    def encode_text(self, prompts: Sequence[Sequence[str]]) -> Tensor:
+        """Class features: each prompt encoded, normalised, averaged over the class, normalised.
+
+        Shapes: K lists of prompts -> (K, C) float32, unit norm, on the CPU.
+        """
+        flat = [prompt for group in prompts for prompt in group]
+        features = torch.cat(
+            [
+                normalize(self.model.encode_text(self.tokenizer(flat[i : i + TEXT_BATCH]).to(self.device)).float(), dim=1)
+                for i in range(0, len(flat), TEXT_BATCH)
+            ]
+        ).cpu()
+        means = torch.stack([part.mean(0) for part in features.split([len(group) for group in prompts])])
+        return normalize(means, dim=1)
+
+
+def weights_sha256(model: torch.nn.Module) -> str:
+    """Hash of names, shapes and float32 values of all weights: independent of file format and device."""
+    total = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        total.update(f"{name}{tuple(value.shape)}".encode())
+        total.update(value.detach().float().cpu().contiguous().numpy().tobytes())
+    return total.hexdigest()
+
+
+def _model_config(name: str) -> dict[str, Any]:
+    schema, _, folder = name.partition(":")
+    if schema == "local-dir" and not (Path(folder) / "open_clip_config.json").is_file():
+        raise TeacherError(f"teacher.model {name!r}: {folder} holds no open_clip_config.json.")
+    config = open_clip.factory.get_model_config(name.replace("/", "-") if ":" not in name else name)
+    if config is None:
+        near = ", ".join(difflib.get_close_matches(name, open_clip.list_models(), 3, 0.0))
+        raise TeacherError(f"teacher.model {name!r}: open_clip knows no such model; near it are {near}.")
+    return config
+
+
+def _weights_file(name: str, pretrained: str | None, tag: dict[str, Any]) -> Path:
+    """The checkpoint file: the folder's own, the hub's, the tag's (both downloaded once), or the one named."""
+    schema, _, place = name.partition(":")
+    try:
+        if schema == "local-dir":
+            found = sorted(p for kind in ("*.safetensors", "*.bin", "*.pt", "*.pth") for p in Path(place).glob(kind))
+            if not found:
+                raise TeacherError(f"teacher.model {name!r}: {place} holds no weights (.safetensors, .bin, .pt or .pth).")
+            return found[0]
+        if schema == "hf-hub":
+            return Path(open_clip.download_pretrained_from_hf(place))
+        if tag:
+            return Path(open_clip.download_pretrained(tag))
+    except TeacherError:
+        raise
+    except Exception as error:  # whatever the hub's client raises without a network
+        what = " ".join(str(error).split())[:200]
+        raise TeacherError(
+            f"teacher.model {name!r}, pretrained {pretrained!r}: the weights could not be downloaded ({what}). Offline, "
+            "put a checkpoint file's path into teacher.pretrained."
+        ) from None
+    if pretrained is None:
+        raise TeacherError(f"teacher.model {name!r} needs teacher.pretrained: a tag such as 'openai', or a file.")
+    if not Path(pretrained).is_file():
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
+        raise TeacherError(f"teacher.pretrained {pretrained!r}: no such file, and no tag of {name!r} (those are: {tags}).")
+    return Path(pretrained)
+
+
+def _check_quick_gelu(
+    name: str, pretrained: str | None, tag: dict[str, Any], built: bool, stated: bool | None
+) -> None:
+    """Weights trained with QuickGELU in a model with GELU run and are wrong: an error, not a warning."""
+    is_file = pretrained is not None and not tag and Path(pretrained).is_file()
+    if is_file and stated is None:
+        raise TeacherError(
+            f"teacher.pretrained {pretrained!r} is a file, which can't say its activation: set teacher.quick_gelu to "
+            "true (OpenAI's weights and those trained as '-quickgelu') or false."
+        )
+    wanted = stated if stated is not None else bool(tag.get("quick_gelu")) if tag else None
+    if wanted is not None and wanted != built:
+        twin = f"{name}-quickgelu" if wanted else name.replace("-quickgelu", "")
+        raise TeacherError(
+            f"teacher.model {name!r} has {'QuickGELU' if built else 'GELU'}, the weights {pretrained!r} want "
+            f"{'QuickGELU' if wanted else 'GELU'}: name the model {twin!r}."
+        )
+
+
+def _load_weights(model: torch.nn.Module, path: Path, quick_gelu: bool | None) -> None:
+    """Loads a checkpoint file, told apart by its content: safetensors, TorchScript archive, state dict."""
+    try:
+        if path.suffix == ".safetensors":
+            state: dict[str, Any] = load_file(path)
+        else:
+            try:
+                loaded = torch.load(path, map_location="cpu", weights_only=True)
+            except RuntimeError:  # torch refuses TorchScript archives with weights_only
+                loaded = torch.jit.load(path, map_location="cpu").state_dict()
+            state = dict(loaded.get("state_dict", loaded))
+    except Exception as error:  # torch, pickle, zip and safetensors each raise their own
+        what = " ".join(str(error).split())[:200]
+        raise TeacherError(f"teacher.pretrained {str(path)!r}: not a checkpoint that can be read: {what}") from None
+    is_openai = any(entry in state for entry in OPENAI_ENTRIES)
+    if is_openai and quick_gelu is False:
+        raise TeacherError(f"teacher.pretrained {str(path)!r} is in OpenAI's layout: its weights want QuickGELU.")
+    for entry in OPENAI_ENTRIES:
+        state.pop(entry, None)
+    # Positions are interpolated in float32: torch can't in half precision, in which OpenAI's weights come.
+    state = {key.removeprefix("module."): value.float() for key, value in state.items()}
+    try:
+        state = convert_state_dict(model, state)
+        resize_pos_embed(state, model)
+        model.load_state_dict(state, strict=True)
+    except (RuntimeError, KeyError) as error:
+        what = " ".join(str(error).split())[:300]
+        raise TeacherError(f"teacher.pretrained {str(path)!r} does not fit the model: {what}") from None
+
+
+def _tokenizer(name: str, config: dict[str, Any]) -> Any:
+    """open_clip's tokenizer; a local-dir: model may bring its own byte-pair merges as bpe.txt.gz."""
+    schema, _, folder = name.partition(":")
+    merges = Path(folder) / "bpe.txt.gz"
+    if schema == "local-dir" and merges.is_file():
+        context = config.get("text_cfg", {}).get("context_length", 77)
+        return open_clip.SimpleTokenizer(bpe_path=str(merges), context_length=context)
+    return open_clip.get_tokenizer(name)
+
+
+class _quiet(warnings.catch_warnings):
+    """open_clip logs each step of building to the root logger; errors still reach the user."""
+
+    def __enter__(self) -> Any:
+        self._level = logging.getLogger().level
+        logging.getLogger().setLevel(logging.ERROR)
+        entered = super().__enter__()
+        warnings.simplefilter("ignore")
+        return entered
+
+    def __exit__(self, *details: Any) -> None:
+        logging.getLogger().setLevel(self._level)
+        super().__exit__(*details)

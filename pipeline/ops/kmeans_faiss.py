@@ -1,0 +1,117 @@
+"""The same K-means with FAISS doing the search. The only file of the project that imports faiss.
+
+Axes as in kmeans.py: B views, L tokens, C channels, K centres.
+
+faiss.Kmeans is not used: it splits big clusters to refill empty ones, where the method drops them.
+FAISS answers "which centre is nearest" (exact inner product, IndexFlatIP); the loop is `kmeans.lloyd_with`.
+Ties: the search keeps the first of equal scores, as torch's argmax does. Two centres whose scores
+differ by less than float32 rounding may be told apart differently, because the sums run in another order.
+
+OpenMP: faiss and torch each load a libgomp of their own. Both import orders were run with one and two
+threads (faiss-gpu 1.15.1 and torch 2.15.0 wheels, Linux, CPU) without a crash: faiss's copy carries another
+file name, so the two don't mix. Other builds (conda's, macOS's libomp) have crashed; hence nothing else
+imports this file when it is imported, and one process uses one OpenMP thread in faiss: small searches
+are slower on several.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+
+import faiss
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.ops.kmeans import ITERATIONS, Clusters, lloyd_with
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(1)
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(before)
+
+
+@cache
+def _gpu_resources() -> "faiss.StandardGpuResources":
+    """One set of GPU scratch memory per process; building it takes longer than a search."""
+    return faiss.StandardGpuResources()
+
+
+def _num_gpus() -> int:
+    return faiss.get_num_gpus()
+
+
+def device_name(gpu: bool = False) -> str:
+    """Where a search will really run: "cpu", or "cuda:0 (name)" when a GPU is asked for and there.
+
+    FAISS itself falls back to the CPU without a word, so this is what to log.
+    """
+    if not gpu or _num_gpus() == 0:
+        return "cpu"
+    name = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "unnamed"
+    return f"cuda:0 ({name})"
+
+
+def _index(centres: Tensor, gpu: bool) -> "faiss.Index":
+    index: faiss.Index = faiss.IndexFlatIP(centres.shape[1])
+    if gpu:
+        index = faiss.index_cpu_to_gpu(_gpu_resources(), 0, index)
+    index.add(_array(centres))
+    return index
+
+
+def _array(values: Tensor) -> np.ndarray:
+    return np.ascontiguousarray(values.detach().cpu().numpy(), np.float32)
+
+
+def lloyd_faiss(
+    tokens: Tensor,
+    active: Tensor,
+    centres: Tensor,
+    alive: Tensor,
+    iterations: int = ITERATIONS,
+    gpu: bool = False,
+) -> Clusters:
+    """`kmeans.lloyd` with the assignment by FAISS, one index per view and iteration.
+
+    `gpu` moves only the search; tokens and means stay where they are. Shapes, result and errors: see `lloyd`.
+    Raises: ValueError also when `gpu` is set and FAISS sees none.
+    """
+    if gpu and _num_gpus() == 0:
+        raise ValueError(
+            "gpu=True, but faiss sees no GPU. Use gpu=False, or faiss-gpu on a machine with one."
+        )
+
+    def nearest(tokens: Tensor, centres: Tensor, alive: Tensor) -> Tensor:
+        assign = torch.full(tokens.shape[:2], -1, dtype=torch.int64)
+        for view in range(len(tokens)):
+            living = alive[view].nonzero()[:, 0]  # the index holds living centres only, in their order
+            if len(living):
+                _, found = _index(centres[view, living], gpu).search(_array(tokens[view]), 1)
+                assign[view] = living.cpu()[torch.from_numpy(found[:, 0])]
+        return assign.to(tokens.device)
+
+    with _one_thread():
+        return lloyd_with(nearest, tokens, active, centres, alive, iterations)
+
+
+def similar_centres(centres: Tensor, threshold: float) -> Tensor:
+    """Which centres are more similar than `threshold`, by range search; the diagonal is always True.
+
+    Shapes: centres (K, C) unit norm -> (K, K) bool on the CPU.
+    Source: Algorithm 1; the twin of fusion.similar_pairs for one view whose centres are all alive.
+    """
+    num_centres = len(centres)
+    similar = torch.eye(num_centres, dtype=torch.bool)
+    if num_centres:
+        with _one_thread():
+            bounds, _, found = _index(centres, gpu=False).range_search(_array(centres), threshold)
+        limits = np.asarray(bounds, np.int64)  # row i's finds are limits[i]..limits[i + 1]
+        rows = np.arange(num_centres).repeat(limits[1:] - limits[:-1])
+        similar[torch.from_numpy(rows), torch.from_numpy(found)] = True
+    return similar

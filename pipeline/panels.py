@@ -1,0 +1,270 @@
+"""Pictures of images and label maps: palettes, panels, contact sheets. Arrays in, pixels or bytes out.
+
+A panel is a photograph or a map of small ids with a palette. One id of a map may be clear: what lies
+under it (hatching, a flat ground, the greyed photograph) is drawn by whoever shows the panel, in a
+browser by its style sheet, in a PNG by `sheet` below.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+Under = Literal["hatch", "ground", "photo"]
+
+PADDING_GREY = (120, 120, 120)
+# Vermilion, blue and yellow of Okabe and Ito's colour-blind-safe set ("Color Universal Design", 2008).
+RIGHT, MISSED_UNSEEN, FALSE_UNSEEN, OTHER_WRONG, UNLABELLED = range(5)
+ERRORS = ("right", "unseen taken for seen", "seen taken for unseen", "mixed up within its group", "no label")
+ERROR_PALETTE = np.array([(0, 0, 0), (213, 94, 0), (0, 114, 178), (240, 228, 66), PADDING_GREY], np.uint8)
+
+# sRGB (linear) -> OKLab: B. Ottosson, "A perceptual color space for image processing", 2020.
+_TO_CONES = np.array(
+    [
+        [0.4122214708, 0.5363325363, 0.0514459929],
+        [0.2119034982, 0.6806995451, 0.1073969566],
+        [0.0883024619, 0.2817188376, 0.6299787005],
+    ]
+)
+_TO_LAB = np.array(
+    [
+        [0.2104542553, 0.7936177850, -0.0040720468],
+        [1.9779984951, -2.4285922050, 0.4505937099],
+        [0.0259040371, 0.7827717662, -0.8086757660],
+    ]
+)
+# Full protanopia and deuteranopia, on linear sRGB: Machado, Oliveira and Fernandes, 2009, table 1.
+_PROTAN = np.array(
+    [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]]
+)
+_DEUTAN = np.array(
+    [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]]
+)
+_LIGHTNESS, _CHROMA = (0.42, 0.93), 0.04  # neither black nor white, and none of the greys that mean "no label"
+
+
+def _oklab(linear: np.ndarray) -> np.ndarray:
+    return np.cbrt(np.clip(linear, 0, 1) @ _TO_CONES.T) @ _TO_LAB.T
+
+
+@lru_cache(maxsize=1)
+def object_palette() -> np.ndarray:
+    """Colours of potential objects: row 0 black (annotated, drawn clear), 1..254 objects, 255 padding grey.
+
+    Each colour is the candidate farthest from all before it, in OKLab, in the eyes of those who see all
+    colours, of protanopes and of deuteranopes alike: the first dozens stay apart for everybody.
+    Shapes: -> (256, 3) uint8.
+    """
+    steps = np.linspace(0, 255, 12).round()
+    candidates = np.stack(np.meshgrid(steps, steps, steps, indexing="ij"), -1).reshape(-1, 3)  # (1728, 3)
+    unit = candidates / 255
+    linear = np.where(unit <= 0.04045, unit / 12.92, ((unit + 0.055) / 1.055) ** 2.4)
+    lab = _oklab(linear)
+    usable = (lab[:, 0] > _LIGHTNESS[0]) & (lab[:, 0] < _LIGHTNESS[1]) & (np.hypot(*lab[:, 1:].T) > _CHROMA)
+    candidates, linear = candidates[usable], linear[usable]
+    eyes = np.stack([_oklab(linear), _oklab(linear @ _PROTAN.T), _oklab(linear @ _DEUTAN.T)])  # (3, n, 3)
+    chosen = [int(np.abs(candidates - (0, 114, 178)).sum(1).argmin())]
+    nearest = np.full(len(candidates), np.inf)
+    while len(chosen) < 254:
+        distance = np.linalg.norm(eyes - eyes[:, chosen[-1:]], axis=-1).min(0)
+        nearest = np.minimum(nearest, distance)
+        chosen.append(int(nearest.argmax()))
+    palette = np.zeros((256, 3), np.uint8)
+    palette[1:255], palette[255] = candidates[chosen], PADDING_GREY
+    return palette
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One picture: a photograph (H, W, 3) uint8, or a map (H, W) uint8 with its palette (256 or K, 3).
+
+    `kind` names what the colours mean: photo, classes, objects or errors.
+    """
+
+    title: str
+    kind: Literal["photo", "classes", "objects", "errors"]
+    pixels: np.ndarray
+    palette: np.ndarray | None = None
+    clear: int | None = None
+    under: Under = "ground"
+
+
+def photo(image: np.ndarray, title: str = "image") -> Panel:
+    return Panel(title, "photo", image)
+
+
+def class_panel(title: str, labels: np.ndarray, palette: np.ndarray) -> Panel:
+    """A map of class ids; 255 (ignored) is clear over hatching."""
+    return Panel(title, "classes", labels, palette, clear=255, under="hatch")
+
+
+def object_panel(title: str, pseudo: np.ndarray) -> Panel:
+    """A map of potential objects on the token grid; 0 (annotated) is clear."""
+    return Panel(title, "objects", pseudo, object_palette(), clear=0, under="ground")
+
+
+def error_panel(title: str, truth: np.ndarray, prediction: np.ndarray, unseen: Sequence[int]) -> Panel:
+    """Where and how a prediction is wrong; what is right is clear over the greyed photograph."""
+    return Panel(title, "errors", error_map(truth, prediction, unseen), ERROR_PALETTE, clear=RIGHT, under="photo")
+
+
+def error_map(truth: np.ndarray, prediction: np.ndarray, unseen: Sequence[int]) -> np.ndarray:
+    """Kinds of error, codes into ERRORS: truth and prediction (H, W) class ids, truth 255 unlabelled."""
+    is_unseen = np.zeros(256, bool)
+    is_unseen[list(unseen)] = True
+    out = np.full(truth.shape, OTHER_WRONG, np.uint8)
+    out[is_unseen[truth] & ~is_unseen[prediction]] = MISSED_UNSEEN
+    out[~is_unseen[truth] & is_unseen[prediction]] = FALSE_UNSEEN
+    out[truth == prediction] = RIGHT
+    out[truth == 255] = UNLABELLED
+    return out
+
+
+# ---- files -------------------------------------------------------------------------------------
+
+
+def indexed(ids: np.ndarray, palette: np.ndarray, clear: int | None = None) -> bytes:
+    """A map as an indexed PNG whose pixel values are the ids."""
+    picture = Image.fromarray(np.ascontiguousarray(ids, np.uint8), mode="P")
+    picture.putpalette(np.ascontiguousarray(palette, np.uint8).tobytes())
+    out = io.BytesIO()
+    picture.save(out, "PNG", optimize=True, **({} if clear is None else {"transparency": clear}))
+    return out.getvalue()
+
+
+def encoded(panel: Panel, max_side: int, max_bytes: int | None = None) -> tuple[str, bytes]:
+    """MIME type and bytes of a panel, at most max_side pixels wide and high, photographs within max_bytes.
+
+    A map keeps its ids (nearest), small photographs their pixels (PNG), larger ones become JPEG and lose
+    side until they fit.
+    """
+    if panel.palette is not None:
+        return "image/png", indexed(shrunk(panel.pixels, max_side), panel.palette, panel.clear)
+    if max(panel.pixels.shape[:2]) <= 160:
+        out = io.BytesIO()
+        Image.fromarray(panel.pixels).save(out, "PNG", optimize=True)
+        return "image/png", out.getvalue()
+    side = max_side
+    while True:
+        out = io.BytesIO()
+        Image.fromarray(shrunk(panel.pixels, side)).save(out, "JPEG", quality=85, optimize=True)
+        if max_bytes is None or out.tell() <= max_bytes or side <= 96:
+            return "image/jpeg", out.getvalue()
+        side = int(side * 0.8)
+
+
+def data_uri(mime: str, content: bytes) -> str:
+    return f"data:{mime};base64,{base64.b64encode(content).decode('ascii')}"
+
+
+def shrunk(pixels: np.ndarray, max_side: int) -> np.ndarray:
+    """At most max_side pixels a side: photographs (H, W, 3) averaged, maps (H, W) by nearest."""
+    height, width = pixels.shape[:2]
+    scale = min(1.0, max_side / max(height, width))
+    if scale == 1.0:
+        return pixels
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    return resized(pixels, size)
+
+
+def resized(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """To (width, height): photographs (H, W, 3) averaged, maps (H, W) by nearest at pixel centres."""
+    how = Image.Resampling.LANCZOS if pixels.ndim == 3 else Image.Resampling.NEAREST
+    return np.asarray(Image.fromarray(pixels).resize(size, how))
+
+
+# ---- one PNG with many panels ------------------------------------------------------------------
+
+PAGE, INK, QUIET = (255, 255, 255), (25, 28, 33), (104, 110, 120)
+GROUND, HATCH_LIGHT, HATCH_DARK = (226, 228, 232), (244, 244, 246), (176, 180, 188)
+
+
+def drawn(panel: Panel, size: tuple[int, int], image: np.ndarray | None = None) -> np.ndarray:
+    """A panel as it looks, (width, height) -> (height, width, 3) uint8; `image` is what lies under errors."""
+    if panel.palette is None:
+        enlarges = panel.pixels.shape[1] * 2 <= size[0]
+        how = Image.Resampling.NEAREST if enlarges else Image.Resampling.LANCZOS
+        return np.asarray(Image.fromarray(panel.pixels).resize(size, how))
+    ids = resized(panel.pixels, size)
+    table = np.zeros((256, 3), np.uint8)
+    table[: len(panel.palette)] = panel.palette
+    out = table[ids]
+    if panel.clear is None:
+        return out
+    ground = np.broadcast_to(np.array(GROUND, np.uint8), out.shape)
+    if panel.under == "hatch":
+        rows, columns = np.mgrid[0 : out.shape[0], 0 : out.shape[1]]
+        stripes = ((rows + columns) // 3 % 3 == 0)[..., None]
+        ground = np.where(stripes, np.array(HATCH_DARK, np.uint8), np.array(HATCH_LIGHT, np.uint8))
+    elif panel.under == "photo" and image is not None:
+        grey = resized(image, size).mean(-1, keepdims=True)
+        ground = np.broadcast_to(0.45 * grey + 0.55 * 235, out.shape).astype(np.uint8)
+    return np.where((ids == panel.clear)[..., None], ground, out)
+
+
+@dataclass(frozen=True)
+class Strip:
+    """One row of a contact sheet: a caption, panels of one image, and a legend of (name, colour)."""
+
+    caption: str
+    panels: Sequence[Panel]
+    legend: Sequence[tuple[str, tuple[int, int, int]]] = ()
+
+
+def sheet(strips: Sequence[Strip], *, side: int = 224, gap: int = 12) -> Image.Image:
+    """A contact sheet: a row a strip, caption above, panel titles and class names below.
+
+    Panels are `side` high or wide, whichever is longer. Raises: ValueError without strips.
+    """
+    if not strips:
+        raise ValueError("a contact sheet wants at least one strip.")
+    font, small = ImageFont.load_default(15), ImageFont.load_default(12)
+    width = max(2 * gap + max(len(strip.panels) for strip in strips) * (side + gap), 420)
+    laid = [_lay(strip, side, gap, width, small) for strip in strips]
+    page = Image.new("RGB", (width, gap + sum(height for *_, height in laid)), PAGE)
+    pen, top = ImageDraw.Draw(page), gap
+    for strip, (size, lines, height) in zip(strips, laid, strict=True):
+        pen.text((gap, top), strip.caption, fill=INK, font=font)
+        image = next((p.pixels for p in strip.panels if p.kind == "photo"), None)
+        for place, panel in enumerate(strip.panels):
+            x, y = gap + place * (side + gap), top + 24
+            page.paste(Image.fromarray(drawn(panel, size, image)), (x, y))
+            pen.text((x, y + size[1] + 3), panel.title, fill=QUIET, font=small)
+        y = top + 24 + size[1] + 22
+        for line in lines:
+            for x, name, colour in line:
+                pen.rectangle((x, y + 2, x + 10, y + 12), fill=colour, outline=QUIET)
+                pen.text((x + 15, y), name, fill=INK, font=small)
+            y += 18
+        top += height
+    return page
+
+
+Line = list[tuple[int, str, tuple[int, int, int]]]
+
+
+def _lay(
+    strip: Strip, side: int, gap: int, width: int, font: ImageFont.ImageFont | ImageFont.FreeTypeFont
+) -> tuple[tuple[int, int], list[Line], int]:
+    """Panel size (width, height), the legend's lines as (x, name, colour), and the strip's height."""
+    rows, columns = (strip.panels[0].pixels.shape[:2]) if strip.panels else (1, 1)
+    longest = max(rows, columns)
+    size = (max(1, round(side * columns / longest)), max(1, round(side * rows / longest)))
+    lines: list[Line] = []
+    x = math.inf
+    for name, colour in strip.legend:
+        needed = 15 + int(font.getlength(name)) + 16
+        if x + needed > width - gap:
+            lines.append([])
+            x = gap
+        lines[-1].append((int(x), name, colour))
+        x += needed
+    return size, lines, 24 + size[1] + 22 + 18 * len(lines) + gap

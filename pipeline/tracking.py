@@ -1,0 +1,124 @@
+"""What a person sees of a running stage, and what the next stage reads of it: progress, manifests.
+
+A manifest is the small file that a stage writes last. It names the stage's fingerprint and the
+config's, so that the stage below can tell a cache made otherwise from its own.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.progress import TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
+
+from cache.errors import MissingCache, StaleCache
+from cache.ledger import Ledger, read_manifest
+from pipeline.config import Config, ConfigError, config_fingerprint, load
+
+console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+_log: list[Console] = []
+
+
+def log_to(path: Path) -> None:
+    """From here on, what is said goes to this file too (bars don't)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _log.append(Console(file=path.open("w", encoding="utf-8"), highlight=False, soft_wrap=True))
+
+
+def say(what: Any) -> None:
+    """One line, or a rich table, to the terminal and to the log."""
+    for target in (console, *_log):
+        target.print(what, markup=False)
+        target.file.flush()
+
+
+class RateColumn(ProgressColumn):
+    """Units per second, measured by the bar itself."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text(f"{speed:.1f} {task.fields.get('unit', 'it')}/s" if speed else "")
+
+
+@contextmanager
+def progress(what: str, total: int, *, done: int = 0, unit: str = "images") -> Iterator[Any]:
+    """A bar with rate and remaining time; yields `advance(n, **fields)`. A log file gets its last state only."""
+    columns = (TextColumn("{task.description:<8}"), BarColumn(), MofNCompleteColumn(), RateColumn())
+    times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
+    with Progress(*columns, *times, console=console) as bar:
+        task = bar.add_task(what, total=total, completed=done, unit=unit, note="")
+        yield lambda count=1, note="": bar.update(task, advance=count, note=note)
+
+
+MANIFESTS = {
+    "extract": lambda config: config.cache_path / "extract.manifest.json",
+    "cluster": lambda config: config.cache_path / "cluster.manifest.json",
+    "train": lambda config: config.run_path / "train" / "train.manifest.json",
+}
+
+
+def manifest_path(config: Config, stage: str) -> Path:
+    return MANIFESTS[stage](config)
+
+
+def found_manifest(config: Config, stage: str) -> dict[str, Any] | None:
+    """The stage's manifest, or None when the stage never ended."""
+    return read_manifest(manifest_path(config, stage))
+
+
+def required_manifest(config: Config, stage: str) -> dict[str, Any]:
+    """The manifest of an upstream stage that ended and did what this config asks.
+
+    Raises: MissingCache when it never ended, StaleCache when another config made it.
+    """
+    path, manifest = manifest_path(config, stage), found_manifest(config, stage)
+    if manifest is None:
+        raise MissingCache(f"{path}: `{stage}` has not been completed. Run `cli.py {stage}` first.")
+    wanted = config_fingerprint(config, stage)
+    if manifest.get("config") != wanted:
+        raise StaleCache(
+            f"{path}: {stage} was run with config {manifest.get('config')}{_difference(config, manifest)}, "
+            f"this config asks for {wanted}. Run `cli.py {stage}` again, or point cache.path elsewhere."
+        )
+    return manifest
+
+
+def _difference(config: Config, manifest: dict[str, Any]) -> str:
+    """What differs, when it is the teacher: the usual case."""
+    made, named = manifest.get("teacher"), config.teacher.model
+    return f" (teacher {made!r}, the config names {named!r})" if made and made != named else ""
+
+
+def save_config(config: Config) -> None:
+    """Keeps the resolved config in the run folder, for people and for `inspect`."""
+    path = config.run_path / "config.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".config.{os.getpid()}.partial")
+    partial.write_text(yaml.safe_dump(config.model_dump(mode="json", by_alias=True), sort_keys=False), encoding="utf-8")
+    os.replace(partial, path)
+
+
+def run_config(run: Path) -> Config:
+    """The config that a run folder was made with. Raises ConfigError when it is no run folder."""
+    if not (run / "config.yaml").is_file():
+        near = sorted(p.parent.as_posix() for p in Path("runs").glob("*/config.yaml"))
+        raise ConfigError(f"{run}: not a run folder (no config.yaml in it). There are: {', '.join(near) or 'none'}.")
+    return load(run / "config.yaml")
+
+
+def record_shard(config: Config, stage: str, shard: int, entry: dict[str, Any], began: float) -> None:
+    """Writes a shard's ledger record, with when, where and how long beside what the stage says of it."""
+    where = {"host": socket.gethostname(), "pid": os.getpid(), "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+    seconds = round(time.time() - began, 3)
+    Ledger(config.cache_path, stage).record(shard, {"shard": shard, **entry, **where, "seconds": seconds})

@@ -1,0 +1,23 @@
+"""What `cli.py verify` checks: the cache itself, and that it is the one this config asks for."""
+
+from __future__ import annotations
+
+from cache.verify import Finding
+from cache.verify import verify as verify_cache
+from pipeline.config import Config, config_fingerprint
+from pipeline.tracking import found_manifest
+
+
+def verify(config: Config) -> list[Finding]:
+    """Every finding, most basic first; an empty list is a sound cache.
+
+    Raises: MissingCache when there is none.
+    """
+    manifests = {stage: m for stage in ("extract", "cluster") if (m := found_manifest(config, stage)) is not None}
+    findings = verify_cache(config.cache_path, fingerprints={s: m["fingerprint"] for s, m in manifests.items()})
+    for stage, manifest in manifests.items():
+        wanted = config_fingerprint(config, stage)
+        if manifest.get("config") != wanted:
+            what = f"made with config {manifest.get('config')}, this config asks for {wanted}."
+            findings.append(Finding("stale", f"{config.cache_path}: {stage}", what, f"Run `cli.py {stage}` again."))
+    return findings

@@ -1,0 +1,78 @@
+import pytest
+
+from pipeline.config import STAGES, ConfigError, Config, config_fingerprint, fingerprint, from_mapping, load
+
+
+def prints(**changes: object) -> dict[str, str]:
+    config = from_mapping({}, [f"{key}={value}" for key, value in changes.items()])
+    return {stage: config_fingerprint(config, stage) for stage in STAGES}
+
+
+def changed(key: str, value: object) -> list[str]:
+    before, after = prints(), prints(**{key: value})
+    return [stage for stage in STAGES if before[stage] != after[stage]]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "stages"),
+    [
+        ("train.lr", 1e-3, ["train", "eval", "report"]),
+        ("cluster.threshold", 0.7, ["cluster", "train", "eval", "report"]),
+        ("views.num", 4, list(STAGES)),
+        ("teacher.image_size", 256, list(STAGES)),
+        ("eval.gamma", 2.0, ["eval", "report"]),
+        ("data.test_seed", 9, ["eval", "report"]),
+        ("data.unseen", "[bee]", ["cluster", "train", "eval", "report"]),
+        ("train.workers", 3, []),
+        ("teacher.device", "cpu", []),
+        ("cache.path", "/tmp/x", []),
+        ("name", "other", []),
+    ],
+)
+def test_a_key_changes_the_stages_that_read_it_and_those_below(key, value, stages):
+    assert changed(key, value) == stages
+
+
+def test_facts_and_upstream_enter_the_fingerprint():
+    config = Config()
+    base = fingerprint(config, "cluster", "a", {"labels": "x"})
+    assert base == fingerprint(config, "cluster", "a", {"labels": "x"})
+    assert base != fingerprint(config, "cluster", "b", {"labels": "x"})
+    assert base != fingerprint(config, "cluster", "a", {"labels": "y"})
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("train.lerning_rate=1", ["train.lerning_rate", "nearest", "train."]),
+        ("trian.lr=1", ["'trian'", "'train'"]),
+        ("train.lr=-1", ["train.lr", "-1", "greater than 0"]),
+        ("train.glm=attn", ["train.glm", "attn", "'attention'"]),
+        ("train.lr", ["train.lr", "section.key=value"]),
+        ("train.lr.x=1", ["train.lr"]),
+    ],
+)
+def test_a_wrong_key_or_value_is_named(setting, words):
+    with pytest.raises(ConfigError) as error:
+        from_mapping({}, [setting])
+    assert all(word in str(error.value) for word in words), str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_settings_are_typed_as_yaml():
+    config = from_mapping({}, ["train.lr=1e-4", "train.potential=false", "cluster.sizes=[2, 5]", "text.templates=['a {}']"])
+    assert config.train.lr == 1e-4
+    assert config.train.potential is False
+    assert config.cluster.sizes == (2, 5)
+    assert config.text.templates == ["a {}"]
+
+
+def test_a_missing_file_names_those_there_are(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config" / "voc.yaml").write_text("name: voc\n")
+    with pytest.raises(ConfigError, match=r"config/vox.yaml.*config/voc.yaml"):
+        load("config/vox.yaml")
+    (tmp_path / "bad.yaml").write_text("a: [1\n")
+    with pytest.raises(ConfigError, match=r"bad.yaml: not readable as YAML"):
+        load("bad.yaml")

@@ -1,0 +1,100 @@
+"""The map's guard: which file may import what. Floors are counted as the architecture counts them."""
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted([*ROOT.glob("cache/**/*.py"), *ROOT.glob("pipeline/**/*.py"), ROOT / "cli.py"])
+
+# The one file through which a package is reached.
+DOORS = {
+    "zarr": {"cache/store.py"},
+    "faiss": {"pipeline/ops/kmeans_faiss.py"},
+    "open_clip": {"pipeline/models/teacher.py"},
+    "timm": {"pipeline/models/student.py"},
+    "segmentation_models_pytorch": {"pipeline/models/student.py"},
+    "dask": {"pipeline/engine.py"},
+}
+STAGES = ("extract", "cluster", "train", "evaluate", "predict", "report", "verify")
+FLOOR_3 = ("batches", "checkpoint", "engine", "inference", "results", "tracking", "panels")
+
+
+def floor(module: str) -> int:
+    """0 config, 1 pure ops and the cache, 2 data and models, 3 what stages share, 4 stages, 5 the CLI."""
+    parts = module.split(".")
+    if parts[0] == "cli":
+        return 5
+    if parts[0] == "cache":
+        return 1
+    second = parts[1] if len(parts) > 1 else ""
+    floors = {"": 0, "config": 0, "ops": 1, "data": 2, "models": 2} | dict.fromkeys(FLOOR_3, 3) | dict.fromkeys(STAGES, 4)
+    return floors[second]
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_imports_go_down(path: Path) -> None:
+    own = path.relative_to(ROOT).as_posix()
+    mine = floor(module_of(path))
+    for name in imports(path):
+        top = name.split(".")[0]
+        assert top not in DOORS or own in DOORS[top], f"{own} imports {top}; its door is {DOORS[top]}"
+        if top == "cache":
+            assert own.startswith("cache/") or mine >= 3 or own == "cli.py", f"{own} reaches into the cache"
+        if top == "pipeline":
+            assert not own.startswith("cache/"), f"{own}: the cache never imports the pipeline"
+            other = name if (ROOT / (name.replace(".", "/") + ".py")).exists() else name.rsplit(".", 1)[0]
+            assert floor(other) <= mine, f"{own} (floor {mine}) imports {other} (floor {floor(other)})"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_stages_do_not_meet(path: Path) -> None:
+    own = module_of(path).split(".")
+    if len(own) == 2 and own[0] == "pipeline" and own[1] in STAGES:
+        others = {f"pipeline.{stage}" for stage in STAGES if stage != own[1]}
+        assert not imports(path) & others
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("pipeline/ops/*.py")), ids=lambda p: p.name)
+def test_ops_are_pure(path: Path) -> None:
+    allowed = {"torch", "numpy", "pipeline", *sys.stdlib_module_names}
+    if path.name == "kmeans_faiss.py":
+        allowed |= {"faiss"}
+    assert {name.split(".")[0] for name in imports(path)} <= allowed
+    assert not {"pathlib", "os", "io", "shutil"} & {name.split(".")[0] for name in imports(path)}
+
+
+def loaded_by(statement: str) -> set[str]:
+    code = f"{statement}\nimport json, sys\nprint(json.dumps(sorted({{m.split('.')[0] for m in sys.modules}})))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+def test_a_training_machine_needs_no_teacher() -> None:
+    assert not {"open_clip", "faiss", "dask", "distributed"} & loaded_by("import pipeline.train")
+
+
+def test_help_loads_no_torch() -> None:
+    assert not {"torch", "zarr", "numpy"} & loaded_by("import cli")
+
+
+def test_no_module_hides_one_of_pythons() -> None:
+    assert not {path.stem for path in FILES} - {"__init__"} & set(sys.stdlib_module_names)

@@ -1,0 +1,82 @@
+"""Scores of small confusion matrices, by hand."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from pipeline.ops.metrics import confusion, harmonic_mean, iou_per_class, pixel_accuracy, summary
+
+
+def test_confusion_by_hand():
+    truth = torch.tensor([[0, 0, 1], [2, 255, 255]], dtype=torch.uint8)
+    prediction = torch.tensor([[0, 1, 1], [0, 1, 77]], dtype=torch.uint8)
+    assert confusion(truth, prediction, 3).tolist() == [[1, 1, 0], [0, 1, 0], [1, 0, 0]]
+    assert confusion(truth.numpy(), prediction.numpy(), 3).sum() == 4
+
+
+def test_confusion_refuses_ids_it_would_misplace():
+    zeros = torch.zeros(2, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"truth ids 0\.\.3"):
+        confusion(torch.tensor([0, 3]), zeros, 3)
+    with pytest.raises(ValueError, match=r"prediction ids 0\.\.3"):
+        confusion(zeros, torch.tensor([0, 3]), 3)
+    with pytest.raises(ValueError, match=r"prediction ids -1\.\.0"):
+        confusion(zeros, torch.tensor([0, -1]), 3)
+    with pytest.raises(ValueError, match="truth is"):
+        confusion(zeros, zeros[:1], 3)
+
+
+@pytest.mark.parametrize("kind", [torch.tensor, np.array])
+def test_summary_by_hand(kind):
+    # Rows are truth. Class 0: 6 right, row 8, column 7 -> 6 / 9. Class 1: 2, row 4, column 4 -> 2 / 6.
+    # Class 2: 3, row 3, column 4 -> 3 / 4. Class 3 is nowhere. Accuracy (6 + 2 + 3) / 15.
+    matrix = kind([[6, 2, 0, 0], [1, 2, 1, 0], [0, 0, 3, 0], [0, 0, 0, 0]])
+    assert pixel_accuracy(matrix) == pytest.approx(11 / 15)
+    assert iou_per_class(matrix)[:3] == pytest.approx([6 / 9, 2 / 6, 3 / 4])
+    result = summary(matrix, seen_ids=[0, 2], unseen_ids=[1, 3])
+    seen, unseen = 100 * (6 / 9 + 3 / 4) / 2, 100 * 2 / 6  # class 3 is left out, not counted as 0
+    assert result["pAcc"] == pytest.approx(100 * 11 / 15)
+    assert result["mIoU_S"] == pytest.approx(seen)
+    assert result["mIoU_U"] == pytest.approx(unseen)
+    assert result["hIoU"] == pytest.approx(2 * seen * unseen / (seen + unseen))
+    assert list(result["per_class"]) == [0, 1, 2, 3]
+    assert result["per_class"][2] == pytest.approx(75.0)
+    assert math.isnan(result["per_class"][3])
+
+
+def test_a_class_predicted_but_absent_from_truth_counts_as_zero():
+    matrix = np.array([[3, 1], [0, 0]])
+    assert iou_per_class(matrix).tolist() == [0.75, 0.0]
+
+
+def test_the_papers_harmonic_means():
+    # Table 1, SegNeXt on VOC: 89.2 and 82.2 give 85.6.
+    assert round(harmonic_mean(89.2, 82.2), 1) == 85.6
+    assert harmonic_mean(0.0, 0.0) == 0.0
+    assert harmonic_mean(50.0, 0.0) == 0.0
+    assert summary(np.array([[0, 1], [1, 0]]), [0], [1])["hIoU"] == 0.0
+
+
+def test_nothing_to_score_is_nan_not_zero():
+    result = summary(np.zeros((2, 2), np.int64), [0], [1])
+    assert all(math.isnan(result[name]) for name in ("pAcc", "mIoU_S", "mIoU_U", "hIoU"))
+    no_unseen = summary(np.eye(2, dtype=np.int64), [0, 1], [])
+    assert no_unseen["mIoU_S"] == 100
+    assert math.isnan(no_unseen["hIoU"])
+    with pytest.raises(ValueError, match="square"):
+        iou_per_class(np.zeros((2, 3)))
+
+
+@given(truth=arrays(np.uint8, 30, elements=st.integers(0, 3)), seed=st.integers(0, 99))
+def test_matrices_add_up_and_perfection_is_100(truth, seed):
+    prediction = np.random.default_rng(seed).integers(0, 4, 30)
+    halves = confusion(truth[:11], prediction[:11], 4) + confusion(truth[11:], prediction[11:], 4)
+    assert torch.equal(halves, confusion(truth, prediction, 4))
+    perfect = confusion(truth, truth, 4)
+    assert pixel_accuracy(perfect) == 1.0
+    assert set(iou_per_class(perfect)[~np.isnan(iou_per_class(perfect))]) == {1.0}

@@ -8,8 +8,12 @@ can't pass for data.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+
+import numpy as np
 
 VERSION = 1  # raised when an older reader would misread a newer cache
 SHARD = 64  # samples: at 1 MiB of tokens a view, 64 to 256 MiB a file
@@ -81,3 +85,11 @@ ARRAYS = {spec.name: spec for spec in _SPECS}
 # The ids, in order: written once, when the cache is made. An array and not an attribute, because
 # attributes are read at every opening by every worker, and 100,000 ids are megabytes of them.
 SAMPLE = ArraySpec("sample", ("N",), "string", "", "extract", "ids", compressed=True, is_sharded=False)
+
+
+def block_digest(array: str, shard: int, block: np.ndarray) -> str:
+    """blake2b of a shard's content and place, so that two swapped shards don't pass; 32 hex digits."""
+    head = json.dumps([array, shard, block.dtype.str, block.shape])
+    found = hashlib.blake2b(head.encode(), digest_size=16)
+    found.update(np.ascontiguousarray(block).reshape(-1).view(np.uint8).data)
+    return found.hexdigest()

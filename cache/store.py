@@ -11,8 +11,6 @@ doesn't force files to disk.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -26,20 +24,12 @@ from zarr.storage import MemoryStore
 from cache.errors import CorruptShard, MissingCache, StaleCache, damaged, unreadable
 from cache.files import PARTIAL, sync, sync_tree, write_atomic, writing
 from cache.header import DATA, HEADER, METADATA, check_same, new_attributes, read_attributes, write_attributes
-from cache.schema import ARRAYS, SAMPLE, SHARD, ArraySpec
+from cache.schema import ARRAYS, SAMPLE, SHARD, ArraySpec, block_digest
 
 ZSTD_LEVEL = 3  # zstd's own default
 # What zarr and its codecs raise on bytes, and on array metadata, that aren't what was written.
 BAD_BYTES = (ValueError, RuntimeError)
 BAD_METADATA = (OSError, ValueError, KeyError, TypeError)
-
-
-def block_digest(array: str, shard: int, block: np.ndarray) -> str:
-    """blake2b of a shard's content and place, so that two swapped shards don't pass; 32 hex digits."""
-    head = json.dumps([array, shard, block.dtype.str, block.shape])
-    found = hashlib.blake2b(head.encode(), digest_size=16)
-    found.update(np.ascontiguousarray(block).reshape(-1).view(np.uint8).data)
-    return found.hexdigest()
 
 
 class Store:

@@ -11,8 +11,8 @@ import numpy as np
 
 from cache.errors import CacheError
 from cache.ledger import Ledger, read_manifest
-from cache.schema import ARRAYS
-from cache.store import Store, block_digest
+from cache.schema import ARRAYS, block_digest
+from cache.store import Store
 
 OK = 0  # code of a usable row in `status`
 MANIFEST = ".manifest.json"
@@ -159,7 +159,7 @@ def _invalid(name: str, block: np.ndarray, usable: np.ndarray) -> Iterator[str]:
     bad = ~np.isfinite(values)
     if spec.padded:  # a vector is either all there or all NaN
         bad &= ~np.isnan(values).all(axis=-1, keepdims=True)
-    rows = np.flatnonzero(usable)[bad.reshape(len(values), -1).any(axis=1)]
+    rows = np.flatnonzero(usable)[bad.any(axis=tuple(range(1, bad.ndim)))]
     if len(rows):
         yield f"{len(rows)} usable rows hold values that aren't finite, the first is row {rows[0]} in it"
 

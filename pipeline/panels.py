@@ -48,7 +48,8 @@ _PROTAN = np.array(
 _DEUTAN = np.array(
     [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]]
 )
-_LIGHTNESS, _CHROMA = (0.42, 0.93), 0.04  # neither black nor white, and none of the greys that mean "no label"
+_LIGHTNESS = (0.42, 0.90)  # neither black nor white,
+_CHROMA = (0.04, 0.17)  # nor one of the greys that mean "no label", nor glaring
 
 
 def _oklab(linear: np.ndarray) -> np.ndarray:
@@ -68,7 +69,8 @@ def object_palette() -> np.ndarray:
     unit = candidates / 255
     linear = np.where(unit <= 0.04045, unit / 12.92, ((unit + 0.055) / 1.055) ** 2.4)
     lab = _oklab(linear)
-    usable = (lab[:, 0] > _LIGHTNESS[0]) & (lab[:, 0] < _LIGHTNESS[1]) & (np.hypot(*lab[:, 1:].T) > _CHROMA)
+    lightness, chroma = lab[:, 0], np.hypot(lab[:, 1], lab[:, 2])
+    usable = (lightness > _LIGHTNESS[0]) & (lightness < _LIGHTNESS[1]) & (chroma > _CHROMA[0]) & (chroma < _CHROMA[1])
     candidates, linear = candidates[usable], linear[usable]
     eyes = np.stack([_oklab(linear), _oklab(linear @ _PROTAN.T), _oklab(linear @ _DEUTAN.T)])  # (3, n, 3)
     chosen = [int(np.abs(candidates - (0, 114, 178)).sum(1).argmin())]
@@ -185,6 +187,8 @@ def resized(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 PAGE, INK, QUIET = (255, 255, 255), (25, 28, 33), (104, 110, 120)
 GROUND, HATCH_LIGHT, HATCH_DARK = (226, 228, 232), (244, 244, 246), (176, 180, 188)
+CAPTION, TITLE, LINE = 24, 22, 18  # pixels high: a strip's caption, the panels' titles, a line of the legend
+SHEET_ASPECT = 1.5  # width to height that a sheet of many strips comes near to
 
 
 def drawn(panel: Panel, size: tuple[int, int], image: np.ndarray | None = None) -> np.ndarray:
@@ -220,31 +224,47 @@ class Strip:
 
 
 def sheet(strips: Sequence[Strip], *, side: int = 224, gap: int = 12) -> Image.Image:
-    """A contact sheet: a row a strip, caption above, panel titles and class names below.
+    """A contact sheet: a row of panels a strip, caption above, titles and class names below.
 
-    Panels are `side` high or wide, whichever is longer. Raises: ValueError without strips.
+    Panels are `side` high or wide, whichever is longer; many strips stand in several columns.
+    Raises: ValueError without strips.
     """
     if not strips:
         raise ValueError("a contact sheet wants at least one strip.")
+    width = max(max(len(strip.panels) for strip in strips) * (side + gap), 400) + gap
+    drawn_strips = [_drawn_strip(strip, side, gap, width) for strip in strips]
+    total = sum(strip.height for strip in drawn_strips)
+    num_columns = max(1, min(len(strips), round(math.sqrt(SHEET_ASPECT * total / width))))
+    columns: list[list[Image.Image]] = [[]]
+    for strip in drawn_strips:
+        if len(columns) < num_columns and sum(s.height for s in columns[-1]) + strip.height / 2 > total / num_columns:
+            columns.append([])
+        columns[-1].append(strip)
+    page = Image.new("RGB", (len(columns) * width, gap + max(sum(s.height for s in c) for c in columns)), PAGE)
+    for place, column in enumerate(columns):
+        top = gap
+        for strip in column:
+            page.paste(strip, (place * width, top))
+            top += strip.height
+    return page
+
+
+def _drawn_strip(strip: Strip, side: int, gap: int, width: int) -> Image.Image:
     font, small = ImageFont.load_default(15), ImageFont.load_default(12)
-    width = max(2 * gap + max(len(strip.panels) for strip in strips) * (side + gap), 420)
-    laid = [_lay(strip, side, gap, width, small) for strip in strips]
-    page = Image.new("RGB", (width, gap + sum(height for *_, height in laid)), PAGE)
-    pen, top = ImageDraw.Draw(page), gap
-    for strip, (size, lines, height) in zip(strips, laid, strict=True):
-        pen.text((gap, top), strip.caption, fill=INK, font=font)
-        image = next((p.pixels for p in strip.panels if p.kind == "photo"), None)
-        for place, panel in enumerate(strip.panels):
-            x, y = gap + place * (side + gap), top + 24
-            page.paste(Image.fromarray(drawn(panel, size, image)), (x, y))
-            pen.text((x, y + size[1] + 3), panel.title, fill=QUIET, font=small)
-        y = top + 24 + size[1] + 22
-        for line in lines:
-            for x, name, colour in line:
-                pen.rectangle((x, y + 2, x + 10, y + 12), fill=colour, outline=QUIET)
-                pen.text((x + 15, y), name, fill=INK, font=small)
-            y += 18
-        top += height
+    size, lines, height = _lay(strip, side, gap, width, small)
+    page = Image.new("RGB", (width, height), PAGE)
+    pen = ImageDraw.Draw(page)
+    pen.text((gap, 0), strip.caption, fill=INK, font=font)
+    image = next((p.pixels for p in strip.panels if p.kind == "photo"), None)
+    for place, panel in enumerate(strip.panels):
+        x = gap + place * (side + gap)
+        page.paste(Image.fromarray(drawn(panel, size, image)), (x, CAPTION))
+        pen.text((x, CAPTION + size[1] + 3), panel.title, fill=QUIET, font=small)
+    for row, line in enumerate(lines):
+        y = CAPTION + size[1] + TITLE + row * LINE
+        for x, name, colour in line:
+            pen.rectangle((x, y + 2, x + 10, y + 12), fill=colour, outline=QUIET)
+            pen.text((x + 15, y), name, fill=INK, font=small)
     return page
 
 
@@ -267,4 +287,4 @@ def _lay(
             x = gap
         lines[-1].append((int(x), name, colour))
         x += needed
-    return size, lines, 24 + size[1] + 22 + 18 * len(lines) + gap
+    return size, lines, CAPTION + size[1] + TITLE + LINE * len(lines) + gap

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import io
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ from pipeline.panels import indexed, object_palette, resized, sheet
 from pipeline.tracking import run_config, say
 
 MANY = 8  # quarantined images listed in the tree
+PIPE_WIDTH = 120  # columns of the tree where there is no terminal to ask
 
 
 def report(config: Config) -> Path:
@@ -72,12 +74,12 @@ def inspect(
     config = _config_of(run)
     store, data = Store.open(config.cache_path), data_of(config)
     metrics = read_manifest(facts.metrics_path(config))
-    out = Console(highlight=False, soft_wrap=True)
+    out = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=PIPE_WIDTH)
     chosen = _selection(config, store, data, image, class_name)
     out.print(cache_tree(config, store, metrics))
     if export is not None:
         count = export_pseudo(export, config, store, data, chosen)
-        out.print(f"{count} pseudo label maps: {export}", markup=False)
+        out.print(f"{count} pseudo label maps: {export}", markup=False, soft_wrap=True)
     if png is not None:
         cards, _ = _cards(config, store, data, chosen, metrics)
         shown = [card.strip(data) for card in cards if card.panels]
@@ -86,11 +88,11 @@ def inspect(
         content = io.BytesIO()
         sheet(shown).save(content, "PNG", optimize=True)
         _write(png, content.getvalue())
-        out.print(f"panels: {png}", markup=False)
+        out.print(f"panels: {png}", markup=False, soft_wrap=True)
     if png is None and export is None:
         page = config.run_path / "inspect" / "index.html"
         _write_page(page, config, chosen, metrics)
-        out.print(f"page: {page}", markup=False)
+        out.print(f"page: {page}", markup=False, soft_wrap=True)
 
 
 def _config_of(run: Path) -> Config:
@@ -221,7 +223,9 @@ def cache_tree(config: Config, store: Store, metrics: Mapping[str, Any] | None) 
             branch.add(Text(f"{key}  {value}"))
     arrays = facts.array_facts(config, store)
     total = sum(fact.size_bytes for fact in arrays)
-    tree.add(Text(f"arrays, {human_bytes(total)} ({total} bytes)")).add(_array_table(arrays))
+    branch = tree.add(Text(f"arrays, {human_bytes(total)} ({total} bytes)"))
+    branch.add("axes  " + ", ".join(f"{axis} {length}" for axis, length in store.sizes.items()))
+    branch.add(_array_table(arrays))
     stages = tree.add("stages")
     for fact in facts.stage_facts(config, store, metrics):
         word = "complete" if fact.is_complete else "not run" if not fact.done else "not complete"
@@ -239,15 +243,13 @@ def cache_tree(config: Config, store: Store, metrics: Mapping[str, Any] | None) 
 
 def _array_table(arrays: list[facts.ArrayFact]) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("array", no_wrap=True)
-    table.add_column("axes", no_wrap=True)
-    table.add_column("shape", no_wrap=True)
-    table.add_column("dtype", no_wrap=True)
+    for name in ("array", "shape", "dtype"):
+        table.add_column(name, overflow="fold", no_wrap=name != "shape")
     for name in ("shards", "bytes", "size", "a view"):
         table.add_column(name, justify="right", no_wrap=True)
     for fact in arrays:
         a_view = "" if fact.bytes_per_view is None else human_bytes(fact.bytes_per_view)
         shape = " x ".join(map(str, fact.shape))
         numbers = (str(fact.num_shards), str(fact.size_bytes), human_bytes(fact.size_bytes), a_view)
-        table.add_row(fact.name, " ".join(fact.axes), shape, fact.dtype, *numbers)
+        table.add_row(fact.name, shape, fact.dtype, *numbers)
     return table

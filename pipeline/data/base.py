@@ -89,7 +89,7 @@ class DataSet(ABC):
         check_names(f"{self.name}: classes", self.classes, self.classes)
         if not 1 <= len(self.classes) <= IGNORE:
             raise DataError(
-                f"{self.name}: {len(self.classes)} classes; want 1 to 255, since ids have 8 bits and 255 is ignored."
+                f"{self.name}: {len(self.classes)} classes; want 1 to 255, ids being 8 bits and 255 ignored."
             )
         self.unseen = check_names(f"{self.name}: unseen", unseen, self.classes)
         if len(self.unseen) == len(self.classes):

@@ -76,7 +76,7 @@ class CocoStuff(FileDataSet):
         if max(raw) > 181:
             return " COCO-Stuff's masks hold 0-170 (_labelTrainIds) or 0-181 (as published), and 255."
         if min(raw) > 170:
-            return " 171-181 are published ids: the file isn't converted, so it must not be named _labelTrainIds."
+            return " 171-181 are published ids: this file is not converted, but named _labelTrainIds."
         return (
             " As a published id it has no class; masks converted to 0-170 must be named *_labelTrainIds.png."
         )

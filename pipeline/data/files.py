@@ -83,8 +83,8 @@ class FileDataSet(DataSet):
         if strange:
             listed = ", ".join(map(str, strange[:5])) + (", ..." if len(strange) > 5 else "")
             raise DataError(
-                f"{sample.mask}: label id {listed} is none of {self.name}'s {len(self.classes)} classes, nor its "
-                f"ignored value.{self.label_hint(set(strange))}"
+                f"{sample.mask}: label id {listed} is none of {self.name}'s {len(self.classes)} classes, "
+                f"nor ignored.{self.label_hint(set(strange))}"
             )
         return ids.astype(np.uint8)
 

@@ -79,9 +79,9 @@ class FolderDataSet(FileDataSet):
             )
         if raw == {num}:
             return (
-                f" Ids count from 0, so {num} is one too many. If 0 means background or no label here and the "
-                f"classes start at 1, set `reduce_zero_label: true` in {self.path.name}; if background is a class, "
-                "list it first."
+                f" Ids count from 0, so {num} is one too many. If 0 means background or no label here and "
+                f"the classes start at 1, set `reduce_zero_label: true` in {self.path.name}; if background "
+                "is a class, list it first."
             )
         if raw == {IGNORE}:
             return (
@@ -94,7 +94,7 @@ class FolderDataSet(FileDataSet):
     def list_samples(self, part: str) -> list[Sample]:
         if part not in self.parts:
             raise DataError(
-                f"{self.path}: has no {part} part, which is needed. Add `{part}: {{images: ..., masks: ...}}`."
+                f"{self.path}: has no {part} part, and needs it. Add `{part}: {{images: ..., masks: ...}}`."
             )
         described = self.parts[part]
         where, suffix = f"{self.path}: {part}", described.get("mask_suffix") or ""
@@ -206,10 +206,10 @@ def _palette(path: Path, palette: object, num: int) -> np.ndarray | None:
     if palette is None:
         return None
     try:
-        colours = np.array(palette, dtype=np.int64)
-    except (ValueError, TypeError, OverflowError):
-        colours = np.zeros(0, np.int64)
-    if colours.shape != (num, 3) or colours.min() < 0 or colours.max() > 255:
+        colours = np.array(palette)
+    except ValueError:  # rows of different lengths
+        colours = np.zeros(0)
+    if colours.shape != (num, 3) or colours.dtype.kind != "i" or colours.min() < 0 or colours.max() > 255:
         raise DataError(
             f"{path}: palette: want {num} colours, one a class, each [r, g, b] of whole numbers 0-255."
         )

@@ -47,7 +47,7 @@ def build_student(section: Student, channels: int, *, pretrained: bool = True) -
 
     Raises: StudentError naming the arch, the encoder or the option that doesn't exist.
     """
-    archs = {arch.__name__.lower(): arch for arch in smp.MODEL_ARCHITECTURES}
+    archs = {name.lower(): arch for name, arch in vars(smp).items() if _is_arch(arch)}
     if section.arch.lower() not in archs:
         raise StudentError(f"student.arch {section.arch!r}: want one of {', '.join(a.__name__ for a in archs.values())}.")
     options: dict[str, Any] = dict(section.options)
@@ -71,6 +71,10 @@ def build_student(section: Student, channels: int, *, pretrained: bool = True) -
             f"{what}. Offline, set student.encoder_weights to null or student.weights to a file."
         ) from None
     return DenseStudent(net, section.mean, section.std)
+
+
+def _is_arch(found: Any) -> bool:
+    return isinstance(found, type) and issubclass(found, smp.base.SegmentationModel)
 
 
 def parameter_groups(student: DenseStudent, extra: nn.Module, *, lr: float, head_lr_factor: float, decay: float) -> list:

@@ -22,14 +22,18 @@ app = typer.Typer(
 )
 
 ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="the run's YAML")]
-SetOption = Annotated[list[str], typer.Option("--set", "-s", help="override a key: train.lr=1e-4; may be repeated")]
+SetOption = Annotated[
+    list[str], typer.Option("--set", "-s", help="override a key: train.lr=1e-4; may be repeated")
+]
 LogOption = Annotated[Path | None, typer.Option("--log", help="write what is printed to this file too")]
-WorkersOption = Annotated[int, typer.Option("--workers", help="dask processes on this machine; 0 runs in this one")]
+WorkersOption = Annotated[
+    int, typer.Option("--workers", help="dask processes on this machine; 0 runs in this one")
+]
 SchedulerOption = Annotated[str | None, typer.Option("--scheduler", help="a dask scheduler, tcp://host:port")]
 DEFAULT = Path("config/demo.yaml")
 
 
-def _load(config: Path, settings: list[str], log: Path | None = None):  # noqa: ANN202 - pydantic loads with it
+def _load(config: Path, settings: list[str], log: Path | None = None):
     from pipeline.config import load
     from pipeline.tracking import log_to
 
@@ -115,8 +119,12 @@ def inspect(
     run: Annotated[Path, typer.Argument(help="a run folder")],
     image: Annotated[str | None, typer.Option("--image", help="only this sample")] = None,
     class_: Annotated[str | None, typer.Option("--class", help="only images that hold this class")] = None,
-    png: Annotated[Path | None, typer.Option("--png", help="write the panels as one PNG instead of the report")] = None,
-    export: Annotated[Path | None, typer.Option("--export", help="write pseudo labels as indexed PNGs")] = None,
+    png: Annotated[
+        Path | None, typer.Option("--png", help="write the panels as one PNG instead of the report")
+    ] = None,
+    export: Annotated[
+        Path | None, typer.Option("--export", help="write pseudo labels as indexed PNGs")
+    ] = None,
 ) -> None:
     """Look into a run: the cache's tree, and an HTML report of labels, pseudo labels and predictions."""
     from pipeline import report as stage
@@ -176,7 +184,11 @@ def main() -> None:
     except (UserError, CacheError) as error:
         sys.exit(_complain(str(error)))
     except OSError as error:  # disk full, no permission: the system's word and the path it names
-        sys.exit(_complain(f"{error.filename or 'writing'}: {error.strerror or error}. Make room or mend permissions."))
+        sys.exit(
+            _complain(
+                f"{error.filename or 'writing'}: {error.strerror or error}. Make room or mend permissions."
+            )
+        )
     except KeyboardInterrupt:
         sys.exit(_complain("interrupted; the same command resumes.", 130))
 

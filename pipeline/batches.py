@@ -10,7 +10,7 @@ Axes: B images of this process, S view side, h = w token grid, C channels.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,7 +54,9 @@ class Plan:
         """(row, epoch) of each place in the batch of `iteration`, counted from 0."""
         first, num = iteration * self.batch, len(self.rows)
         places = range(first, first + self.batch)
-        return [(self.rows[_order(self.seed, place // num, num)[place % num]], place // num) for place in places]
+        return [
+            (self.rows[_order(self.seed, place // num, num)[place % num]], place // num) for place in places
+        ]
 
 
 @functools.lru_cache(maxsize=4)
@@ -86,10 +88,12 @@ class CachedViews(Dataset):
         self.samples = data.samples("train")
         ids = [sample.id for sample in self.samples]
         if list(self.store.samples) != ids:
-            odd = next((a, b) for a, b in zip([*self.store.samples, None], [*ids, None], strict=False) if a != b)
+            odd = next(
+                (a, b) for a, b in zip([*self.store.samples, None], [*ids, None], strict=False) if a != b
+            )
             raise StaleCache(
-                f"{config.cache_path}: caches {len(self.store.samples)} images, {data.name} lists {len(ids)}; the first "
-                f"that differs is {odd[0]!r} against {odd[1]!r}. Run `cli.py extract` again, or mend the list."
+                f"{config.cache_path}: caches {len(self.store.samples)} images, {data.name} lists {len(ids)}; the "
+                f"first that differs is {odd[0]!r} against {odd[1]!r}. Run `cli.py extract` again, or mend the list."
             )
         self.size = int(self.store.attributes["teacher"]["image_size"])
         self.mean_colour = np.array(self.store.attributes["mean_colour"], np.uint8)
@@ -107,7 +111,9 @@ class CachedViews(Dataset):
         view = view_of(sample.id, place.epoch, self.num_views)
         image, labels = self.replay(sample, self._row("view", place.row)[view])
         pseudo = torch.from_numpy(self._row("pseudo", place.row)[view])
-        rng = np.random.Generator(np.random.Philox(key=[train.seed, (place.iteration << 20) + place.position]))
+        rng = np.random.Generator(
+            np.random.Philox(key=[train.seed, (place.iteration << 20) + place.position])
+        )
         if rng.random() < train.flip:
             image, labels, pseudo = image.flip(-1), labels.flip(-1), pseudo.flip(-1)
         if train.photometric:
@@ -173,7 +179,7 @@ class _Batches:
     def __len__(self) -> int:
         return self.stop - self.start
 
-    def __iter__(self) -> Iterator[Sequence[Place]]:
+    def __iter__(self) -> Iterator[list[Place]]:
         for iteration in range(self.start, self.stop):
             places = [Place(r, e, iteration, i) for i, (r, e) in enumerate(self.plan.items(iteration))]
             yield places[self.process :: self.num_processes]

@@ -8,15 +8,39 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 
 Points = Sequence[tuple[float, float]]
 
 MAX_POINTS = 300  # of a curve; more would only fatten the file
+TOP, BOTTOM, LEFT = 16, 34, 46  # room in SVG units for the mark's word, the x axis and the y axis
+NAME_HEIGHT = 13  # least distance of two names at the ends of lines
+
+
+@dataclass(frozen=True)
+class Frame:
+    """From data to SVG units: x_low..x_high across, y_low..y_high up, inside the margins."""
+
+    width: int
+    height: int
+    right: int
+    x_low: float
+    x_high: float
+    y_low: float
+    y_high: float
+
+    def x(self, value: float) -> float:
+        share = (value - self.x_low) / ((self.x_high - self.x_low) or 1)
+        return LEFT + share * (self.width - LEFT - self.right)
+
+    def y(self, value: float) -> float:
+        share = (value - self.y_low) / ((self.y_high - self.y_low) or 1)
+        return self.height - BOTTOM - share * (self.height - TOP - BOTTOM)
 
 
 def ticks(low: float, high: float, wanted: int = 4) -> list[float]:
-    """Round numbers (1, 2 or 5 times a power of ten) that span low..high, about `wanted` steps apart."""
+    """Round numbers (1, 2 or 5 times a power of ten) that span low..high, at most `wanted` + 1 steps."""
     span = (high - low) or abs(high) or 1.0
     power = 10.0 ** math.floor(math.log10(span / wanted))
     step = next((power * m for m in (1, 2, 5) if span / (power * m) <= wanted), power * 10)
@@ -26,8 +50,8 @@ def ticks(low: float, high: float, wanted: int = 4) -> list[float]:
 
 def thinned(points: Points, limit: int = MAX_POINTS) -> list[tuple[float, float]]:
     """At most `limit` points: the means of equal runs of neighbours."""
-    size = -(-len(points) // limit)
-    runs = [points[i : i + size] for i in range(0, len(points), max(size, 1))]
+    size = max(1, -(-len(points) // limit))
+    runs = [points[i : i + size] for i in range(0, len(points), size)]
     return [(sum(x for x, _ in run) / len(run), sum(y for _, y in run) / len(run)) for run in runs]
 
 
@@ -38,114 +62,73 @@ def line_chart(
     x_name: str,
     y_name: str = "",
     mark_x: tuple[float, str] | None = None,
-    from_zero: bool = False,
     dots: bool = False,
     width: int = 360,
     height: int = 210,
 ) -> str:
-    """Lines over a common x axis, named at their ends when there is more than one.
+    """Lines from zero up over a common x axis, named at their ends when there is more than one.
 
     `mark_x` draws a vertical line with a word; values that aren't finite are left out.
     Returns "" when nothing is left to draw.
     """
-    drawn = {name: [p for p in points if math.isfinite(p[1])] for name, points in series.items()}
-    drawn = {name: points for name, points in drawn.items() if points}
+    finite = {name: [p for p in points if math.isfinite(p[1])] for name, points in series.items()}
+    drawn = {name: thinned(points) for name, points in finite.items() if points}
     if not drawn:
         return ""
-    every = [point for points in drawn.values() for point in points]
-    low = min(y for _, y in every)
-    y_ticks = ticks(min(low, 0.0) if from_zero else low, max(y for _, y in every))
-    x_low, x_high = min(x for x, _ in every), max(x for x, _ in every)
-    x_ticks = [t for t in ticks(x_low, x_high) if x_low - 1e-9 <= t <= x_high + 1e-9] or [x_low]
-    left, right, top, bottom = 46, 64 if len(drawn) > 1 else 14, 16, 34
-
-    def at(x: float, y: float) -> tuple[float, float]:
-        across = (x - x_low) / ((x_high - x_low) or 1)
-        up = (y - y_ticks[0]) / ((y_ticks[-1] - y_ticks[0]) or 1)
-        return left + across * (width - left - right), height - bottom - up * (height - top - bottom)
-
-    parts = [_frame(at, x_low, x_high, x_ticks, y_ticks, x_name, y_name, width, height)]
+    xs, ys = zip(*(point for points in drawn.values() for point in points), strict=True)
+    y_ticks = ticks(min(*ys, 0.0), max(*ys, 0.0))
+    is_named = len(drawn) > 1
+    frame = Frame(width, height, 64 if is_named else 14, min(xs), max(xs), y_ticks[0], y_ticks[-1])
+    parts = _axes(frame, y_ticks, x_name, y_name)
+    inside = [tick for tick in ticks(min(xs), max(xs)) if min(xs) <= tick <= max(xs)] or [min(xs)]
+    parts += [_text("tick", frame.x(t), height - BOTTOM + 14, short(t), "middle") for t in inside]
     if mark_x is not None:
-        x, _ = at(mark_x[0], y_ticks[0])
-        side = "end" if x > (left + width - right) / 2 else "start"
-        parts.append(f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{height - bottom}"/>')
-        shift = -4 if side == "end" else 4
-        parts.append(f'<text class="tick" x="{x + shift:.1f}" y="{top - 4}" text-anchor="{side}">{escape(mark_x[1])}</text>')
-    ends: list[tuple[float, float, str, int]] = []
+        x = frame.x(mark_x[0])
+        parts += [_line("mark", x, x, TOP, height - BOTTOM), _text("tick", x + 4, TOP - 4, mark_x[1])]
     for place, (name, points) in enumerate(drawn.items()):
-        thin = thinned(points)
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (at(*p) for p in thin))
-        parts.append(f'<polyline class="line s{place % 4}" points="{path}"><title>{escape(name)}</title></polyline>')
-        for point in thin if dots or len(thin) == 1 else []:
-            x, y = at(*point)
-            says = f"{name}: {point[1]:.4g} at {x_name} {point[0]:g}"
-            parts.append(f'<circle class="dot s{place % 4}" cx="{x:.1f}" cy="{y:.1f}" r="3"><title>{escape(says)}</title></circle>')
-        ends.append((*at(*thin[-1]), name, place))
-    if len(drawn) > 1:
-        lowest = -math.inf
-        for x, y, name, place in sorted(ends, key=lambda end: end[1]):
-            lowest = max(y, lowest + 13)  # names keep a line's distance
-            parts.append(f'<text class="name t{place % 4}" x="{x + 7:.1f}" y="{lowest + 4:.1f}">{escape(name)}</text>')
-    return _svg(width, height, what, parts)
+        path = " ".join(f"{frame.x(x):.1f},{frame.y(y):.1f}" for x, y in points)
+        parts.append(_titled(f'polyline class="line s{place % 4}" points="{path}"', name))
+        for x, y in points if dots or len(points) == 1 else []:
+            says = f"{name}: {y:.4g} at {x_name} {x:g}"
+            at = f'cx="{frame.x(x):.1f}" cy="{frame.y(y):.1f}"'
+            parts.append(_titled(f'circle class="dot s{place % 4}" {at} r="3"', says))
+    return _svg(frame, what, parts + (_end_names(frame, drawn) if is_named else []))
+
+
+def _end_names(frame: Frame, drawn: Mapping[str, Points]) -> list[str]:
+    """The name of each line beside its last point, pushed down where they would overlap."""
+    ends = [(frame.y(points[-1][1]), place, name) for place, (name, points) in enumerate(drawn.items())]
+    parts, lowest = [], -math.inf
+    for y, place, name in sorted(ends):
+        lowest = max(y, lowest + NAME_HEIGHT)
+        parts.append(_text(f"name t{place % 4}", frame.width - frame.right + 7, lowest + 4, name))
+    return parts
 
 
 def bar_chart(
-    bars: Sequence[tuple[str, float]], *, what: str, x_name: str, y_name: str, width: int = 560, height: int = 220
+    bars: Sequence[tuple[str, float]],
+    *,
+    what: str,
+    x_name: str,
+    y_name: str,
+    width: int = 560,
+    height: int = 220,
 ) -> str:
-    """Vertical bars with a label each (thinned when they are many). Returns "" without bars."""
+    """Vertical bars with their labels (thinned when they are many). Returns "" without bars."""
     if not bars:
         return ""
     y_ticks = ticks(0.0, max(value for _, value in bars))
-    left, right, top, bottom = 46, 10, 12, 34
-    room = (width - left - right) / len(bars)
-
-    def at(x: float, y: float) -> tuple[float, float]:
-        return left + x * room, height - bottom - y / y_ticks[-1] * (height - top - bottom)
-
-    parts = [_frame(at, 0, len(bars), [], y_ticks, x_name, y_name, width, height)]
+    frame = Frame(width, height, 10, 0, len(bars), y_ticks[0], y_ticks[-1])
+    parts = _axes(frame, y_ticks, x_name, y_name)
     every = max(1, -(-len(bars) // 16))
     for place, (label, value) in enumerate(bars):
-        x, y = at(place, value)
-        tall = height - bottom - y
-        parts.append(
-            f'<rect class="bar" x="{x + room * 0.1:.1f}" y="{y:.1f}" width="{room * 0.8:.1f}" height="{tall:.1f}">'
-            f"<title>{escape(f'{label}: {value:g}')}</title></rect>"
-        )
+        x, wide = frame.x(place + 0.1), frame.x(place + 0.9) - frame.x(place + 0.1)
+        y, tall = frame.y(value), frame.y(0) - frame.y(value)
+        box = f'x="{x:.1f}" y="{y:.1f}" width="{wide:.1f}" height="{tall:.1f}"'
+        parts.append(_titled(f'rect class="bar" {box}', f"{label}: {value:g}"))
         if place % every == 0:
-            parts.append(
-                f'<text class="tick" x="{x + room / 2:.1f}" y="{height - bottom + 14}" text-anchor="middle">'
-                f"{escape(label)}</text>"
-            )
-    return _svg(width, height, what, parts)
-
-
-def _frame(
-    at, x_low: float, x_high: float, x_ticks: Sequence[float], y_ticks: Sequence[float], x_name: str, y_name: str,
-    width: int, height: int,
-) -> str:  # fmt: skip
-    """Grid lines, tick labels and the names of the axes."""
-    parts = []
-    for tick in y_ticks:
-        (x1, y), (x2, _) = at(x_low, tick), at(x_high, tick)
-        parts.append(f'<line class="grid" x1="{x1:.1f}" x2="{x2:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text class="tick" x="{x1 - 6:.1f}" y="{y + 4:.1f}" text-anchor="end">{short(tick)}</text>')
-    for tick in x_ticks:
-        x, y = at(tick, y_ticks[0])
-        parts.append(f'<text class="tick" x="{x:.1f}" y="{y + 14:.1f}" text-anchor="middle">{short(tick)}</text>')
-    middle = (at(x_low, 0)[0] + at(x_high, 0)[0]) / 2
-    parts.append(f'<text class="axis" x="{middle:.1f}" y="{height - 4}" text-anchor="middle">{escape(x_name)}</text>')
-    if y_name:
-        parts.append(
-            f'<text class="axis" transform="translate(11 {height / 2 - 10:.0f}) rotate(-90)" text-anchor="middle">'
-            f"{escape(y_name)}</text>"
-        )
-    return "".join(parts)
-
-
-def _svg(width: int, height: int, what: str, parts: Sequence[str]) -> str:
-    return (
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(what)}">{"".join(parts)}</svg>'
-    )
+            parts.append(_text("tick", x + wide / 2, height - BOTTOM + 14, label, "middle"))
+    return _svg(frame, what, parts)
 
 
 def short(value: float) -> str:
@@ -154,3 +137,33 @@ def short(value: float) -> str:
         if abs(value) >= size:
             return f"{value / size:g}{unit}"
     return f"{value:g}"
+
+
+def _axes(frame: Frame, y_ticks: Sequence[float], x_name: str, y_name: str) -> list[str]:
+    """Horizontal grid lines with their numbers, and the names of both axes."""
+    parts = []
+    for tick in y_ticks:
+        y = frame.y(tick)
+        parts.append(_line("grid", LEFT, frame.width - frame.right, y, y))
+        parts.append(_text("tick", LEFT - 6, y + 4, short(tick), "end"))
+    middle = (LEFT + frame.width - frame.right) / 2
+    parts.append(_text("axis", middle, frame.height - 4, x_name, "middle"))
+    turn = f' transform="rotate(-90 11 {frame.height / 2 - 10:.1f})"'
+    return parts + ([_text("axis", 11, frame.height / 2 - 10, y_name, "middle", turn)] if y_name else [])
+
+
+def _line(kind: str, x1: float, x2: float, y1: float, y2: float) -> str:
+    return f'<line class="{kind}" x1="{x1:.1f}" x2="{x2:.1f}" y1="{y1:.1f}" y2="{y2:.1f}"/>'
+
+
+def _text(kind: str, x: float, y: float, word: str, anchor: str = "start", more: str = "") -> str:
+    return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{more}>{escape(word)}</text>'
+
+
+def _titled(tag: str, says: str) -> str:
+    return f"<{tag}><title>{escape(says)}</title></{tag.split()[0]}>"
+
+
+def _svg(frame: Frame, what: str, parts: Sequence[str]) -> str:
+    head = f'<svg viewBox="0 0 {frame.width} {frame.height}" role="img" aria-label="{escape(what)}">'
+    return head + "".join(parts) + "</svg>"

@@ -50,7 +50,9 @@ class Checkpoint:
 
 def save_student(path: Path, student: nn.Module, checkpoint: Checkpoint) -> None:
     """Writes weights and metadata to one safetensors file, atomically."""
-    tensors = {f"student.{name}": value.detach().cpu().contiguous() for name, value in student.state_dict().items()}
+    tensors = {
+        f"student.{name}": value.detach().cpu().contiguous() for name, value in student.state_dict().items()
+    }
     metadata = {
         "config": json.dumps(checkpoint.config.model_dump(mode="json", by_alias=True)),
         "fingerprint": checkpoint.identity,
@@ -125,7 +127,9 @@ def student_file(run: Path) -> Path:
     for path in [run, *choices]:
         if path.is_file():
             return path
-    raise CheckpointError(f"{run}: no trained student in it. Run `cli.py train` first, or name another run folder.")
+    raise CheckpointError(
+        f"{run}: no trained student in it. Run `cli.py train` first, or name another run folder."
+    )
 
 
 def load_student(path: Path) -> tuple[DenseStudent, Checkpoint]:
@@ -136,7 +140,9 @@ def load_student(path: Path) -> tuple[DenseStudent, Checkpoint]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
         raw, classes, unseen = (json.loads(metadata[key]) for key in ("config", "classes", "unseen"))
     except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise CheckpointError(f"{path}: not a student of this project: {' '.join(str(error).split())}") from None
+        raise CheckpointError(
+            f"{path}: not a student of this project: {' '.join(str(error).split())}"
+        ) from None
     config, text = from_mapping(raw, where=str(path)), tensors.pop(TEXT)
     student = build_student(config.student, text.shape[1], pretrained=False)
     student.load_state_dict({name.removeprefix("student."): value for name, value in tensors.items()})

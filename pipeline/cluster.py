@@ -19,18 +19,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from cache.errors import StaleCache
 from cache.ledger import Ledger, lock, write_manifest
 from cache.store import Store
-from pipeline.config import Cluster, Config, config_fingerprint, digest, fingerprint
 from pipeline.batches import data_of
+from pipeline.config import Cluster, Config, ConfigError, config_fingerprint, digest, fingerprint
 from pipeline.data.base import DataSet, Sample
 from pipeline.engine import map_shards
 from pipeline.ops import fusion, kmeans, views
 from pipeline.tracking import found_manifest, manifest_path, progress, record_shard, required_manifest, say
 
 IGNORED = 1  # token_state's code of a token in the ignored area
-MAX_MASKS = 58  # 9 + 49 centres: no view can have more fused masks at the paper's window sizes
+MAX_CENTRES = 253  # the ids that a uint8 pseudo label has: 0, 254 and 255 mean something else
 QUARANTINED = 255  # pseudo label of every token of an image without tokens: padding, never trained on
 
 
@@ -53,13 +52,10 @@ def cluster(config: Config, *, workers: int = 0, scheduler: str | None = None) -
     if manifest is not None and manifest.get("fingerprint") == identity:
         say(f"cluster: nothing to do, {manifest['num_samples']} images have pseudo labels")
         return manifest
-    sizes = {"K_c": sum(size * size for size in config.cluster.sizes)}
-    if sizes["K_c"] > 250:
-        raise StaleCache(f"cluster.sizes {config.cluster.sizes} make {sizes['K_c']} centres; at most 250 fit a uint8 map.")
     with lock(config.cache_path, "cluster"):
         store = Store.open(config.cache_path)
         names = ["pseudo", "centroids"] + ["pseudo_raw"] * config.cluster.debug
-        store.add_arrays(names, sizes, replace=True)
+        store.add_arrays(names, {"K_c": num_centres(config.cluster, store.sizes["h"])}, replace=True)
         ledger = Ledger(config.cache_path, "cluster")
         done = ledger.done(identity)
         todo = [shard for shard in range(store.num_shards) if shard not in done]
@@ -91,6 +87,18 @@ def cluster(config: Config, *, workers: int = 0, scheduler: str | None = None) -
     return manifest
 
 
+def num_centres(section: Cluster, side: int) -> int:
+    """Initial centres of a view of side x side tokens. Raises: ConfigError for more than uint8 ids."""
+    windows = section.sizes if section.window == "grid" else [-(-side // size) for size in section.sizes]
+    total = sum(count * count for count in windows)
+    if total > MAX_CENTRES or max(windows) > side:
+        raise ConfigError(
+            f"cluster.sizes {section.sizes} with window {section.window!r} make {total} centres on {side} x {side} "
+            f"tokens; want at most {MAX_CENTRES}, and no window smaller than a token."
+        )
+    return total
+
+
 def device_name(section: Cluster) -> str:
     """The device that clustering really runs on."""
     if section.backend == "faiss":
@@ -115,7 +123,7 @@ def cluster_shard(job: Job, shard: int, *, tick: Any = None) -> int:
     samples = data.samples("train")[rows.start : rows.stop]
     tokens, boxes, status = (store.read_shard(name, shard) for name in ("tokens", "view", "status"))
     num, num_views, side = tokens.shape[:3]
-    sizes = sum(size * size for size in config.cluster.sizes)
+    sizes = num_centres(config.cluster, side)
     pseudo = np.full((num, num_views, side, side), QUARANTINED, np.uint8)
     raw = pseudo.copy()
     centroids = np.full((num, num_views, sizes, tokens.shape[-1]), np.nan, np.float16)
@@ -123,14 +131,18 @@ def cluster_shard(job: Job, shard: int, *, tick: Any = None) -> int:
     for row, sample in enumerate(samples):
         if status[row] == 0:
             grid = normalize(torch.from_numpy(tokens[row]).float(), dim=-1)  # (V, h, w, C)
-            state, truth = token_states(data, sample, boxes[row], side, store.attributes["teacher"]["image_size"])
+            state, truth = token_states(
+                data, sample, boxes[row], side, store.attributes["teacher"]["image_size"]
+            )
             maps, means, before = pseudo_labels(grid, state, config.cluster)
             pseudo[row], raw[row] = maps.numpy(), before.numpy()
             centroids[row, :, : means.shape[1]] = means.to(torch.float16).numpy()
             add_stats(stats, maps, state, truth)
         if tick:
             tick(1)
-    blocks = {"pseudo": pseudo, "centroids": centroids} | ({"pseudo_raw": raw} if config.cluster.debug else {})
+    blocks: dict[str, np.ndarray] = {"pseudo": pseudo, "centroids": centroids}
+    if config.cluster.debug:
+        blocks["pseudo_raw"] = raw
     digests = {name: store.write_shard(name, shard, block) for name, block in blocks.items()}
     record_shard(
         config,
@@ -178,7 +190,7 @@ def pseudo_labels(grid: Tensor, state: Tensor, section: Cluster) -> tuple[Tensor
     Shapes: grid (V, h, w, C) unit norm, state (V, h, w) -> pseudo (V, h, w) uint8, centroids of the
     fused masks (V, K_c, C), NaN beyond a view's masks, and the K-means map before fusion (V, h, w) uint8.
     """
-    num, side, _, channels = grid.shape
+    num, _, _, channels = grid.shape
     centres, alive = kmeans.window_centres(grid, state, section.sizes, section.window)
     flat, active = grid.reshape(num, -1, channels), (state == IGNORED).reshape(num, -1)
     if section.backend == "faiss":
@@ -191,7 +203,8 @@ def pseudo_labels(grid: Tensor, state: Tensor, section: Cluster) -> tuple[Tensor
         )
     else:
         device = _torch_device(section)
-        found = kmeans.lloyd(*(x.to(device) for x in (flat, active, centres, alive)), section.iterations)
+        tokens, is_active, starts, living = (x.to(device) for x in (flat, active, centres, alive))
+        found = kmeans.lloyd(tokens, is_active, starts, living, section.iterations)
         found = kmeans.Clusters(*(x.cpu() for x in found))
         similar = fusion.similar_pairs(found.centres, found.alive, section.threshold)
     maps, means, before = [], torch.full((num, centres.shape[1], channels), float("nan")), []
@@ -238,7 +251,9 @@ def summarise(parts: list[dict[str, Any]]) -> dict[str, Any]:
         "coverage": round(100 * ignored / max(int(tokens[:2].sum()), 1), 2),
         "tokens_per_mask": round(ignored / max(int(total["masks"][0]), 1), 2),
         "largest_mask_share": round(100 * int(total["largest"][0]) / max(ignored, 1), 2),
-        "purity": round(100 * int(total["majority"][0]) / int(total["known"][0]), 2) if total["known"][0] else None,
+        "purity": round(100 * int(total["majority"][0]) / int(total["known"][0]), 2)
+        if total["known"][0]
+        else None,
     }
 
 

@@ -10,6 +10,7 @@ import difflib
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,17 +45,23 @@ class TeacherSection(Section):
 
     model: str = "ViT-B-16-quickgelu"
     pretrained: str | None = Field("openai", description="an open_clip tag or a checkpoint file")
-    quick_gelu: bool | None = Field(None, description="must be stated for a checkpoint file, which can't tell")
+    quick_gelu: bool | None = Field(
+        None, description="must be stated for a checkpoint file, which can't tell"
+    )
     image_size: int = Field(512, ge=16, description="side of a view in pixels (paper: 512)")
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    batch: int = Field(8, ge=1, description="views per forward, padded to this size so that rows don't depend on it")
+    batch: int = Field(
+        8, ge=1, description="views per forward, padded to this size so that rows don't depend on it"
+    )
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
 
 
 class Text(Section):
     """Class text features: from the teacher with these templates, or from a file of features."""
 
-    templates: str | list[str] = Field("single", description="a named set of pipeline/data/prompts.py or a list")
+    templates: str | list[str] = Field(
+        "single", description="a named set of pipeline/data/prompts.py or a list"
+    )
     features: str | None = Field(None, description=".npy of shape (K, C), classes in the data set's order")
 
 
@@ -141,7 +148,9 @@ class Eval(Section):
     gamma: float = Field(1.5, description="added to unseen logits (section 4.2)")
     gamma_sweep: tuple[float, ...] = (0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0)
     mode: Literal["whole", "slide"] = Field("whole", description="whole: squashed to a view; slide: windows")
-    stride: float = Field(2 / 3, gt=0, le=1, description="step of sliding windows, in windows (mmseg: 341/512)")
+    stride: float = Field(
+        2 / 3, gt=0, le=1, description="step of sliding windows, in windows (mmseg: 341/512)"
+    )
     batch: int = Field(8, ge=1)
 
 
@@ -166,7 +175,9 @@ class Config(Section):
     @model_validator(mode="after")
     def _text_source(self) -> Config:
         if self.teacher.pretrained and self.teacher.model.startswith(("local-dir:", "hf-hub:")):
-            raise ValueError("teacher.pretrained must be null beside a local-dir: or hf-hub: model, which has its own")
+            raise ValueError(
+                "teacher.pretrained must be null beside a local-dir: or hf-hub: model, which has its own"
+            )
         return self
 
     @property
@@ -213,7 +224,9 @@ def config_fingerprint(config: Config, stage: str) -> str:
             value = value[part]
         if isinstance(value, dict):
             hidden = DATA_NOT_FOR.get(stage, ()) if section == "data" else ()
-            value = {k: v for k, v in value.items() if f"{section}.{k}" not in NOT_CONTENT and k not in hidden}
+            value = {
+                k: v for k, v in value.items() if f"{section}.{k}" not in NOT_CONTENT and k not in hidden
+            }
         own[section] = value
     return digest([stage, own, config_fingerprint(config, upstream) if upstream else None])
 
@@ -230,7 +243,9 @@ def load(path: str | Path, settings: Iterable[str] = ()) -> Config:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         near = sorted(p.as_posix() for p in Path("config").glob("*.yaml"))
-        raise ConfigError(f"{path}: no such config file. There are: {', '.join(near) or 'none here'}.") from None
+        raise ConfigError(
+            f"{path}: no such config file. There are: {', '.join(near) or 'none here'}."
+        ) from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
@@ -257,10 +272,8 @@ def _assign(values: dict[str, Any], keys: list[str], value: Any, setting: str) -
         if not isinstance(values, dict):
             raise ConfigError(f"--set {setting!r}: {key!r} is a value, not a section.")
     if isinstance(value, str):  # YAML 1.1 reads 1e-4 as text
-        try:
+        with suppress(ValueError):
             value = float(value)
-        except ValueError:
-            pass
     values[keys[-1]] = value
 
 

@@ -27,7 +27,9 @@ def map_shards(
         return
     from dask.distributed import Client, LocalCluster, as_completed
 
-    cluster = None if scheduler else LocalCluster(n_workers=workers, threads_per_worker=1, dashboard_address=None)
+    cluster = (
+        None if scheduler else LocalCluster(n_workers=workers, threads_per_worker=1, dashboard_address=None)
+    )
     try:
         with Client(scheduler or cluster) as client:
             window = WINDOW_PER_WORKER * max(len(client.scheduler_info(n_workers=-1)["workers"]), 1)

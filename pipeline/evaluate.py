@@ -53,14 +53,18 @@ def evaluate(config: Config) -> dict[str, Any]:
         for sample in samples:
             labels = data.labels(sample)
             if labels is None:
-                raise DataError(f"test image {sample.id}: no mask, and eval needs one. Give test masks in the data set.")
-            logits = class_logits(student, checkpoint.text, data.image(sample), config.teacher.image_size, section)
+                raise DataError(
+                    f"test image {sample.id}: no mask, and eval needs one. Give test masks in the data set."
+                )
+            logits = class_logits(
+                student, checkpoint.text, data.image(sample), config.teacher.image_size, section
+            )
             best, truth = best_by_group(logits, seen, unseen), torch.from_numpy(labels.astype(np.int64))
             for gamma, matrix in matrices.items():
                 matrix.update(predicted(best, gamma), truth)
             advance(1)
     summaries = {g: metrics.summary(matrix.compute(), seen, unseen) for g, matrix in matrices.items()}
-    result = _rounded(summaries[section.gamma])
+    result: dict[str, Any] = dict(_rounded(summaries[section.gamma]))
     result |= {
         "per_class": {data.classes[i]: _number(v) for i, v in summaries[section.gamma]["per_class"].items()},
         "gamma": section.gamma,

@@ -24,8 +24,8 @@ import torch
 from cache.errors import StaleCache
 from cache.ledger import Ledger, lock, write_manifest
 from cache.store import Store
-from pipeline.config import Config, config_fingerprint, digest, fingerprint
 from pipeline.batches import data_of
+from pipeline.config import Config, config_fingerprint, digest, fingerprint
 from pipeline.data.base import BadImage, DataError, DataSet
 from pipeline.data.prompts import prompts
 from pipeline.engine import map_shards
@@ -147,8 +147,13 @@ def _shard_blocks(
     config: Config, data: DataSet, teacher: Teacher, samples: list[Any], tick: Any
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """The arrays of one shard. Rows of quarantined images keep the fill values (NaN), status says so."""
-    num, views, side, channels = len(samples), config.views.num, teacher.image_size // teacher.patch, teacher.channels
-    blocks = {
+    num, views, side, channels = (
+        len(samples),
+        config.views.num,
+        teacher.image_size // teacher.patch,
+        teacher.channels,
+    )
+    blocks: dict[str, Any] = {
         "view": np.full((num, views, 4), np.nan, np.float32),
         "cls": np.full((num, views, channels), np.nan, np.float16),
         "tokens": np.full((num, views, side, side, channels), np.nan, np.float16),
@@ -158,7 +163,9 @@ def _shard_blocks(
     waiting: list[tuple[int, int, torch.Tensor]] = []
 
     def flush() -> None:
-        for (row, view, _), cls, tokens in zip(waiting, *_encode_padded(config, teacher, waiting), strict=True):
+        for (row, view, _), cls, tokens in zip(
+            waiting, *_encode_padded(config, teacher, waiting), strict=True
+        ):
             blocks["cls"][row, view] = cls
             blocks["tokens"][row, view] = tokens
         waiting.clear()
@@ -257,7 +264,9 @@ def _text_features(config: Config, data: DataSet, teacher: Teacher) -> np.ndarra
     try:
         features = np.load(path, allow_pickle=False).astype(np.float32)
     except (OSError, ValueError) as error:
-        raise DataError(f"text.features {str(path)!r}: not a .npy of numbers: {' '.join(str(error).split())}") from None
+        raise DataError(
+            f"text.features {str(path)!r}: not a .npy of numbers: {' '.join(str(error).split())}"
+        ) from None
     wanted = (len(data.classes), teacher.channels)
     if features.shape != wanted or not np.isfinite(features).all():
         raise DataError(
@@ -270,7 +279,13 @@ def _text_features(config: Config, data: DataSet, teacher: Teacher) -> np.ndarra
 def _open_store(config: Config, data: DataSet, identity: str) -> Store:
     teacher = _teacher(config.teacher)
     side = teacher.image_size // teacher.patch
-    sizes = {"N": len(data.samples("train")), "V": config.views.num, "C": teacher.channels, "h": side, "w": side}
+    sizes = {
+        "N": len(data.samples("train")),
+        "V": config.views.num,
+        "C": teacher.channels,
+        "h": side,
+        "w": side,
+    }
     sizes["K"] = len(data.classes)
     attributes = {
         "fingerprint": identity,
@@ -284,7 +299,9 @@ def _open_store(config: Config, data: DataSet, identity: str) -> Store:
     ids = [sample.id for sample in data.samples("train")]
     arrays = ("view", "cls", "tokens", "status", "text")
     try:
-        store = Store.create(config.cache_path, sizes=sizes, arrays=arrays, samples=ids, attributes=attributes)
+        store = Store.create(
+            config.cache_path, sizes=sizes, arrays=arrays, samples=ids, attributes=attributes
+        )
     except StaleCache as error:
         raise StaleCache(f"{error} (an unfinished extraction of another config or other data)") from None
     store.write_whole("text", _text_features(config, data, teacher))
@@ -296,5 +313,3 @@ def _quarantined(ledger: Ledger, done: set[int]) -> dict[str, str]:
     for shard in sorted(done):
         found |= (ledger.entry(shard) or {}).get("quarantined", {})
     return found
-
-

@@ -68,9 +68,9 @@ def done_shards(config: Config, stage: str) -> set[int]:
     manifest = found_manifest(config, stage)
     if manifest is not None:
         return ledger.done(manifest["fingerprint"])
-    entries = [ledger.entry(shard) or {} for shard in ledger.shards()]
-    newest = max(entries, key=lambda entry: str(entry.get("time")), default={})
-    return ledger.done(newest["fingerprint"]) if "fingerprint" in newest else set()
+    entries = ledger.entries()
+    newest = max(entries.values(), key=lambda entry: str(entry.get("time")), default={}).get("fingerprint")
+    return {shard for shard, entry in entries.items() if entry.get("fingerprint") == newest}
 
 
 def array_facts(config: Config, store: Store) -> list[ArrayFact]:
@@ -96,7 +96,9 @@ def stage_facts(config: Config, store: Store, metrics: Mapping[str, Any] | None)
         seconds = sum(float((ledger.entry(shard) or {}).get("seconds", 0)) for shard in done)
         num_images = sum(len(store.rows(shard)) for shard in done)
         is_complete = found_manifest(config, stage) is not None and len(done) == store.num_shards
-        facts.append(StageFact(stage, len(done), store.num_shards, "shards", is_complete, seconds, num_images))
+        facts.append(
+            StageFact(stage, len(done), store.num_shards, "shards", is_complete, seconds, num_images)
+        )
     curve, trained = losses(config), found_manifest(config, "train")
     done_iterations = int(trained["iterations"]) if trained else int(curve[-1]["iteration"]) if curve else 0
     total = done_iterations if trained else config.train.iterations
@@ -108,7 +110,7 @@ def stage_facts(config: Config, store: Store, metrics: Mapping[str, Any] | None)
 
 def quarantined(config: Config) -> dict[str, str]:
     """Image ids that can't be used, and why, from the shards that are done."""
-    ledger, found = Ledger(config.cache_path, "extract"), {}
+    ledger, found = Ledger(config.cache_path, "extract"), dict[str, str]()
     for shard in sorted(done_shards(config, "extract")):
         found |= (ledger.entry(shard) or {}).get("quarantined", {})
     return dict(sorted(found.items()))

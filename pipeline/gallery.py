@@ -7,8 +7,7 @@ image's own size (or S x S for a replayed view), h x w the token grid.
 from __future__ import annotations
 
 import difflib
-import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -19,7 +18,7 @@ from cache.errors import StaleCache
 from cache.store import Store
 from pipeline.checkpoint import Checkpoint
 from pipeline.config import Config, UserError
-from pipeline.data.base import BadImage, DataSet, Sample
+from pipeline.data.base import BadImage, DataError, DataSet, Sample
 from pipeline.inference import best_by_group, class_logits, predicted
 from pipeline.models.student import DenseStudent
 from pipeline.ops import metrics
@@ -28,6 +27,9 @@ from pipeline.panels import Panel, Strip, class_panel, error_panel, object_panel
 
 IGNORE = 255
 ANNOTATED, PADDING = 0, 255  # codes of the `pseudo` array that are no potential object
+PARTS = {"train": "training image", "test": "test image"}
+CLOSEST = 2000  # names that difflib compares; it is too slow for 100,000
+TRIES = 4  # training images looked at for each one that is shown
 MAX_CARDS = 200  # of each gallery: a page is for looking at, and stays below 15 MB
 
 
@@ -60,7 +62,7 @@ class Card:
     def strip(self, data: DataSet) -> Strip:
         """The card as a row of a contact sheet; unseen names carry a star."""
         score = f"accuracy {self.accuracy:.1f} %, IoU {self.iou:.1f} %" if self.accuracy is not None else ""
-        caption = "   ".join(part for part in (f"{self.part} {self.id}", score, *self.notes) if part)
+        caption = "   ".join(part for part in (f"{PARTS[self.part]} {self.id}", score, *self.notes) if part)
         colour = {i: tuple(int(v) for v in data.palette[i]) for i in self.classes}
         names = [(data.classes[i] + " *" * (i in data.unseen_ids), colour[i]) for i in self.classes]
         return Strip(caption, self.panels, names)  # type: ignore[arg-type]
@@ -68,15 +70,25 @@ class Card:
 
 def not_found(what: str, name: str, names: Sequence[str]) -> UserError:
     """The error for a name that doesn't exist, with the valid ones nearest to it."""
-    likely = sorted(names, key=lambda other: -len(os.path.commonprefix([other, name])))[:2000]  # difflib is slow
+    likely = sorted(names, key=lambda other: -_shared(other, name))[:CLOSEST]
     near = difflib.get_close_matches(name, likely, 3, 0.0)
-    return UserError(f"{what} {name!r}: there is none of that name; the nearest are {', '.join(map(repr, near))}.")
+    return UserError(
+        f"{what} {name!r}: there is none of that name; the nearest are {', '.join(map(repr, near))}."
+    )
+
+
+def _shared(one: str, other: str) -> int:
+    """How many characters two names begin with together."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 # ---- training images ---------------------------------------------------------------------------
 
 
-def train_cards(store: Store, data: DataSet, chosen: Selection, extracted: set[int], clustered: set[int]) -> Iterator[Card]:
+def training_cards(
+    store: Store, data: DataSet, chosen: Selection, extracted: set[int], clustered: set[int]
+) -> Iterator[Card]:
     """Cards of cached training images; `extracted` and `clustered` are the shards that are done.
 
     One selected image shows all its views, others the whole image (view 0).
@@ -85,21 +97,33 @@ def train_cards(store: Store, data: DataSet, chosen: Selection, extracted: set[i
     samples = {sample.id: sample for sample in data.samples("train")}
     ids = store.samples
     rows = [row for shard in sorted(extracted) for row in store.rows(shard)]
-    for row in _chosen(rows, chosen, lambda row: ids[row], lambda row: _labels(data, samples.get(ids[row]))):
+    if chosen.image is None and chosen.class_id is None:
+        picked: Iterable[int] = _worth_seeing(store, rows, chosen.most, clustered)
+    else:
+        picked = _chosen(rows, chosen, ids.__getitem__, lambda row: _labels(data, samples.get(ids[row])))
+    for row in picked:
         sample = samples.get(ids[row])
         if sample is None:
-            raise StaleCache(f"{store.path}: caches {ids[row]!r}, which {data.name} no longer lists. Mend the list or extract again.")
+            raise StaleCache(
+                f"{store.path}: caches {ids[row]!r}, which {data.name} no longer lists. "
+                "Mend the list, or run `cli.py extract` again."
+            )
         if int(store.read_rows("status", [row])[0]) != 0:
             yield Card(sample.id, "train", notes=("quarantined: this image could not be read",))
             continue
         shard = next(s for s in extracted if row in store.rows(s))
         num_views = store.sizes["V"] if chosen.image else 1
         for view in range(num_views):
-            yield train_card(store, data, sample, row, view, has_pseudo=shard in clustered)
+            try:
+                yield training_card(store, data, sample, row, view, has_pseudo=shard in clustered)
+            except BadImage as error:  # it was good when it was extracted
+                yield Card(sample.id, "train", notes=(str(error),))
 
 
-def train_card(store: Store, data: DataSet, sample: Sample, row: int, view: int, *, has_pseudo: bool) -> Card:
-    """Image, seen labels, clusters before fusion if kept, potential objects, and the truth that training never sees."""
+def training_card(
+    store: Store, data: DataSet, sample: Sample, row: int, view: int, *, has_pseudo: bool
+) -> Card:
+    """Image, seen labels, clusters before fusion if kept, potential objects, and what training never sees."""
     image, seen, truth = data.image(sample), data.seen_labels(sample), data.labels(sample)
     seen = np.full(image.shape[:2], IGNORE, np.uint8) if seen is None else seen
     notes = []
@@ -132,17 +156,32 @@ def train_card(store: Store, data: DataSet, sample: Sample, row: int, view: int,
 # ---- test images -------------------------------------------------------------------------------
 
 
-def test_cards(
-    config: Config, data: DataSet, chosen: Selection, student: DenseStudent, checkpoint: Checkpoint, gamma: float
+def eval_cards(
+    config: Config,
+    data: DataSet,
+    chosen: Selection,
+    student: DenseStudent,
+    checkpoint: Checkpoint,
+    gamma: float,
 ) -> Iterator[Card]:
     """Cards of test images, segmented by the student as `eval` does."""
-    samples = data.samples("test")
-    picked = _chosen(range(len(samples)), chosen, lambda i: samples[i].id, lambda i: _labels(data, samples[i]))
+    samples = eval_samples(data)
+    picked = _chosen(
+        range(len(samples)), chosen, lambda i: samples[i].id, lambda i: _labels(data, samples[i])
+    )
     for index in picked:
-        yield test_card(config, data, samples[index], student, checkpoint, gamma)
+        yield eval_card(config, data, samples[index], student, checkpoint, gamma)
 
 
-def test_card(
+def eval_samples(data: DataSet) -> list[Sample]:
+    """The test images; none where a data set has no test part."""
+    try:
+        return data.samples("test")
+    except DataError:
+        return []
+
+
+def eval_card(
     config: Config, data: DataSet, sample: Sample, student: DenseStudent, checkpoint: Checkpoint, gamma: float
 ) -> Card:
     """Image, truth, prediction and errors; without a mask image and prediction alone."""
@@ -175,7 +214,25 @@ def test_card(
 # ---- choosing ----------------------------------------------------------------------------------
 
 
-def _chosen(places: Sequence[int], chosen: Selection, id_of, labels_of) -> Iterable[int]:
+def _worth_seeing(store: Store, rows: Sequence[int], most: int, clustered: set[int]) -> list[int]:
+    """Rows spread over the cache, those whose whole image has potential objects before those without."""
+    probed = [rows[i] for i in spread(len(rows), TRIES * most)]
+    done = {row for shard in clustered for row in store.rows(shard)}
+    known = [row for row in probed if row in done]
+    maps = store.read_rows("pseudo", known)[:, 0] if known else np.zeros((0, 1, 1), np.uint8)
+    has_objects = ((maps != ANNOTATED) & (maps != PADDING)).any((1, 2))
+    good = [row for row, has in zip(known, has_objects, strict=True) if has]
+    rest = [row for row in probed if row not in set(good)]
+    picked = [good[i] for i in spread(len(good), most)]
+    return sorted(picked + [rest[i] for i in spread(len(rest), most - len(picked))])
+
+
+def _chosen(
+    places: Sequence[int],
+    chosen: Selection,
+    id_of: Callable[[int], str],
+    labels_of: Callable[[int], np.ndarray | None],
+) -> Iterable[int]:
     """The places to show: the named image, or those that hold the class, or some spread evenly."""
     if chosen.image is not None:
         return [place for place in places if id_of(place) == chosen.image][:1]
@@ -184,7 +241,9 @@ def _chosen(places: Sequence[int], chosen: Selection, id_of, labels_of) -> Itera
     return [places[i] for i in spread(len(places), chosen.most)]
 
 
-def _holding(places: Sequence[int], chosen: Selection, labels_of) -> Iterator[int]:
+def _holding(
+    places: Sequence[int], chosen: Selection, labels_of: Callable[[int], np.ndarray | None]
+) -> Iterator[int]:
     found = 0
     for place in places:
         labels = labels_of(place)
@@ -201,7 +260,9 @@ def _labels(data: DataSet, sample: Sample | None) -> np.ndarray | None:
 
 def spread(num: int, most: int) -> list[int]:
     """At most `most` of 0..num-1, evenly apart: a choice that no result can sway."""
-    return sorted({int(i) for i in np.linspace(0, num - 1, min(num, most)).round()}) if num else []
+    return (
+        sorted({int(i) for i in np.linspace(0, num - 1, min(num, most)).round()}) if num and most > 0 else []
+    )
 
 
 def _present(*maps: np.ndarray) -> tuple[int, ...]:

@@ -20,6 +20,7 @@ from pipeline.config import Config
 from pipeline.data.base import DataSet
 from pipeline.gallery import Card
 from pipeline.panels import ERROR_PALETTE, ERRORS, data_uri, encoded, object_palette
+from pipeline.tracking import found_manifest
 
 TEMPLATES = Path(__file__).parent / "templates"
 MAX_PICTURES = 10_000_000  # bytes of all pictures before base64; the page stays below 15 MB
@@ -49,7 +50,11 @@ def render(
 ) -> str:
     """The page of a run as far as it has got; `about` are lines on what is shown and what is missing."""
     environment = Environment(
-        loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters |= {"bytes": facts.human_bytes, "seconds": facts.human_seconds, "score": _score}
     shown = _encoded(cards, data)
@@ -73,7 +78,7 @@ def render(
         gamma_chart=_gamma_chart(metrics),
         loss_charts=_loss_charts(config),
         time_shares=_time_shares(config),
-        cluster=(facts.found_manifest(config, "cluster") or {}).get("summary"),
+        cluster=(found_manifest(config, "cluster") or {}).get("summary"),
         objects_chart=_objects_chart(config),
         arrays=facts.array_facts(config, store),
         sizes=store.sizes,
@@ -104,13 +109,27 @@ def _encoded(cards: Sequence[Card], data: DataSet) -> list[dict[str, Any]]:
     for order, (card, row) in enumerate(zip(cards, files, strict=True)):
         height, width = card.panels[0].pixels.shape[:2] if card.panels else (1, 1)
         panels = [
-            {"title": p.title, "kind": p.kind, "under": p.under, "uri": data_uri(*file), "size": p.pixels.shape[:2]}
+            {
+                "title": p.title,
+                "kind": p.kind,
+                "under": p.under,
+                "uri": data_uri(*file),
+                "size": p.pixels.shape[:2],
+            }
             for p, file in zip(card.panels, row, strict=True)
         ]
         legend = [(i, data.classes[i], _hex(data.palette[i]), i in unseen) for i in card.classes]
-        rest = {"id": card.id, "part": card.part, "notes": card.notes, "accuracy": card.accuracy, "iou": card.iou}
+        rest = {
+            "id": card.id,
+            "part": card.part,
+            "notes": card.notes,
+            "accuracy": card.accuracy,
+            "iou": card.iou,
+        }
         rest |= {"order": order, "ratio": round(width / height, 4), "objects": card.num_objects}
-        shown.append({**rest, "panels": panels, "legend": legend, "has_unseen": bool(unseen & set(card.classes))})
+        shown.append(
+            {**rest, "panels": panels, "legend": legend, "has_unseen": bool(unseen & set(card.classes))}
+        )
     return shown
 
 
@@ -121,7 +140,9 @@ def _names(data: DataSet) -> dict[str, dict[str, str]]:
         key = _hex(data.palette[i])
         named = f"{name} (unseen)" if i in data.unseen_ids else name
         classes[key] = f"{classes[key]} or {named}" if key in classes else named
-    objects = {_hex(colour): f"potential object {i}" for i, colour in enumerate(object_palette()) if 0 < i < 255}
+    objects = {
+        _hex(colour): f"potential object {i}" for i, colour in enumerate(object_palette()) if 0 < i < 255
+    }
     objects[_hex(object_palette()[255])] = "padding"
     errors = {_hex(ERROR_PALETTE[i]): word for i, word in enumerate(ERRORS) if i}
     return {"classes": classes, "objects": objects, "errors": errors}
@@ -133,7 +154,12 @@ def _per_class(metrics: Mapping[str, Any] | None, data: DataSet) -> list[dict[st
         return []
     colours = {name: _hex(data.palette[i]) for i, name in enumerate(data.classes)}
     rows = [
-        {"name": name, "iou": iou, "is_unseen": name in metrics["unseen"], "colour": colours.get(name, "#888888")}
+        {
+            "name": name,
+            "iou": iou,
+            "is_unseen": name in metrics["unseen"],
+            "colour": colours.get(name, "#888888"),
+        }
         for name, iou in metrics["per_class"].items()
     ]
     return sorted(rows, key=lambda row: -1.0 if row["iou"] is None else row["iou"], reverse=True)
@@ -152,7 +178,12 @@ def _taken_for(config: Config, metrics: Mapping[str, Any] | None, data: DataSet)
         total = int(matrix[i].sum())
         order = [int(j) for j in np.argsort(-matrix[i], kind="stable")[:TAKEN_FOR] if matrix[i][j]]
         shares = [
-            {"name": data.classes[j], "share": 100 * int(matrix[i][j]) / total, "is_right": j == i, "colour": _hex(data.palette[j])}
+            {
+                "name": data.classes[j],
+                "share": 100 * int(matrix[i][j]) / total,
+                "is_right": j == i,
+                "colour": _hex(data.palette[j]),
+            }
             for j in order
         ]
         if total:
@@ -174,7 +205,6 @@ def _gamma_chart(metrics: Mapping[str, Any] | None) -> Markup:
             x_name="gamma",
             y_name="percent",
             mark_x=(metrics["gamma"], "configured") if metrics else None,
-            from_zero=True,
             dots=True,
             width=520,
             height=280,
@@ -187,7 +217,7 @@ def _loss_charts(config: Config) -> list[tuple[str, Markup]]:
     drawn = []
     for key, title in LOSS_TERMS.items():
         points = [(float(row["iteration"]), float(row[key])) for row in curve if key in row]
-        chart = charts.line_chart({title: points}, what=f"{title} over iterations", x_name="iteration", from_zero=True)
+        chart = charts.line_chart({title: points}, what=f"{title} over iterations", x_name="iteration")
         if chart:
             drawn.append((title, Markup(chart)))
     return drawn
@@ -196,13 +226,24 @@ def _loss_charts(config: Config) -> list[tuple[str, Markup]]:
 def _time_shares(config: Config) -> list[tuple[str, float]]:
     """Where a training step's time went, in percent."""
     last = (facts.losses(config) or [{}])[-1]
-    return [(key.removeprefix("time/"), 100 * value) for key, value in last.items() if key.startswith("time/")]
+    return [
+        (key.removeprefix("time/"), 100 * value) for key, value in last.items() if key.startswith("time/")
+    ]
 
 
 def _objects_chart(config: Config) -> Markup:
-    summary = (facts.found_manifest(config, "cluster") or {}).get("summary", {})
+    summary = (found_manifest(config, "cluster") or {}).get("summary", {})
     counts = {int(num): int(views) for num, views in summary.get("objects_histogram", {}).items()}
-    bars = [(str(num), float(counts.get(num, 0))) for num in range(min(counts), max(counts) + 1)] if counts else []
+    bars = (
+        [(str(num), float(counts.get(num, 0))) for num in range(min(counts), max(counts) + 1)]
+        if counts
+        else []
+    )
     return Markup(
-        charts.bar_chart(bars, what="views by number of potential objects", x_name="potential objects in a view", y_name="views")
+        charts.bar_chart(
+            bars,
+            what="views by number of potential objects",
+            x_name="potential objects in a view",
+            y_name="views",
+        )
     )

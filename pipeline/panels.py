@@ -70,7 +70,12 @@ def object_palette() -> np.ndarray:
     linear = np.where(unit <= 0.04045, unit / 12.92, ((unit + 0.055) / 1.055) ** 2.4)
     lab = _oklab(linear)
     lightness, chroma = lab[:, 0], np.hypot(lab[:, 1], lab[:, 2])
-    usable = (lightness > _LIGHTNESS[0]) & (lightness < _LIGHTNESS[1]) & (chroma > _CHROMA[0]) & (chroma < _CHROMA[1])
+    usable = (
+        (lightness > _LIGHTNESS[0])
+        & (lightness < _LIGHTNESS[1])
+        & (chroma > _CHROMA[0])
+        & (chroma < _CHROMA[1])
+    )
     candidates, linear = candidates[usable], linear[usable]
     eyes = np.stack([_oklab(linear), _oklab(linear @ _PROTAN.T), _oklab(linear @ _DEUTAN.T)])  # (3, n, 3)
     chosen = [int(np.abs(candidates - (0, 114, 178)).sum(1).argmin())]
@@ -115,7 +120,9 @@ def object_panel(title: str, pseudo: np.ndarray) -> Panel:
 
 def error_panel(title: str, truth: np.ndarray, prediction: np.ndarray, unseen: Sequence[int]) -> Panel:
     """Where and how a prediction is wrong; what is right is clear over the greyed photograph."""
-    return Panel(title, "errors", error_map(truth, prediction, unseen), ERROR_PALETTE, clear=RIGHT, under="photo")
+    return Panel(
+        title, "errors", error_map(truth, prediction, unseen), ERROR_PALETTE, clear=RIGHT, under="photo"
+    )
 
 
 def error_map(truth: np.ndarray, prediction: np.ndarray, unseen: Sequence[int]) -> np.ndarray:
@@ -136,10 +143,15 @@ def error_map(truth: np.ndarray, prediction: np.ndarray, unseen: Sequence[int]) 
 def indexed(ids: np.ndarray, palette: np.ndarray, clear: int | None = None) -> bytes:
     """A map as an indexed PNG whose pixel values are the ids."""
     picture = Image.fromarray(np.ascontiguousarray(ids, np.uint8), mode="P")
-    picture.putpalette(np.ascontiguousarray(palette, np.uint8).tobytes())
+    picture.putpalette(_full(palette).tobytes())
     out = io.BytesIO()
     picture.save(out, "PNG", optimize=True, **({} if clear is None else {"transparency": clear}))
     return out.getvalue()
+
+
+def _full(palette: np.ndarray) -> np.ndarray:
+    """A palette (K, 3) with a row for every id, (256, 3): a PNG's clear id must have one."""
+    return np.pad(palette, ((0, 256 - len(palette)), (0, 0)))
 
 
 def encoded(panel: Panel, max_side: int, max_bytes: int | None = None) -> tuple[str, bytes]:
@@ -198,9 +210,7 @@ def drawn(panel: Panel, size: tuple[int, int], image: np.ndarray | None = None) 
         how = Image.Resampling.NEAREST if enlarges else Image.Resampling.LANCZOS
         return np.asarray(Image.fromarray(panel.pixels).resize(size, how))
     ids = resized(panel.pixels, size)
-    table = np.zeros((256, 3), np.uint8)
-    table[: len(panel.palette)] = panel.palette
-    out = table[ids]
+    out = _full(panel.palette)[ids]
     if panel.clear is None:
         return out
     ground = np.broadcast_to(np.array(GROUND, np.uint8), out.shape)
@@ -237,10 +247,15 @@ def sheet(strips: Sequence[Strip], *, side: int = 224, gap: int = 12) -> Image.I
     num_columns = max(1, min(len(strips), round(math.sqrt(SHEET_ASPECT * total / width))))
     columns: list[list[Image.Image]] = [[]]
     for strip in drawn_strips:
-        if len(columns) < num_columns and sum(s.height for s in columns[-1]) + strip.height / 2 > total / num_columns:
+        if (
+            len(columns) < num_columns
+            and sum(s.height for s in columns[-1]) + strip.height / 2 > total / num_columns
+        ):
             columns.append([])
         columns[-1].append(strip)
-    page = Image.new("RGB", (len(columns) * width, gap + max(sum(s.height for s in c) for c in columns)), PAGE)
+    page = Image.new(
+        "RGB", (len(columns) * width, gap + max(sum(s.height for s in c) for c in columns)), PAGE
+    )
     for place, column in enumerate(columns):
         top = gap
         for strip in column:

@@ -53,7 +53,9 @@ def predict(
     out.mkdir(parents=True, exist_ok=True)
     for path in images:
         image = read_image(path)
-        logits = class_logits(student, text, image, checkpoint.config.teacher.image_size, checkpoint.config.eval)
+        logits = class_logits(
+            student, text, image, checkpoint.config.teacher.image_size, checkpoint.config.eval
+        )
         ids = predicted(best_by_group(logits, seen, unseen), added).numpy().astype(np.uint8)
         mask = Image.fromarray(ids, mode="P")
         mask.putpalette(palette.tobytes())
@@ -89,12 +91,16 @@ def overlay(image: np.ndarray, ids: np.ndarray, names: Sequence[str], palette: n
     line = max(16, picture.height // 24)
     font = ImageFont.load_default(line * 0.75)
     widest = max(font.getlength(f"{names[i]} 100 %") for i in found)
-    page = Image.new("RGB", (picture.width + int(widest) + 3 * line, max(picture.height, line * (len(found) + 1))), "white")
+    page = Image.new(
+        "RGB", (picture.width + int(widest) + 3 * line, max(picture.height, line * (len(found) + 1))), "white"
+    )
     page.paste(picture, (0, 0))
     pen = ImageDraw.Draw(page)
     for row, i in enumerate(found):
         x, y = picture.width + line // 2, line // 2 + row * line
-        pen.rectangle((x, y, x + int(line * 0.8), y + int(line * 0.8)), fill=tuple(int(v) for v in palette[i]))
+        pen.rectangle(
+            (x, y, x + int(line * 0.8), y + int(line * 0.8)), fill=tuple(int(v) for v in palette[i])
+        )
         share = 100 * (ids == i).mean()
         pen.text((x + int(line * 1.2), y - line * 0.05), f"{names[i]} {share:.0f} %", fill="black", font=font)
     return page

@@ -31,9 +31,9 @@ from pipeline import facts
 from pipeline.batches import data_of
 from pipeline.checkpoint import CheckpointError, load_student, student_file
 from pipeline.config import Config, UserError, config_fingerprint
-from pipeline.data.base import DataSet
+from pipeline.data.base import DataError, DataSet
 from pipeline.facts import human_bytes, human_seconds
-from pipeline.gallery import MAX_CARDS, Card, Selection, not_found, test_cards, train_cards
+from pipeline.gallery import MAX_CARDS, Card, Selection, eval_cards, eval_samples, not_found, training_cards
 from pipeline.page import render
 from pipeline.panels import indexed, object_palette, resized, sheet
 from pipeline.tracking import run_config, say
@@ -65,18 +65,28 @@ def report(config: Config) -> Path:
 
 
 def inspect(
-    run: Path, *, image: str | None = None, class_name: str | None = None, png: Path | None = None, export: Path | None = None
+    run: Path,
+    *,
+    image: str | None = None,
+    class_name: str | None = None,
+    png: Path | None = None,
+    export: Path | None = None,
 ) -> None:
     """Prints the cache's tree, then writes what was asked for: a PNG, pseudo labels, or else the page.
 
     Raises: UserError for a run, image or class that doesn't exist, naming the nearest that do.
     """
     config = _config_of(run)
-    store, data = Store.open(config.cache_path), data_of(config)
-    metrics = read_manifest(facts.metrics_path(config))
+    store, metrics = Store.open(config.cache_path), read_manifest(facts.metrics_path(config))
     out = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=PIPE_WIDTH)
+    tree = cache_tree(config, store, metrics)
+    try:
+        data = data_of(config)
+    except DataError:
+        out.print(tree)  # a cache can be looked into where its images are not
+        raise
     chosen = _selection(config, store, data, image, class_name)
-    out.print(cache_tree(config, store, metrics))
+    out.print(tree)
     if export is not None:
         count = export_pseudo(export, config, store, data, chosen)
         out.print(f"{count} pseudo label maps: {export}", markup=False, soft_wrap=True)
@@ -109,9 +119,11 @@ def _config_of(run: Path) -> Config:
     return config.model_copy(update={"runs": run.absolute().parent.as_posix(), "name": run.absolute().name})
 
 
-def _selection(config: Config, store: Store, data: DataSet, image: str | None, class_name: str | None) -> Selection:
+def _selection(
+    config: Config, store: Store, data: DataSet, image: str | None, class_name: str | None
+) -> Selection:
     if image is not None:
-        known = {*store.samples, *(sample.id for sample in data.samples("test"))}
+        known = {*store.samples, *(sample.id for sample in eval_samples(data))}
         if image not in known:
             raise not_found("image", image, sorted(known))
     if class_name is not None and class_name not in data.classes:
@@ -130,14 +142,16 @@ def _cards(
     extracted, clustered = facts.done_shards(config, "extract"), facts.done_shards(config, "cluster")
     about = []
     if chosen.limit > MAX_CARDS:
-        about.append(f"report.images is {chosen.limit}; a page shows at most {MAX_CARDS} training and test images.")
+        about.append(
+            f"report.images is {chosen.limit}; a page shows at most {MAX_CARDS} training and test images."
+        )
     if chosen.image is not None:
         about.append(f"Only image {chosen.image}.")
     if chosen.class_id is not None:
         about.append(f"Only images that hold {data.classes[chosen.class_id]}.")
     if len(clustered) < store.num_shards:
         about.append(f"Pseudo labels: {len(clustered)} of {store.num_shards} shards are done.")
-    cards = list(train_cards(store, data, chosen, extracted, clustered))
+    cards = list(training_cards(store, data, chosen, extracted, clustered))
     try:
         path = student_file(config.run_path)
     except CheckpointError:
@@ -149,7 +163,7 @@ def _cards(
     if torch.cuda.is_available():
         student = student.cuda()
     gamma = metrics["gamma"] if metrics else config.eval.gamma
-    return [*cards, *test_cards(config, data, chosen, student, checkpoint, gamma)], about
+    return [*cards, *eval_cards(config, data, chosen, student, checkpoint, gamma)], about
 
 
 def _write_page(path: Path, config: Config, chosen: Selection, metrics: Mapping[str, Any] | None) -> None:
@@ -171,7 +185,9 @@ def export_pseudo(folder: Path, config: Config, store: Store, data: DataSet, cho
     ids, count = store.samples, 0
     for shard in done:
         rows = store.rows(shard)
-        wanted = [row for row in rows if chosen.image in (None, ids[row]) and (holds is None or ids[row] in holds)]
+        wanted = [
+            row for row in rows if chosen.image in (None, ids[row]) and (holds is None or ids[row] in holds)
+        ]
         if not wanted:
             continue
         pseudo, boxes, status = (store.read_shard(name, shard) for name in ("pseudo", "view", "status"))
@@ -179,7 +195,10 @@ def export_pseudo(folder: Path, config: Config, store: Store, data: DataSet, cho
             place = row - rows.start
             if status[place] == 0:
                 x0, y0, x1, y1 = (int(v) for v in boxes[place, 0])
-                _write(_png_path(folder, ids[row]), indexed(resized(pseudo[place, 0], (x1 - x0, y1 - y0)), object_palette()))
+                _write(
+                    _png_path(folder, ids[row]),
+                    indexed(resized(pseudo[place, 0], (x1 - x0, y1 - y0)), object_palette()),
+                )
                 count += 1
     return count
 

@@ -37,7 +37,9 @@ def print_results(runs: Sequence[Path]) -> None:
     """The table of the runs that were evaluated, and where the first one's report lies."""
     found = {run.name: m for run in runs if (m := read_metrics(run / "eval" / "metrics.json")) is not None}
     if not found:
-        raise UserError(f"none of {', '.join(map(str, runs))} holds eval/metrics.json. Run `cli.py eval` first.")
+        raise UserError(
+            f"none of {', '.join(map(str, runs))} holds eval/metrics.json. Run `cli.py eval` first."
+        )
     out = Console(highlight=False, soft_wrap=True)
     out.print(result_table(found))
     for run in runs:
@@ -50,7 +52,10 @@ def contrast_rows(config: Config) -> dict[str, dict[str, tuple[float, float]]]:
     """Mean and standard deviation over the seeds, by contrast and metric; contrasts not run are left out."""
     rows: dict[str, dict[str, tuple[float, float]]] = {}
     for contrast in CONTRASTS:
-        paths = [Path(config.runs) / f"{config.name}-{contrast}-{s}" / "eval" / "metrics.json" for s in CONTRAST_SEEDS]
+        paths = [
+            Path(config.runs) / f"{config.name}-{contrast}-{s}" / "eval" / "metrics.json"
+            for s in CONTRAST_SEEDS
+        ]
         found: list[dict[str, Any]] = [m for path in paths if (m := read_metrics(path)) is not None]
         if len(found) == len(CONTRAST_SEEDS):
             values = {key: [result[key] for result in found] for key in KEYS}
@@ -61,8 +66,12 @@ def contrast_rows(config: Config) -> dict[str, dict[str, tuple[float, float]]]:
 def print_contrast(config: Config) -> None:
     rows = contrast_rows(config)
     if not rows:
-        raise UserError(f"no contrast run of {config.name!r} is complete. Run `snakemake --cores all contrast` first.")
-    table = Table("training", "pAcc", "mIoU(S)", "mIoU(U)", "hIoU", title=f"{len(CONTRAST_SEEDS)} seeds, mean +- std")
+        raise UserError(
+            f"no contrast run of {config.name!r} is complete. Run `snakemake --cores all contrast` first."
+        )
+    table = Table(
+        "training", "pAcc", "mIoU(S)", "mIoU(U)", "hIoU", title=f"{len(CONTRAST_SEEDS)} seeds, mean +- std"
+    )
     for contrast, values in rows.items():
         table.add_row(contrast, *(f"{mean:.1f} +- {std:.1f}" for mean, std in (values[key] for key in KEYS)))
     out = Console(highlight=False, soft_wrap=True)

@@ -16,8 +16,16 @@ from typing import Any
 
 import yaml
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
-from rich.progress import TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.text import Text
 
 from cache.errors import MissingCache, StaleCache
@@ -55,7 +63,12 @@ class RateColumn(ProgressColumn):
 def progress(what: str, total: int, *, done: int = 0, unit: str = "images") -> Iterator[Any]:
     """A bar with rate and remaining time; yields `advance(n, **fields)`. A log file gets its last state only."""
     columns = (TextColumn("{task.description:<8}"), BarColumn(), MofNCompleteColumn(), RateColumn())
-    times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
+    times = (
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
     with Progress(*columns, *times, console=console) as bar:
         task = bar.add_task(what, total=total, completed=done, unit=unit, note="")
         yield lambda count=1, note="": bar.update(task, advance=count, note=note)
@@ -105,7 +118,9 @@ def save_config(config: Config) -> None:
     path = config.run_path / "config.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".config.{os.getpid()}.partial")
-    partial.write_text(yaml.safe_dump(config.model_dump(mode="json", by_alias=True), sort_keys=False), encoding="utf-8")
+    partial.write_text(
+        yaml.safe_dump(config.model_dump(mode="json", by_alias=True), sort_keys=False), encoding="utf-8"
+    )
     os.replace(partial, path)
 
 
@@ -113,7 +128,9 @@ def run_config(run: Path) -> Config:
     """The config that a run folder was made with. Raises ConfigError when it is no run folder."""
     if not (run / "config.yaml").is_file():
         near = sorted(p.parent.as_posix() for p in Path("runs").glob("*/config.yaml"))
-        raise ConfigError(f"{run}: not a run folder (no config.yaml in it). There are: {', '.join(near) or 'none'}.")
+        raise ConfigError(
+            f"{run}: not a run folder (no config.yaml in it). There are: {', '.join(near) or 'none'}."
+        )
     return load(run / "config.yaml")
 
 

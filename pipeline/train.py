@@ -25,6 +25,7 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
+from cache.ledger import write_manifest
 from pipeline.batches import CachedViews, data_of, training_batches
 from pipeline.checkpoint import Checkpoint, latest_checkpoint, load_state, save_checkpoint, save_student
 from pipeline.config import Config, Train, UserError, config_fingerprint, fingerprint
@@ -33,7 +34,6 @@ from pipeline.models.student import build_student, parameter_groups
 from pipeline.models.vla import VisualLanguageAdapter
 from pipeline.ops import losses
 from pipeline.tracking import found_manifest, manifest_path, progress, required_manifest, save_config, say
-from cache.ledger import write_manifest
 
 
 class TrainError(UserError):
@@ -44,7 +44,7 @@ class TrainError(UserError):
 class Learner:
     """The parts that learn or remember, and what the losses are handed: T_seen, never the rest."""
 
-    student: nn.Module
+    student: Any  # DenseStudent, or accelerate's wrapper of it
     vla: nn.Module
     bank: ClsBank
     text_seen: Tensor  # (S, C), unit norm
@@ -69,24 +69,34 @@ def train(config: Config) -> dict[str, Any]:
         mixed_precision=section.precision, log_with="tensorboard", project_dir=config.run_path / "train"
     )
     if section.batch % accelerator.num_processes:
-        raise TrainError(f"train.batch {section.batch} does not divide among {accelerator.num_processes} processes.")
+        raise TrainError(
+            f"train.batch {section.batch} does not divide among {accelerator.num_processes} processes."
+        )
     save_config(config)
     set_seed(section.seed)
     views = CachedViews(config, data)
     learner = _build(config, views)
     groups = parameter_groups(
-        learner.student, learner.vla, lr=section.lr, head_lr_factor=section.head_lr_factor, decay=section.weight_decay
+        learner.student,
+        learner.vla,
+        lr=section.lr,
+        head_lr_factor=section.head_lr_factor,
+        decay=section.weight_decay,
     )
     optimiser = torch.optim.AdamW(groups)
     text = torch.from_numpy(views.store.read_whole("text"))
-    checkpoint = Checkpoint(config=config, identity=identity, classes=data.classes, unseen=data.unseen, text=text)
+    checkpoint = Checkpoint(
+        config=config, identity=identity, classes=data.classes, unseen=data.unseen, text=text
+    )
     start = 0
     found = latest_checkpoint(config.run_path / "train", identity)
     if found:
         start = load_state(found, learner.student, learner.vla, learner.bank, optimiser)
         say(f"train: resuming at iteration {start} from {found}")
     learner.student, learner.vla, optimiser = accelerator.prepare(learner.student, learner.vla, optimiser)
-    learner.text_seen, learner.seen_ids = (x.to(accelerator.device) for x in (learner.text_seen, learner.seen_ids))
+    learner.text_seen, learner.seen_ids = (
+        x.to(accelerator.device) for x in (learner.text_seen, learner.seen_ids)
+    )
     learner.bank.to(accelerator.device)
     accelerator.init_trackers("losses")
 
@@ -102,7 +112,11 @@ def train(config: Config) -> dict[str, Any]:
         "student": "student.safetensors",
     }
     if accelerator.is_main_process:
-        save_student(config.run_path / "train" / "student.safetensors", accelerator.unwrap_model(learner.student), checkpoint)
+        save_student(
+            config.run_path / "train" / "student.safetensors",
+            accelerator.unwrap_model(learner.student),
+            checkpoint,
+        )
         write_manifest(manifest_path(config, "train"), manifest)
     accelerator.end_training()
     return manifest
@@ -144,7 +158,10 @@ def _loop(
         learner.student.to(memory_format=torch.channels_last)
     learner.student.train()
     clock = Clock()
-    with progress("train", section.iterations, done=start, unit="it") as advance, _curve(folder, start) as curve:
+    with (
+        progress("train", section.iterations, done=start, unit="it") as advance,
+        _curve(folder, start) as curve,
+    ):
         for iteration in range(start, section.iterations):
             batch = {name: value.to(accelerator.device) for name, value in next(batches).items()}
             clock.mark("data")
@@ -170,14 +187,24 @@ def _loop(
             is_last = done == section.iterations
             if done % section.log_every == 0 or is_last:
                 values = {name: float(term.detach()) for name, term in terms.items()} | counts
-                values |= {"total": float(total.detach()), "lr": optimiser.param_groups[0]["lr"]} | clock.shares()
+                values |= {
+                    "total": float(total.detach()),
+                    "lr": optimiser.param_groups[0]["lr"],
+                } | clock.shares()
                 accelerator.log(values, step=done)
-                curve.write(json.dumps({"iteration": done, **{k: round(v, 6) for k, v in values.items()}}) + "\n")
+                curve.write(
+                    json.dumps({"iteration": done, **{k: round(v, 6) for k, v in values.items()}}) + "\n"
+                )
                 curve.flush()
             advance(1, note=f"loss {float(total.detach()):.3f}" if done % 10 == 0 or is_last else None)
             if accelerator.is_main_process and (done % section.checkpoint_every == 0) and not is_last:
-                student, vla = accelerator.unwrap_model(learner.student), accelerator.unwrap_model(learner.vla)
-                save_checkpoint(folder, done, checkpoint, student, vla, learner.bank, optimiser, keep=section.keep)
+                student, vla = (
+                    accelerator.unwrap_model(learner.student),
+                    accelerator.unwrap_model(learner.vla),
+                )
+                save_checkpoint(
+                    folder, done, checkpoint, student, vla, learner.bank, optimiser, keep=section.keep
+                )
     say(f"train: time {clock.line()}")
 
 
@@ -188,7 +215,11 @@ def schedule(section: Train, iteration: int) -> float:
 
 
 def loss_terms(
-    section: Train, learner: Learner, dense: Tensor, batch: dict[str, Tensor], accelerator: Accelerator | None = None
+    section: Train,
+    learner: Learner,
+    dense: Tensor,
+    batch: dict[str, Tensor],
+    accelerator: Accelerator | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Every weighted term of eq. 11-12 for one batch, and counts worth a curve. Pushes into the CLS bank.
 
@@ -249,7 +280,9 @@ def _on_grid(labels: Tensor, dense: Tensor, section: Train) -> Tensor:
     return interpolate(labels[:, None].float(), dense.shape[2:], mode="nearest-exact")[:, 0].to(labels.dtype)
 
 
-def _stop_if_not_finite(terms: dict[str, Tensor], iteration: int, views: CachedViews, batch: dict[str, Tensor]) -> None:
+def _stop_if_not_finite(
+    terms: dict[str, Tensor], iteration: int, views: CachedViews, batch: dict[str, Tensor]
+) -> None:
     bad = [name for name, term in terms.items() if not math.isfinite(float(term.detach()))]
     if bad:
         names = ", ".join(views.samples[int(row)].id for row in batch["sample"][:8])

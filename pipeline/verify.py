@@ -13,11 +13,17 @@ def verify(config: Config) -> list[Finding]:
 
     Raises: MissingCache when there is none.
     """
-    manifests = {stage: m for stage in ("extract", "cluster") if (m := found_manifest(config, stage)) is not None}
-    findings = verify_cache(config.cache_path, fingerprints={s: m["fingerprint"] for s, m in manifests.items()})
+    manifests = {
+        stage: m for stage in ("extract", "cluster") if (m := found_manifest(config, stage)) is not None
+    }
+    findings = verify_cache(
+        config.cache_path, fingerprints={s: m["fingerprint"] for s, m in manifests.items()}
+    )
     for stage, manifest in manifests.items():
         wanted = config_fingerprint(config, stage)
         if manifest.get("config") != wanted:
             what = f"made with config {manifest.get('config')}, this config asks for {wanted}."
-            findings.append(Finding("stale", f"{config.cache_path}: {stage}", what, f"Run `cli.py {stage}` again."))
+            findings.append(
+                Finding("stale", f"{config.cache_path}: {stage}", what, f"Run `cli.py {stage}` again.")
+            )
     return findings

@@ -1,6 +1,6 @@
 import pytest
 
-from pipeline.config import STAGES, ConfigError, Config, config_fingerprint, fingerprint, from_mapping, load
+from pipeline.config import STAGES, Config, ConfigError, config_fingerprint, fingerprint, from_mapping, load
 
 
 def prints(**changes: object) -> dict[str, str]:
@@ -60,7 +60,9 @@ def test_a_wrong_key_or_value_is_named(setting, words):
 
 
 def test_settings_are_typed_as_yaml():
-    config = from_mapping({}, ["train.lr=1e-4", "train.potential=false", "cluster.sizes=[2, 5]", "text.templates=['a {}']"])
+    config = from_mapping(
+        {}, ["train.lr=1e-4", "train.potential=false", "cluster.sizes=[2, 5]", "text.templates=['a {}']"]
+    )
     assert config.train.lr == 1e-4
     assert config.train.potential is False
     assert config.cluster.sizes == (2, 5)

@@ -21,7 +21,7 @@ DOORS = {
     "dask": {"pipeline/engine.py"},
 }
 STAGES = ("extract", "cluster", "train", "evaluate", "predict", "report", "verify")
-FLOOR_3 = ("batches", "checkpoint", "engine", "inference", "results", "tracking", "panels")
+FLOOR_3 = ("batches", "checkpoint", "engine", "inference", "results", "tracking", "panels", "charts", "facts", "gallery", "page")
 
 
 def floor(module: str) -> int:
@@ -32,7 +32,11 @@ def floor(module: str) -> int:
     if parts[0] == "cache":
         return 1
     second = parts[1] if len(parts) > 1 else ""
-    floors = {"": 0, "config": 0, "ops": 1, "data": 2, "models": 2} | dict.fromkeys(FLOOR_3, 3) | dict.fromkeys(STAGES, 4)
+    floors = (
+        {"": 0, "config": 0, "ops": 1, "data": 2, "models": 2}
+        | dict.fromkeys(FLOOR_3, 3)
+        | dict.fromkeys(STAGES, 4)
+    )
     return floors[second]
 
 
@@ -83,7 +87,9 @@ def test_ops_are_pure(path: Path) -> None:
 
 
 def loaded_by(statement: str) -> set[str]:
-    code = f"{statement}\nimport json, sys\nprint(json.dumps(sorted({{m.split('.')[0] for m in sys.modules}})))"
+    code = (
+        f"{statement}\nimport json, sys\nprint(json.dumps(sorted({{m.split('.')[0] for m in sys.modules}})))"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     return set(json.loads(done.stdout.splitlines()[-1]))
 

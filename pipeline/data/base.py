@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from pipeline.config import UserError
 from pipeline.data.classes import Splits, bitwise_palette
 
 PARTS = ("train", "test")
@@ -40,7 +41,7 @@ UPRIGHT = {
 }
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """The data or its description can't be used; the message says what, where and what to do."""
 
 

@@ -11,7 +11,7 @@ Coordinates are pixels, y down; images are uint8 RGB, labels are class ids with 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -26,9 +26,9 @@ Pattern = Callable[[np.ndarray, np.ndarray], np.ndarray]
 PATTERNS: dict[str, Pattern] = {
     "plain": lambda u, v: np.zeros_like(u),
     "striped": lambda u, v: ((u % 1.0) < 0.5).astype(np.float32),
-    "dotted": lambda u, v: (((u + 0.5 * (np.floor(v) % 2)) % 1.0 - 0.5) ** 2 + (v % 1.0 - 0.5) ** 2 < 0.1).astype(
-        np.float32
-    ),
+    "dotted": lambda u, v: (
+        ((u + 0.5 * (np.floor(v) % 2)) % 1.0 - 0.5) ** 2 + (v % 1.0 - 0.5) ** 2 < 0.1
+    ).astype(np.float32),
     "checked": lambda u, v: (((u % 1.0) < 0.5) ^ ((v % 1.0) < 0.5)).astype(np.float32),
 }
 
@@ -84,10 +84,18 @@ class Scene:
     labels: np.ndarray
 
 
-def render_scene(seed: int, index: int, size: int = 128, *, things: tuple[int, int] = (1, 3)) -> Scene:
+def render_scene(
+    seed: int,
+    index: int,
+    size: int = 128,
+    *,
+    things: tuple[int, int] = (1, 3),
+    radius: tuple[float, float] = (0.15, 0.26),
+) -> Scene:
     """Draws scene `index` of the world `seed`: same arguments, same pixels.
 
-    Shapes: image (size, size, 3), labels (size, size). `things` bounds the number of blobs.
+    Shapes: image (size, size, 3), labels (size, size). `things` bounds the
+    number of blobs, `radius` theirs as a share of the side.
     """
     rng = np.random.Generator(np.random.Philox(key=[seed, index]))
     yy, xx = np.mgrid[0:size, 0:size].astype(np.float32)
@@ -95,7 +103,7 @@ def render_scene(seed: int, index: int, size: int = 128, *, things: tuple[int, i
     places: list[np.ndarray] = []
     for which in rng.permutation(len(THINGS))[: int(rng.integers(things[0], things[1] + 1))]:
         places.append(_free_place(rng, places))
-        _draw_thing(rng, image, labels, xx, yy, int(which), places[-1] * size)
+        _draw_thing(rng, image, labels, xx, yy, int(which), places[-1] * size, rng.uniform(*radius) * size)
     lit = image * rng.uniform(0.88, 1.1) + rng.normal(0, 3.0, image.shape)
     return Scene(np.clip(lit, 0, 255).astype(np.uint8), labels)
 
@@ -152,7 +160,11 @@ def _texture(rng: np.random.Generator, name: str, xx: np.ndarray, yy: np.ndarray
     if name == "water":
         swell = np.sin(2 * np.pi * yy / rng.uniform(7, 9) + 1.6 * _waves(rng, xx, period=44.0) + 0.05 * xx)
         crest = np.maximum(swell - 0.6, 0)[..., None] * np.array([150, 130, 90], np.float32)
-        return np.array([44, 104, 178], np.float32) + swell[..., None] * np.array([8, 16, 20], np.float32) + crest
+        return (
+            np.array([44, 104, 178], np.float32)
+            + swell[..., None] * np.array([8, 16, 20], np.float32)
+            + crest
+        )
     course, length = 8, 16  # a brick's height and width in pixels, mortar included
     dy, dx = rng.integers(0, course), rng.integers(0, length)
     row = np.floor((yy + dy) / course)
@@ -176,9 +188,9 @@ def _draw_thing(
     yy: np.ndarray,
     which: int,
     centre: np.ndarray,
+    radius: float,
 ) -> None:
-    thing, size = THINGS[which], xx.shape[0]
-    radius = rng.uniform(0.15, 0.26) * size
+    thing = THINGS[which]
     cx, cy = centre
     turn, stretch = rng.uniform(0, 2 * np.pi), rng.uniform(0.78, 1.0)
     dx, dy = xx - cx, yy - cy
@@ -219,19 +231,36 @@ class DemoDataSet(DataSet):
     name = "demo"
 
     def __init__(
-        self, *, seed: int = 1, test_seed: int = 2, train: int = 512, test: int = 128, size: int = 128
+        self,
+        *,
+        seed: int = 1,
+        test_seed: int = 2,
+        train: int = 512,
+        test: int = 128,
+        size: int = 128,
+        unseen: Sequence[str] = UNSEEN,
+        radius: tuple[float, float] = (0.15, 0.26),
     ) -> None:
         if seed == test_seed:
-            raise DataError(f"data.seed and data.test_seed are both {seed}: the test scenes would be training scenes.")
+            raise DataError(
+                f"data.seed and data.test_seed are both {seed}: the test scenes would be training scenes."
+            )
         if min(train, test) < 1 or size < 32:
-            raise DataError(f"demo data: train={train}, test={test}, size={size}; want at least 1, 1 and 32 pixels.")
-        super().__init__(classes=CLASSES, unseen=UNSEEN, palette=PALETTE)
-        self.seeds, self.counts, self.size = {"train": seed, "test": test_seed}, {"train": train, "test": test}, size
+            raise DataError(
+                f"demo data: train={train}, test={test}, size={size}; want at least 1, 1 and 32 pixels."
+            )
+        super().__init__(classes=CLASSES, unseen=unseen, palette=PALETTE)
+        self.seeds, self.counts, self.size = (
+            {"train": seed, "test": test_seed},
+            {"train": train, "test": test},
+            size,
+        )
+        self.radius = (float(radius[0]), float(radius[1]))
         self.render = lru_cache(maxsize=train + test)(self._render)
 
     def _render(self, image: str) -> Scene:
         seed, index = image.split("/")
-        return render_scene(int(seed), int(index), self.size)
+        return render_scene(int(seed), int(index), self.size, radius=self.radius)
 
     def samples(self, part: str) -> list[Sample]:
         seed = self.seeds[part]
@@ -247,4 +276,4 @@ class DemoDataSet(DataSet):
         return self.render(sample.image).labels
 
     def stamp(self, sample: Sample) -> str:
-        return f"{sample.image}@{self.size}"
+        return f"{sample.image}@{self.size}:{self.radius}"

@@ -15,6 +15,7 @@ from torch.nn.functional import interpolate
 
 from pipeline.config import Student, UserError
 
+HEAD_STD = 0.01  # mmseg's init of its last layer; a longer R makes GLM's attention (eq. 1) a spike from the start
 STRIDE = 4  # of the dense output; SegFormer's (method section 4)
 PARAMETERS_WITHOUT_DECAY = ("pos_embed", "position", "relative_position_bias_table")
 
@@ -29,6 +30,9 @@ class DenseStudent(nn.Module):
     Shapes: images (B, 3, S, S) float, normalised -> R (B, C, S/4, S/4).
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, net: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         super().__init__()
         self.net = net
@@ -39,7 +43,11 @@ class DenseStudent(nn.Module):
         """images (B, 3, S, S) in 0..255 RGB, uint8 or float."""
         dense = self.net((images.float() - self.mean) / self.std)
         size = (images.shape[2] // STRIDE, images.shape[3] // STRIDE)
-        return dense if dense.shape[2:] == size else interpolate(dense, size, mode="bilinear", align_corners=False)
+        return (
+            dense
+            if dense.shape[2:] == size
+            else interpolate(dense, size, mode="bilinear", align_corners=False)
+        )
 
 
 def build_student(section: Student, channels: int, *, pretrained: bool = True) -> DenseStudent:
@@ -49,7 +57,9 @@ def build_student(section: Student, channels: int, *, pretrained: bool = True) -
     """
     archs = {name.lower(): arch for name, arch in vars(smp).items() if _is_arch(arch)}
     if section.arch.lower() not in archs:
-        raise StudentError(f"student.arch {section.arch!r}: want one of {', '.join(a.__name__ for a in archs.values())}.")
+        raise StudentError(
+            f"student.arch {section.arch!r}: want one of {', '.join(a.__name__ for a in archs.values())}."
+        )
     options: dict[str, Any] = dict(section.options)
     accepted = inspect.signature(archs[section.arch.lower()]).parameters
     if "upsampling" in accepted:
@@ -70,6 +80,10 @@ def build_student(section: Student, channels: int, *, pretrained: bool = True) -
             f"student {section.arch} on {section.encoder!r} (weights {section.weights or section.encoder_weights!r}): "
             f"{what}. Offline, set student.encoder_weights to null or student.weights to a file."
         ) from None
+    head = next(layer for layer in reversed(list(net.segmentation_head.modules())) if isinstance(layer, nn.Conv2d))
+    nn.init.normal_(head.weight, std=HEAD_STD)
+    if head.bias is not None:
+        nn.init.zeros_(head.bias)
     return DenseStudent(net, section.mean, section.std)
 
 
@@ -77,7 +91,9 @@ def _is_arch(found: Any) -> bool:
     return isinstance(found, type) and issubclass(found, smp.base.SegmentationModel)
 
 
-def parameter_groups(student: DenseStudent, extra: nn.Module, *, lr: float, head_lr_factor: float, decay: float) -> list:
+def parameter_groups(
+    student: DenseStudent, extra: nn.Module, *, lr: float, head_lr_factor: float, decay: float
+) -> list:
     """AdamW's groups: encoder at lr, decoder, head and VLA at lr * factor; no decay on norms, biases, positions.
 
     Source: mmseg's SegFormer schedule (method section 4).

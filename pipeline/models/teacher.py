@@ -87,7 +87,9 @@ class Teacher:
         visual.output_tokens = True
         patch = int(visual.patch_size[0])
         if image_size % patch:
-            raise TeacherError(f"teacher.image_size {image_size} is no multiple of the patch of {name!r}, {patch}.")
+            raise TeacherError(
+                f"teacher.image_size {image_size} is no multiple of the patch of {name!r}, {patch}."
+            )
         preprocess = open_clip.get_model_preprocess_cfg(model)
         dtype = PRECISIONS[precision]
         model = model.eval().requires_grad_(False).to(device=device, dtype=dtype)
@@ -142,7 +144,10 @@ class Teacher:
         flat = [prompt for group in prompts for prompt in group]
         features = torch.cat(
             [
-                normalize(self.model.encode_text(self.tokenizer(flat[i : i + TEXT_BATCH]).to(self.device)).float(), dim=1)
+                normalize(
+                    self.model.encode_text(self.tokenizer(flat[i : i + TEXT_BATCH]).to(self.device)).float(),
+                    dim=1,
+                )
                 for i in range(0, len(flat), TEXT_BATCH)
             ]
         ).cpu()
@@ -175,9 +180,13 @@ def _weights_file(name: str, pretrained: str | None, tag: dict[str, Any]) -> Pat
     schema, _, place = name.partition(":")
     try:
         if schema == "local-dir":
-            found = sorted(p for kind in ("*.safetensors", "*.bin", "*.pt", "*.pth") for p in Path(place).glob(kind))
+            found = sorted(
+                p for kind in ("*.safetensors", "*.bin", "*.pt", "*.pth") for p in Path(place).glob(kind)
+            )
             if not found:
-                raise TeacherError(f"teacher.model {name!r}: {place} holds no weights (.safetensors, .bin, .pt or .pth).")
+                raise TeacherError(
+                    f"teacher.model {name!r}: {place} holds no weights (.safetensors, .bin, .pt or .pth)."
+                )
             return found[0]
         if schema == "hf-hub":
             return Path(open_clip.download_pretrained_from_hf(place))
@@ -188,14 +197,18 @@ def _weights_file(name: str, pretrained: str | None, tag: dict[str, Any]) -> Pat
     except Exception as error:  # whatever the hub's client raises without a network
         what = " ".join(str(error).split())[:200]
         raise TeacherError(
-            f"teacher.model {name!r}, pretrained {pretrained!r}: the weights could not be downloaded ({what}). Offline, "
-            "put a checkpoint file's path into teacher.pretrained."
+            f"teacher.model {name!r}, pretrained {pretrained!r}: the weights could not be downloaded ({what}). "
+            "Offline, put a checkpoint file's path into teacher.pretrained."
         ) from None
     if pretrained is None:
-        raise TeacherError(f"teacher.model {name!r} needs teacher.pretrained: a tag such as 'openai', or a file.")
+        raise TeacherError(
+            f"teacher.model {name!r} needs teacher.pretrained: a tag such as 'openai', or a file."
+        )
     if not Path(pretrained).is_file():
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
-        raise TeacherError(f"teacher.pretrained {pretrained!r}: no such file, and no tag of {name!r} (those are: {tags}).")
+        raise TeacherError(
+            f"teacher.pretrained {pretrained!r}: no such file, and no tag of {name!r} (those are: {tags})."
+        )
     return Path(pretrained)
 
 
@@ -231,10 +244,14 @@ def _load_weights(model: torch.nn.Module, path: Path, quick_gelu: bool | None) -
             state = dict(loaded.get("state_dict", loaded))
     except Exception as error:  # torch, pickle, zip and safetensors each raise their own
         what = " ".join(str(error).split())[:200]
-        raise TeacherError(f"teacher.pretrained {str(path)!r}: not a checkpoint that can be read: {what}") from None
+        raise TeacherError(
+            f"teacher.pretrained {str(path)!r}: not a checkpoint that can be read: {what}"
+        ) from None
     is_openai = any(entry in state for entry in OPENAI_ENTRIES)
     if is_openai and quick_gelu is False:
-        raise TeacherError(f"teacher.pretrained {str(path)!r} is in OpenAI's layout: its weights want QuickGELU.")
+        raise TeacherError(
+            f"teacher.pretrained {str(path)!r} is in OpenAI's layout: its weights want QuickGELU."
+        )
     for entry in OPENAI_ENTRIES:
         state.pop(entry, None)
     # Positions are interpolated in float32: torch can't in half precision, in which OpenAI's weights come.

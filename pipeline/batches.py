@@ -26,6 +26,8 @@ from pipeline.data.base import DataError, DataSet, Sample, open_data_set
 from pipeline.ops.views import replay_image, replay_labels, view_of
 
 IGNORE = 255  # label of a pixel without annotation
+SMALL_ARRAYS = ("view", "cls", "pseudo")  # about 2 KiB a view at C = 512
+KEEP_BYTES = 1 << 28  # up to this they are read once and kept: 130,000 views, and no checksum a step
 
 # mmseg's PhotoMetricDistortion: brightness +-32 of 255, contrast and saturation 0.5-1.5, hue +-18 of 180.
 BRIGHTNESS, CONTRAST, SATURATION, HUE = 32.0, (0.5, 1.5), (0.5, 1.5), 18 / 180
@@ -98,7 +100,10 @@ class CachedViews(Dataset):
         self.size = int(self.store.attributes["teacher"]["image_size"])
         self.mean_colour = np.array(self.store.attributes["mean_colour"], np.uint8)
         self.num_views = int(self.store.attributes["views"]["num"])
-        status = self.store.read_rows("status", np.arange(self.store.num_samples))
+        status = self.store.read_whole("status")
+        size_bytes = sum(self.store.size_bytes(name) for name in SMALL_ARRAYS)
+        kept = size_bytes <= KEEP_BYTES
+        self.kept = {name: self.store.read_whole(name) for name in SMALL_ARRAYS} if kept else {}
         self.rows = tuple(int(row) for row in np.flatnonzero(status == 0))
         if not self.rows:
             raise DataError(f"{config.cache_path}: no usable image is cached; see `cli.py verify`.")
@@ -122,7 +127,9 @@ class CachedViews(Dataset):
         return {"image": image, "labels": labels, "pseudo": pseudo, "cls": cls, "sample": place.row}
 
     def _row(self, array: str, row: int) -> np.ndarray:
-        return self.store.read_rows(array, np.array([row]))[0]
+        return (
+            self.kept[array][row] if array in self.kept else self.store.read_rows(array, np.array([row]))[0]
+        )
 
     def replay(self, sample: Sample, box: np.ndarray) -> tuple[Tensor, Tensor]:
         """A view as extraction saw it, and the seen labels under it: (3, S, S) uint8, (S, S) uint8."""

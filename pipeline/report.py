@@ -27,15 +27,23 @@ from rich.tree import Tree
 from cache.errors import MissingCache, StaleCache
 from cache.ledger import read_manifest
 from cache.store import Store
-from pipeline import facts
 from pipeline.batches import data_of
 from pipeline.checkpoint import CheckpointError, load_student, student_file
 from pipeline.config import Config, UserError, config_fingerprint
 from pipeline.data.base import DataError, DataSet
-from pipeline.facts import human_bytes, human_seconds
-from pipeline.gallery import MAX_CARDS, Card, Selection, eval_cards, eval_samples, not_found, training_cards
-from pipeline.page import render
-from pipeline.panels import indexed, object_palette, resized, sheet
+from pipeline.looking import facts
+from pipeline.looking.facts import human_bytes, human_seconds
+from pipeline.looking.gallery import (
+    MAX_CARDS,
+    Card,
+    Selection,
+    eval_cards,
+    eval_samples,
+    not_found,
+    training_cards,
+)
+from pipeline.looking.page import render
+from pipeline.looking.panels import indexed, object_palette, resized, sheet
 from pipeline.tracking import run_config, say
 
 MANY = 8  # quarantined images listed in the tree

@@ -21,7 +21,7 @@ DOORS = {
     "dask": {"pipeline/engine.py"},
 }
 STAGES = ("extract", "cluster", "train", "evaluate", "predict", "report", "verify")
-FLOOR_3 = ("batches", "checkpoint", "engine", "inference", "results", "tracking", "panels", "charts", "facts", "gallery", "page")
+FLOOR_3 = ("batches", "checkpoint", "engine", "inference", "looking", "results", "tracking")
 
 
 def floor(module: str) -> int:
@@ -33,7 +33,7 @@ def floor(module: str) -> int:
         return 1
     second = parts[1] if len(parts) > 1 else ""
     floors = (
-        {"": 0, "config": 0, "ops": 1, "data": 2, "models": 2}
+        {"": 0, "__init__": 0, "config": 0, "ops": 1, "data": 2, "models": 2}
         | dict.fromkeys(FLOOR_3, 3)
         | dict.fromkeys(STAGES, 4)
     )

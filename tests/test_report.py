@@ -19,9 +19,9 @@ from pipeline import charts, facts, gallery, panels
 from pipeline.batches import data_of
 from pipeline.checkpoint import Checkpoint, save_student
 from pipeline.config import UserError, config_fingerprint, load
+from pipeline.looking.page import render
 from pipeline.models.student import build_student
 from pipeline.ops.views import draw_views
-from pipeline.page import render
 from pipeline.report import inspect, report
 from pipeline.tracking import manifest_path, record_shard, save_config
 

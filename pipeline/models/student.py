@@ -15,7 +15,9 @@ from torch.nn.functional import interpolate
 
 from pipeline.config import Student, UserError
 
-HEAD_STD = 0.01  # mmseg's init of its last layer; a longer R makes GLM's attention (eq. 1) a spike from the start
+HEAD_STD = (
+    0.01  # mmseg's init of its last layer; a longer R makes GLM's attention (eq. 1) a spike from the start
+)
 STRIDE = 4  # of the dense output; SegFormer's (method section 4)
 PARAMETERS_WITHOUT_DECAY = ("pos_embed", "position", "relative_position_bias_table")
 
@@ -80,7 +82,9 @@ def build_student(section: Student, channels: int, *, pretrained: bool = True) -
             f"student {section.arch} on {section.encoder!r} (weights {section.weights or section.encoder_weights!r}): "
             f"{what}. Offline, set student.encoder_weights to null or student.weights to a file."
         ) from None
-    head = next(layer for layer in reversed(list(net.segmentation_head.modules())) if isinstance(layer, nn.Conv2d))
+    head = next(
+        layer for layer in reversed(list(net.segmentation_head.modules())) if isinstance(layer, nn.Conv2d)
+    )
     nn.init.normal_(head.weight, std=HEAD_STD)
     if head.bias is not None:
         nn.init.zeros_(head.bias)

@@ -18,8 +18,8 @@ from cache.store import Store
 from pipeline import charts, facts
 from pipeline.config import Config
 from pipeline.data.base import DataSet
-from pipeline.gallery import Card
-from pipeline.panels import ERROR_PALETTE, ERRORS, data_uri, encoded, object_palette
+from pipeline.looking.gallery import Card
+from pipeline.looking.panels import ERROR_PALETTE, ERRORS, data_uri, encoded, object_palette
 from pipeline.tracking import found_manifest
 
 TEMPLATES = Path(__file__).parent / "templates"

@@ -20,10 +20,10 @@ from pipeline.checkpoint import Checkpoint
 from pipeline.config import Config, UserError
 from pipeline.data.base import BadImage, DataError, DataSet, Sample
 from pipeline.inference import best_by_group, class_logits, predicted
+from pipeline.looking.panels import Panel, Strip, class_panel, error_panel, object_panel, photo
 from pipeline.models.student import DenseStudent
 from pipeline.ops import metrics
 from pipeline.ops.views import replay_image, replay_labels
-from pipeline.panels import Panel, Strip, class_panel, error_panel, object_panel, photo
 
 IGNORE = 255
 ANNOTATED, PADDING = 0, 255  # codes of the `pseudo` array that are no potential object

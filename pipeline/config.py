@@ -130,7 +130,10 @@ class Train(Section):
     weights: LossWeights = Field(default_factory=LossWeights)
     flip: float = Field(0.5, ge=0, le=1, description="probability of a horizontal flip (mmseg)")
     photometric: bool = Field(True, description="mmseg's PhotoMetricDistortion, student side only")
-    precision: Literal["no", "bf16", "fp16"] = Field("no", description="accelerate's mixed precision")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "fp32",
+        description="of autocast, the losses stay float32; auto is bf16 where the machine computes in it",
+    )
     channels_last: bool = True
     workers: int = Field(0, ge=0, description="loader processes")
     threads: int | None = Field(None, description="torch threads; null leaves torch's own choice")
@@ -191,7 +194,7 @@ class Config(Section):
 
 # What each stage reads of the config, and what it builds on.
 STAGES: dict[str, tuple[tuple[str, ...], str | None]] = {
-    "extract": (("data", "teacher", "text", "views", "cache.max_bad"), None),
+    "extract": (("data", "teacher", "text", "views"), None),
     "cluster": (("data", "cluster"), "extract"),
     "train": (("data", "student", "train"), "cluster"),
     "eval": (("data", "eval"), "train"),
@@ -219,15 +222,12 @@ def config_fingerprint(config: Config, stage: str) -> str:
     dumped = config.model_dump(mode="json", by_alias=True)
     own: dict[str, Any] = {}
     for section in sections:
-        value: Any = dumped
-        for part in section.split("."):
-            value = value[part]
-        if isinstance(value, dict):
-            hidden = DATA_NOT_FOR.get(stage, ()) if section == "data" else ()
-            value = {
-                k: v for k, v in value.items() if f"{section}.{k}" not in NOT_CONTENT and k not in hidden
-            }
-        own[section] = value
+        hidden = DATA_NOT_FOR.get(stage, ()) if section == "data" else ()
+        own[section] = {
+            k: v
+            for k, v in dumped[section].items()
+            if f"{section}.{k}" not in NOT_CONTENT and k not in hidden
+        }
     return digest([stage, own, config_fingerprint(config, upstream) if upstream else None])
 
 

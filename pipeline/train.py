@@ -66,7 +66,9 @@ def train(config: Config) -> dict[str, Any]:
     if section.threads:
         torch.set_num_threads(section.threads)
     accelerator = Accelerator(
-        mixed_precision=section.precision, log_with="tensorboard", project_dir=config.run_path / "train"
+        mixed_precision=mixed_precision(section.precision),
+        log_with="tensorboard",
+        project_dir=config.run_path / "train",
     )
     if section.batch % accelerator.num_processes:
         raise TrainError(
@@ -206,6 +208,18 @@ def _loop(
                     folder, done, checkpoint, student, vla, learner.bank, optimiser, keep=section.keep
                 )
     say(f"train: time {clock.line()}")
+
+
+def mixed_precision(wanted: str) -> str:
+    """accelerate's word for the configured precision; `auto` looks at what the machine computes in."""
+    if wanted == "auto":
+        has_bf16 = (
+            torch.cuda.is_bf16_supported()
+            if torch.cuda.is_available()
+            else torch.cpu._is_avx512_bf16_supported()
+        )
+        wanted = "bf16" if has_bf16 else "fp32"
+    return "no" if wanted == "fp32" else wanted
 
 
 def schedule(section: Train, iteration: int) -> float:

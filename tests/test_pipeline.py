@@ -234,7 +234,7 @@ def test_the_losses_see_no_unseen_text(finished, tiny, monkeypatch):
         "train.potentials=image",
         "train.loss_grid=full",
         "train.photometric=true",
-        "student.arch=Segformer",
+        "train.channels_last=false",
     ],
 )
 def test_every_switch_trains(finished, tiny, setting):

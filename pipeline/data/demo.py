@@ -75,6 +75,8 @@ PALETTE = np.array(
     dtype=np.uint8,
 )
 
+SHADOW_REACH = 1.45  # in radii from a thing's centre: nothing of it is drawn beyond
+
 
 @dataclass(frozen=True)
 class Scene:
@@ -190,8 +192,10 @@ def _draw_thing(
     centre: np.ndarray,
     radius: float,
 ) -> None:
-    thing = THINGS[which]
-    cx, cy = centre
+    thing, (cx, cy) = THINGS[which], centre
+    reach = SHADOW_REACH * radius + 1
+    window = tuple(slice(max(0, int(c - reach)), int(c + reach) + 2) for c in (cy, cx))
+    image, labels, xx, yy = image[window], labels[window], xx[window], yy[window]
     turn, stretch = rng.uniform(0, 2 * np.pi), rng.uniform(0.78, 1.0)
     dx, dy = xx - cx, yy - cy
     u = np.cos(turn) * dx + np.sin(turn) * dy

@@ -15,7 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from cache.store import Store
-from pipeline import charts, facts
+from pipeline.looking import charts, facts
 from pipeline.config import Config
 from pipeline.data.base import DataSet
 from pipeline.looking.gallery import Card

@@ -40,7 +40,7 @@ rule all:
 
 rule contrast:
     input:
-        expand("{out}/{run}/eval/metrics.json", out=OUT, run=list(RUNS)[1:]),
+        expand("{out}/{run}/eval/metrics.json", out=OUT, run=list(RUNS)),
 
 
 rule extract:

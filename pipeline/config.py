@@ -301,12 +301,20 @@ CONTRASTS: dict[str, tuple[str, ...]] = {
 CONTRAST_SEEDS = (0, 1, 2)
 
 
+def contrast_name(config: Config, contrast: str, seed: int) -> str:
+    """The run of one contrast and seed; the run itself stands for its own seed of the full method."""
+    is_itself = not CONTRASTS[contrast] and seed == config.train.seed
+    return config.name if is_itself else f"{config.name}-{contrast}-{seed}"
+
+
 def contrast_runs(config: Config, settings: Iterable[str]) -> dict[str, tuple[str, ...]]:
     """Run names and their settings: the run itself, then each contrast and seed, all on the run's cache."""
     runs = {config.name: tuple(settings)}
     for contrast, changes in CONTRASTS.items():
         for seed in CONTRAST_SEEDS:
-            name = f"{config.name}-{contrast}-{seed}"
+            name = contrast_name(config, contrast, seed)
+            if name == config.name:
+                continue
             where = (f"name={name}", f"cache.path={config.cache_path.as_posix()}", f"train.seed={seed}")
             runs[name] = (*settings, *changes, *where)
     return runs

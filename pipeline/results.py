@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.config import CONTRAST_SEEDS, CONTRASTS, Config, UserError
+from pipeline.config import CONTRAST_SEEDS, CONTRASTS, Config, UserError, contrast_name
 
 KEYS = ("pAcc", "mIoU_S", "mIoU_U", "hIoU")
 
@@ -52,10 +52,8 @@ def contrast_rows(config: Config) -> dict[str, dict[str, tuple[float, float]]]:
     """Mean and standard deviation over the seeds, by contrast and metric; contrasts not run are left out."""
     rows: dict[str, dict[str, tuple[float, float]]] = {}
     for contrast in CONTRASTS:
-        paths = [
-            Path(config.runs) / f"{config.name}-{contrast}-{s}" / "eval" / "metrics.json"
-            for s in CONTRAST_SEEDS
-        ]
+        names = [contrast_name(config, contrast, seed) for seed in CONTRAST_SEEDS]
+        paths = [Path(config.runs) / name / "eval" / "metrics.json" for name in names]
         found: list[dict[str, Any]] = [m for path in paths if (m := read_metrics(path)) is not None]
         if len(found) == len(CONTRAST_SEEDS):
             values = {key: [result[key] for result in found] for key in KEYS}

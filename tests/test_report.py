@@ -15,7 +15,7 @@ from PIL import Image
 from cache.errors import MissingCache, StaleCache
 from cache.ledger import write_manifest
 from cache.store import Store
-from pipeline import charts, facts, gallery, panels
+from pipeline.looking import charts, facts, gallery, panels
 from pipeline.batches import data_of
 from pipeline.checkpoint import Checkpoint, save_student
 from pipeline.config import UserError, config_fingerprint, load

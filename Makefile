@@ -22,7 +22,7 @@ demo: $(VENV)/installed ## install, then run the whole pipeline on the built-in 
 	$(BIN)/python cli.py results runs/demo runs/demo-glm_off-0
 
 demo-contrast: $(VENV)/installed ## the demo with GLM, without GLM, and with seen labels only, three seeds each
-	$(BIN)/snakemake --cores $(CORES) --quiet rules progress contrast
+	$(BIN)/snakemake contrast --cores $(CORES) --quiet rules progress
 	$(BIN)/python cli.py contrast
 
 test: $(VENV)/installed ## the whole test suite

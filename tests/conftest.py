@@ -1,9 +1,10 @@
 """Shared parts of the tests: a tiny random CLIP, tiny demo runs, and what stands for a user's shell."""
 
 import os
-import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -28,8 +29,16 @@ TINY = [  # a demo that runs in seconds: 70 images are two shards, so a kill can
 
 
 @pytest.fixture(autouse=True)
-def _one_thread():
+def _fresh_process():
+    """What a new process would start with: one thread, and no precision chosen yet."""
     torch.set_num_threads(1)
+    forget_accelerator()
+
+
+def forget_accelerator() -> None:
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture
@@ -44,18 +53,40 @@ def tiny(tmp_path):
     return build
 
 
-@pytest.fixture
-def run_cli():
-    """Runs cli.py as a user would; returns the finished process with its output."""
+@dataclass
+class Said:
+    """What a command left behind, as subprocess.CompletedProcess has it."""
 
-    def run(*arguments: object, **options: object) -> subprocess.CompletedProcess:
-        command = [sys.executable, str(ROOT / "cli.py"), *map(str, arguments)]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, **options)
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def run_cli(capsys, monkeypatch):
+    """Runs cli.py as a user would, in this process (starting torch takes seconds) but with nothing remembered."""
+    import cli
+    from pipeline import batches, extract
+
+    def run(*arguments: object) -> Said:
+        monkeypatch.chdir(ROOT)
+        monkeypatch.setattr(sys, "argv", ["cli.py", *map(str, arguments)])
+        batches._data.cache_clear()
+        extract._teacher.cache_clear()
+        forget_accelerator()
+        capsys.readouterr()
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        said = capsys.readouterr()
+        return Said(code, said.out, said.err)
 
     return run
 
 
-def is_one_line_error(done: subprocess.CompletedProcess, *words: str) -> bool:
+def is_one_line_error(done: Any, *words: str) -> bool:
     """Exit code 2, one line that starts with `error:` and holds all the words, no traceback."""
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode == 2, done.stderr

@@ -44,8 +44,8 @@ def test_cls_is_encode_image_and_tokens_are_projected_patches():
         visual = own.visual
         hidden = visual.ln_post(visual.transformer(visual._embeds(pixels)))  # (B, 1 + L, width)
         expected = hidden[:, 1:] @ visual.proj
-    assert torch.allclose(tokens.flatten(1, 2), expected, atol=1e-5)
-    assert torch.allclose(cls, hidden[:, 0] @ visual.proj, atol=1e-5)
+        assert torch.allclose(tokens.flatten(1, 2), expected, atol=1e-5)
+        assert torch.allclose(cls, hidden[:, 0] @ visual.proj, atol=1e-5)
 
 
 def test_positions_are_interpolated_as_open_clip_does():

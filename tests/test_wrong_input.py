@@ -184,7 +184,7 @@ def test_no_room_for_a_cache(tmp_path):
     garden(tmp_path / "garden")
     disk = tmp_path / "disk"
     disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", disk], capture_output=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40k", "tmpfs", disk], capture_output=True)
     settings = options(tmp_path, f"cache.path={disk}/cache")
     command = [sys.executable, ROOT / "cli.py", "extract", *settings]
     if mounted.returncode:  # no right to mount here: let the write of a shard fail as a full disk does

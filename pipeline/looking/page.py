@@ -15,9 +15,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from cache.store import Store
-from pipeline.looking import charts, facts
 from pipeline.config import Config
 from pipeline.data.base import DataSet
+from pipeline.looking import charts, facts
 from pipeline.looking.gallery import Card
 from pipeline.looking.panels import ERROR_PALETTE, ERRORS, data_uri, encoded, object_palette
 from pipeline.tracking import found_manifest

@@ -79,6 +79,7 @@ _SPECS = (
         "cluster",
         "mean token of each fused mask: row p - 1 for mask p, NaN from P on",
         padded=True,
+        compressed=True,  # nearly all of it is NaN
     ),
 )
 ARRAYS = {spec.name: spec for spec in _SPECS}

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from cache.ledger import Ledger
 from cache.verify import Finding
 from cache.verify import verify as verify_cache
 from pipeline.config import Config, config_fingerprint
-from pipeline.tracking import found_manifest
+from pipeline.tracking import found_manifest, progress
 
 
 def verify(config: Config) -> list[Finding]:

@@ -17,9 +17,13 @@ def verify(config: Config) -> list[Finding]:
     manifests = {
         stage: m for stage in ("extract", "cluster") if (m := found_manifest(config, stage)) is not None
     }
-    findings = verify_cache(
-        config.cache_path, fingerprints={s: m["fingerprint"] for s, m in manifests.items()}
-    )
+    recorded = sum(len(Ledger(config.cache_path, stage).shards()) for stage in ("extract", "cluster"))
+    with progress("verify", recorded, unit="shards") as advance:
+        findings = verify_cache(
+            config.cache_path,
+            fingerprints={stage: manifest["fingerprint"] for stage, manifest in manifests.items()},
+            progress=lambda done, total: advance(1),
+        )
     for stage, manifest in manifests.items():
         wanted = config_fingerprint(config, stage)
         if manifest.get("config") != wanted:

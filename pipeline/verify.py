@@ -17,7 +17,7 @@ def verify(config: Config) -> list[Finding]:
     manifests = {
         stage: m for stage in ("extract", "cluster") if (m := found_manifest(config, stage)) is not None
     }
-    recorded = sum(len(Ledger(config.cache_path, stage).shards()) for stage in ("extract", "cluster"))
+    recorded = sum(len(Ledger(config.cache_path, stage).entries()) for stage in ("extract", "cluster"))
     with progress("verify", recorded, unit="shards") as advance:
         findings = verify_cache(
             config.cache_path,

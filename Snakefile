@@ -18,10 +18,17 @@ SETTINGS = str(config.pop("set", "")).split()
 RUN = from_mapping(config, SETTINGS)
 RUNS = contrast_runs(RUN, SETTINGS)  # run name -> its settings; the run itself comes first
 TRIGGERS = {run: stage_triggers(config, settings) for run, settings in RUNS.items()}
-OPTIONS = {run: " ".join(f"--set '{setting}'" for setting in settings) for run, settings in RUNS.items()}
+# The user's settings are no params: a job runs again when its trigger changes, and for nothing else.
+SETS = " ".join(f"--set '{setting}'" for setting in SETTINGS)
+CONTRAST = {
+    run: " ".join(f"--set '{setting}'" for setting in settings[len(SETTINGS) :]) for run, settings in RUNS.items()
+}
 CACHE, OUT = RUN.cache_path.as_posix(), RUN.runs
-CLI = f"{sys.executable} cli.py"
 CONFIG = (workflow.overwrite_configfiles or ["config/demo.yaml"])[-1]
+
+# Every shell command begins with this: `cli STAGE` is cli.py with the run's config and the user's settings.
+PREFIX = f'cli() ( stage=$1; shift; {sys.executable} cli.py $stage --config {CONFIG} {SETS} "$@" ); '
+shell.prefix(PREFIX.replace("{", "{{").replace("}", "}}"))
 
 
 wildcard_constraints:
@@ -47,9 +54,6 @@ rule extract:
     output:
         f"{CACHE}/extract.manifest.json",
     params:
-        cli=CLI,
-        config=CONFIG,
-        options=OPTIONS[RUN.name],
         trigger=TRIGGERS[RUN.name]["extract"],
     log:
         f"{OUT}/{RUN.name}/logs/extract.log",
@@ -57,7 +61,7 @@ rule extract:
         "config/environment.yaml"
     threads: workflow.cores
     shell:
-        "{params.cli} extract --config {params.config} {params.options} --log {log}"
+        "cli extract --log {log}"
 
 
 rule cluster:
@@ -66,9 +70,6 @@ rule cluster:
     output:
         f"{CACHE}/cluster.manifest.json",
     params:
-        cli=CLI,
-        config=CONFIG,
-        options=OPTIONS[RUN.name],
         trigger=TRIGGERS[RUN.name]["cluster"],
     log:
         f"{OUT}/{RUN.name}/logs/cluster.log",
@@ -76,7 +77,7 @@ rule cluster:
         "config/environment.yaml"
     threads: workflow.cores
     shell:
-        "{params.cli} cluster --config {params.config} {params.options} --log {log}"
+        "cli cluster --log {log}"
 
 
 rule train:
@@ -85,9 +86,7 @@ rule train:
     output:
         f"{OUT}/{{run}}/train/train.manifest.json",
     params:
-        cli=CLI,
-        config=CONFIG,
-        options=lambda wildcards: OPTIONS[wildcards.run],
+        contrast=lambda wildcards: CONTRAST[wildcards.run],
         trigger=lambda wildcards: TRIGGERS[wildcards.run]["train"],
     log:
         f"{OUT}/{{run}}/logs/train.log",
@@ -95,7 +94,7 @@ rule train:
         "config/environment.yaml"
     threads: workflow.cores
     shell:
-        "{params.cli} train --config {params.config} {params.options} --log {log}"
+        "cli train {params.contrast} --log {log}"
 
 
 rule eval:
@@ -104,9 +103,7 @@ rule eval:
     output:
         f"{OUT}/{{run}}/eval/metrics.json",
     params:
-        cli=CLI,
-        config=CONFIG,
-        options=lambda wildcards: OPTIONS[wildcards.run],
+        contrast=lambda wildcards: CONTRAST[wildcards.run],
         trigger=lambda wildcards: TRIGGERS[wildcards.run]["eval"],
     log:
         f"{OUT}/{{run}}/logs/eval.log",
@@ -114,7 +111,7 @@ rule eval:
         "config/environment.yaml"
     threads: workflow.cores
     shell:
-        "{params.cli} eval --config {params.config} {params.options} --log {log}"
+        "cli eval {params.contrast} --log {log}"
 
 
 rule report:
@@ -123,9 +120,7 @@ rule report:
     output:
         f"{OUT}/{{run}}/report/index.html",
     params:
-        cli=CLI,
-        config=CONFIG,
-        options=lambda wildcards: OPTIONS[wildcards.run],
+        contrast=lambda wildcards: CONTRAST[wildcards.run],
         trigger=lambda wildcards: TRIGGERS[wildcards.run]["report"],
     log:
         f"{OUT}/{{run}}/logs/report.log",
@@ -133,4 +128,4 @@ rule report:
         "config/environment.yaml"
     threads: workflow.cores
     shell:
-        "{params.cli} report --config {params.config} {params.options} --log {log}"
+        "cli report {params.contrast} --log {log}"

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -162,7 +163,7 @@ def _loop(
     clock = Clock()
     with (
         progress("train", section.iterations, done=start, unit="it") as advance,
-        _curve(folder, start) as curve,
+        _curve(folder, start, accelerator.is_main_process) as curve,
     ):
         for iteration in range(start, section.iterations):
             batch = {name: value.to(accelerator.device) for name, value in next(batches).items()}
@@ -326,8 +327,10 @@ class Clock:
         return ", ".join(f"{phase} {seconds:.0f} s" for phase, seconds in self.total.items())
 
 
-def _curve(folder: Path, start: int) -> Any:
-    """The file of loss values by iteration, cut back to `start` when training resumes."""
+def _curve(folder: Path, start: int, is_main: bool) -> Any:
+    """The file of loss values by iteration, cut back to `start` when training resumes; one process writes it."""
+    if not is_main:
+        return open(os.devnull, "w", encoding="utf-8")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "losses.jsonl"
     kept = []

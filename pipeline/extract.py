@@ -89,6 +89,9 @@ def extract(config: Config, *, workers: int = 0, scheduler: str | None = None) -
         if kept:
             say(f"extract: resuming, {kept} of {len(samples)} images are done")
         bad = _quarantined(ledger, done)
+        _stop_if_too_many(
+            bad, config.cache.max_bad
+        )  # a run that stopped for them must not pass when repeated
         job = Job(config, identity)
         with progress("extract", len(samples), done=kept) as advance:
             local = not workers and not scheduler
@@ -97,12 +100,7 @@ def extract(config: Config, *, workers: int = 0, scheduler: str | None = None) -
                 if not local:
                     advance(entry["num_rows"])
                 bad |= entry["quarantined"]
-                if len(bad) > config.cache.max_bad:
-                    listed = "; ".join(f"{name}: {why}" for name, why in list(bad.items())[:3])
-                    raise DataError(
-                        f"{len(bad)} images can't be used, more than cache.max_bad = {config.cache.max_bad}: {listed}. "
-                        "Mend or remove them, or raise cache.max_bad; what is extracted stays."
-                    )
+                _stop_if_too_many(bad, config.cache.max_bad)
         for name, why in bad.items():
             say(f"quarantined {name}: {why}")
         manifest = {
@@ -306,6 +304,15 @@ def _open_store(config: Config, data: DataSet, identity: str) -> Store:
         raise StaleCache(f"{error} (an unfinished extraction of another config or other data)") from None
     store.write_whole("text", _text_features(config, data, teacher))
     return store
+
+
+def _stop_if_too_many(bad: dict[str, str], max_bad: int) -> None:
+    if len(bad) > max_bad:
+        listed = "; ".join(f"{name}: {why}" for name, why in list(bad.items())[:3])
+        raise DataError(
+            f"{len(bad)} images can't be used, more than cache.max_bad = {max_bad}: {listed}. "
+            "Mend or remove them, or raise cache.max_bad; what is extracted stays."
+        )
 
 
 def _quarantined(ledger: Ledger, done: set[int]) -> dict[str, str]:

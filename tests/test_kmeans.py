@@ -311,7 +311,6 @@ def test_a_gpu_that_is_not_there_is_said_not_faked():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_the_gpu_agrees_with_the_cpu():
     views = random_views(seed=3)
     expected = lloyd(*views)

@@ -98,6 +98,8 @@ def test_a_broken_image_is_quarantined_and_too_many_stop(tmp_path, run_cli):
     (tmp_path / "garden" / "train" / "1.jpg").write_bytes(b"not an image")
     done = run_cli("extract", *options(tmp_path, "cache.max_bad=0"))
     assert is_one_line_error(done, "1.jpg", "cache.max_bad = 0")
+    again = run_cli("extract", *options(tmp_path, "cache.max_bad=0"))
+    assert is_one_line_error(again, "1.jpg", "cache.max_bad = 0"), "repeating the run must not make it pass"
     done = run_cli("extract", *options(tmp_path))
     assert done.returncode == 0, done.stderr
     assert "resuming, 3 of 3" in done.stderr, "what was extracted stays"

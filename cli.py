@@ -167,12 +167,20 @@ def results(
 
 
 @app.command()
-def contrast(config: ConfigOption = DEFAULT, set_: SetOption = []) -> None:  # noqa: B006
+def contrast(
+    config: ConfigOption = DEFAULT,
+    set_: SetOption = [],  # noqa: B006
+    keep: Annotated[
+        bool, typer.Option("--keep", help="write docs/results/, README's table and docs/test-log.md")
+    ] = False,
+) -> None:
     """Print the contrast table: with GLM, without GLM, seen labels only; means and spreads over seeds."""
     settings = _load(config, set_)
-    from pipeline.results import print_contrast
+    from pipeline.results import keep_contrast, print_contrast
 
     print_contrast(settings)
+    if keep:
+        keep_contrast(settings)
 
 
 def main() -> None:

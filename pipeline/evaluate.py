@@ -23,7 +23,7 @@ from pipeline.data.base import DataError
 from pipeline.inference import best_by_group, class_logits, predicted
 from pipeline.ops import metrics
 from pipeline.results import read_metrics, result_table
-from pipeline.tracking import progress, required_manifest, say
+from pipeline.tracking import progress, provenance, required_manifest, say
 
 IGNORE = 255
 
@@ -74,6 +74,7 @@ def evaluate(config: Config) -> dict[str, Any]:
         "mode": section.mode,
         "fingerprint": identity,
         "config": config_fingerprint(config, "eval"),
+        "made": provenance(),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     np.save(path.parent / "confusion.npy", matrices[section.gamma].compute().numpy())

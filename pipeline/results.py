@@ -1,4 +1,4 @@
-"""Result tables of finished runs, printed from their metrics.json."""
+"""Result tables of finished runs: printed, and kept in the repository, from their metrics.json."""
 
 from __future__ import annotations
 
@@ -48,34 +48,118 @@ def print_results(runs: Sequence[Path]) -> None:
             out.print(f"report: {page.as_posix()}")
 
 
-def contrast_rows(config: Config) -> dict[str, dict[str, tuple[float, float]]]:
-    """Mean and standard deviation over the seeds, by contrast and metric; contrasts not run are left out."""
-    rows: dict[str, dict[str, tuple[float, float]]] = {}
+Results = dict[str, dict[int, dict[str, Any]]]  # by contrast and seed, the metrics
+
+
+def contrast_results(config: Config) -> Results:
+    """The metrics of every contrast run that was evaluated, in the order of CONTRASTS and of the seeds."""
+    found: Results = {}
     for contrast in CONTRASTS:
-        names = [contrast_name(config, contrast, seed) for seed in CONTRAST_SEEDS]
-        paths = [Path(config.runs) / name / "eval" / "metrics.json" for name in names]
-        found: list[dict[str, Any]] = [m for path in paths if (m := read_metrics(path)) is not None]
-        if len(found) == len(CONTRAST_SEEDS):
-            values = {key: [result[key] for result in found] for key in KEYS}
-            rows[contrast] = {key: (statistics.mean(v), statistics.stdev(v)) for key, v in values.items()}
-    return rows
+        for seed in CONTRAST_SEEDS:
+            run = Path(config.runs) / contrast_name(config, contrast, seed)
+            if (metrics := read_metrics(run / "eval" / "metrics.json")) is not None:
+                found.setdefault(contrast, {})[seed] = metrics
+    return found
+
+
+def _mean_and_spread(seeds: dict[int, dict[str, Any]], key: str) -> str:
+    values = [metrics[key] for metrics in seeds.values()]
+    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{spread}"
+
+
+def lift_of_glm(results: Results) -> tuple[float, float] | None:
+    """By how many points of mIoU(U) the full method leads the one without GLM, and the larger spread.
+
+    None unless both have at least two seeds: without a spread nothing can be said.
+    """
+    sides = [[m["mIoU_U"] for m in results.get(name, {}).values()] for name in ("full", "glm_off")]
+    if min(map(len, sides)) < 2:
+        return None
+    full, without = sides
+    spread = max(statistics.stdev(full), statistics.stdev(without))
+    return statistics.mean(full) - statistics.mean(without), spread
 
 
 def print_contrast(config: Config) -> None:
-    rows = contrast_rows(config)
-    if not rows:
-        raise UserError(
-            f"no contrast run of {config.name!r} is complete. Run `snakemake --cores all contrast` first."
-        )
-    table = Table(
-        "training", "pAcc", "mIoU(S)", "mIoU(U)", "hIoU", title=f"{len(CONTRAST_SEEDS)} seeds, mean +- std"
-    )
-    for contrast, values in rows.items():
-        table.add_row(contrast, *(f"{mean:.1f} +- {std:.1f}" for mean, std in (values[key] for key in KEYS)))
+    """The contrast's table: means and standard deviations over the seeds that were run, and GLM's lift."""
+    results = contrast_results(config)
+    if not results:
+        raise UserError(f"no contrast run of {config.name!r} is evaluated. Run `make demo-contrast` first.")
+    table = Table("training", "seeds", "pAcc", "mIoU(S)", "mIoU(U)", "hIoU", title="mean ± std over seeds")
+    for contrast, seeds in results.items():
+        table.add_row(contrast, str(len(seeds)), *(_mean_and_spread(seeds, key) for key in KEYS))
     out = Console(highlight=False, soft_wrap=True)
     out.print(table)
-    if {"full", "glm_off"} <= set(rows):
-        lift = rows["full"]["mIoU_U"][0] - rows["glm_off"]["mIoU_U"][0]
-        spread = max(rows["full"]["mIoU_U"][1], rows["glm_off"]["mIoU_U"][1])
+    if (found := lift_of_glm(results)) is not None:
+        lift, spread = found
         word = "shown" if lift > spread else "not resolved"
         out.print(f"GLM lifts mIoU(U) by {lift:+.1f} points; the larger spread is {spread:.1f}: {word}")
+
+
+# --- what stands in the repository ----------------------------------------------------------------
+
+KEPT, README, TEST_LOG = Path("docs/results"), Path("README.md"), Path("docs/test-log.md")
+BEGIN, END = "<!-- results: written by `cli.py contrast --keep` -->", "<!-- end of results -->"
+ROWS = {
+    "full": "full method",
+    "glm_off": "without GLM",
+    "seen_only": "seen labels only (no GLM, no potential objects)",
+}
+
+
+def keep_contrast(config: Config, root: Path = Path()) -> None:
+    """Copies the contrast's metrics into docs/results/, and writes README's section and the test log from them.
+
+    Raises: UserError when nothing was evaluated, or README has no place for the section.
+    """
+    results = contrast_results(config)
+    if not results:
+        raise UserError(f"no contrast run of {config.name!r} is evaluated. Run `make demo-contrast` first.")
+    readme, log = root / README, root / TEST_LOG
+    text = readme.read_text(encoding="utf-8")
+    if BEGIN not in text or END not in text:
+        raise UserError(f"{readme}: has no lines {BEGIN!r} and {END!r}. Put them where the results belong.")
+    (root / KEPT).mkdir(parents=True, exist_ok=True)
+    logged = log.read_text(encoding="utf-8")
+    for contrast, seeds in results.items():
+        for seed, metrics in seeds.items():
+            name = f"{config.name}-{contrast}-{seed}"
+            (root / KEPT / f"{name}.json").write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
+            if metrics["fingerprint"] not in logged:
+                made, scores = metrics["made"], " / ".join(f"{metrics[key]:.1f}" for key in KEYS[1:])
+                logged += f"| {made['date']} | {name} | {made['revision']} | {scores} | {metrics['fingerprint']} |\n"
+    log.write_text(logged, encoding="utf-8")
+    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    readme.write_text(f"{before}{BEGIN}\n{results_section(results)}{END}{after}", encoding="utf-8")
+
+
+def results_section(results: Results) -> str:
+    """README's words and table for a contrast, all numbers from its metrics.json files."""
+    first = next(iter(next(iter(results.values())).values()))
+    made, num = first["made"], first["num_images"]
+    lines = [
+        f"{num} test scenes whose seed was fixed before any training, gamma {first['gamma']:g}, percent; mean ±",
+        "standard deviation over the training seeds. metrics.json of every run is in docs/results/, the evaluations",
+        "are logged in docs/test-log.md.",
+        f"{made['date']}, {made['machine']}, torch {made['torch']}, revision {made['revision']}.",
+        "",
+        "| training | seeds | pAcc | mIoU(S) | mIoU(U) | hIoU |",
+        "|---|---|---|---|---|---|",
+    ]
+    for contrast, seeds in results.items():
+        cells = " | ".join(_mean_and_spread(seeds, key) for key in KEYS)
+        lines.append(f"| {ROWS[contrast]} | {len(seeds)} | {cells} |")
+    if 0 in results.get("full", {}):
+        own = ", ".join(f"{key} {results['full'][0][key]:.1f}" for key in KEYS)
+        lines += ["", f"    make demo             # the first seed: {own}"]
+        lines += ["    make demo-contrast    # the whole table"]
+    if (found := lift_of_glm(results)) is not None:
+        lift, spread = found
+        word = "more" if lift > spread else "not more"
+        lines += [
+            "",
+            f"GLM lifts mIoU(U) by {lift:+.1f} points, {word} than the larger spread, {spread:.1f} (the paper's",
+            "Table 3, on PASCAL Context: 8.6 to 50.7).",
+        ]
+    return "\n".join(lines) + "\n"

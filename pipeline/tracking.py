@@ -7,7 +7,9 @@ config's, so that the stage below can tell a cache made otherwise from its own.
 from __future__ import annotations
 
 import os
+import platform
 import socket
+import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -132,6 +134,38 @@ def run_config(run: Path) -> Config:
             f"{run}: not a run folder (no config.yaml in it). There are: {', '.join(near) or 'none'}."
         )
     return load(run / "config.yaml")
+
+
+def provenance() -> dict[str, str | None]:
+    """When, on what and from which code: for results that people compare. Never part of a fingerprint.
+
+    date (UTC day), machine (processor and its count, and the GPU if there is one), torch, revision (git's
+    word for the checked-out state, "-dirty" with changes; None outside a checkout).
+    """
+    import torch
+
+    cpu = next((line for line in _lines(Path("/proc/cpuinfo")) if line.startswith("model name")), "")
+    machine = f"{os.cpu_count()} x {cpu.partition(':')[2].strip() or platform.machine()}"
+    if torch.cuda.is_available():
+        machine += f", {torch.cuda.get_device_name()}"
+    here = Path(__file__).parent
+    try:
+        words = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=10"]
+        revision = subprocess.run(
+            words, capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        revision = None
+    return {
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "machine": machine,
+        "torch": torch.__version__,
+        "revision": revision,
+    }
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
 
 
 def record_shard(config: Config, stage: str, shard: int, entry: dict[str, Any], began: float) -> None:

@@ -13,6 +13,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from cache.errors import StaleCache
 from cache.store import Store
@@ -202,7 +203,9 @@ def eval_card(
         guessed,
         error_panel("errors", truth, guess, unseen),
     )
-    matrix = metrics.confusion(torch.from_numpy(truth), torch.from_numpy(guess), len(data.classes))
+    matrix = multiclass_confusion_matrix(
+        torch.from_numpy(guess), torch.from_numpy(truth).long(), len(data.classes), ignore_index=IGNORE
+    )
     iou = metrics.iou_per_class(matrix)
     known = iou[~np.isnan(iou)]
     if not known.size:

@@ -1,37 +1,16 @@
 """Segmentation scores, all from one confusion matrix over the whole test set.
 
-Axes: K classes (seen and unseen together). matrix[t, p] counts pixels of true class t predicted as p.
-Per-image averages are another benchmark: add matrices up, then score once.
+Axes: K classes (seen and unseen together). matrix[t, p] counts pixels of true class t predicted as p, as
+torchmetrics counts them. Per-image averages are another benchmark: add matrices up, then score once.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-IGNORE_LABEL = 255  # pixels without a true class are not scored
-
 Matrix = Tensor | NDArray
-
-
-def confusion(truth: Matrix, prediction: Matrix, num_classes: int) -> Tensor:
-    """Counts of (true, predicted) pairs, pixels whose truth is 255 left out.
-
-    Shapes: truth and prediction of one shape, integers -> (K, K) int64 on truth's device.
-    Raises: ValueError if the shapes differ or an id is outside 0..K-1.
-    """
-    true, predicted = torch.as_tensor(truth), torch.as_tensor(prediction)
-    if true.shape != predicted.shape:
-        raise ValueError(f"truth is {tuple(true.shape)}, prediction {tuple(predicted.shape)}.")
-    is_scored = true != IGNORE_LABEL
-    rows, columns = true[is_scored].long(), predicted[is_scored].long().to(true.device)
-    for name, ids in (("truth", rows), ("prediction", columns)):
-        if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= num_classes):
-            raise ValueError(f"{name} ids {int(ids.min())}..{int(ids.max())}; 0..{num_classes - 1} wanted.")
-    counts = torch.bincount(rows * num_classes + columns, minlength=num_classes**2)
-    return counts.view(num_classes, num_classes)
 
 
 def _counts(matrix: Matrix) -> NDArray:

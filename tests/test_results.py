@@ -1,0 +1,62 @@
+"""Result tables: means and spreads by hand, and what `contrast --keep` writes into a repository."""
+
+import json
+
+import pytest
+
+from pipeline.config import UserError, load
+from pipeline.results import BEGIN, END, contrast_results, keep_contrast, lift_of_glm, results_section
+
+MADE = {"date": "2026-01-02", "machine": "2 x a processor", "torch": "2.9", "revision": "abc"}
+
+
+@pytest.fixture
+def config(tmp_path):
+    return load("config/demo.yaml", [f"runs={tmp_path}/runs"])
+
+
+def evaluated(config, run: str, unseen: float) -> None:
+    folder = config.run_path.with_name(run) / "eval"
+    folder.mkdir(parents=True)
+    scores = {"pAcc": 90.0, "mIoU_S": 50.0, "mIoU_U": unseen, "hIoU": 45.0}
+    more = {"gamma": 1.5, "num_images": 7, "fingerprint": f"id of {run}", "made": MADE}
+    (folder / "metrics.json").write_text(json.dumps(scores | more))
+
+
+def test_the_lift_by_hand(config):
+    # Full 42 and 38: mean 40, std sqrt(8) = 2.83. Without 20 and 22: mean 21. The lift is 19.
+    for run, unseen in (("demo", 42), ("demo-full-1", 38), ("demo-glm_off-0", 20)):
+        evaluated(config, run, unseen)
+    assert lift_of_glm(contrast_results(config)) is None  # one seed has no spread
+    evaluated(config, "demo-glm_off-2", 22)
+    results = contrast_results(config)
+    assert {name: list(seeds) for name, seeds in results.items()} == {"full": [0, 1], "glm_off": [0, 2]}
+    assert lift_of_glm(results) == pytest.approx((19, 8**0.5))
+    section = results_section(results)
+    assert "| full method | 2 | 90.0 ± 0.0 | 50.0 ± 0.0 | 40.0 ± 2.8 | 45.0 ± 0.0 |" in section
+    assert "+19.0 points, more than the larger spread, 2.8" in section
+
+
+def test_keep_writes_metrics_readme_and_log_once(config, tmp_path):
+    evaluated(config, "demo", 42)
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "test-log.md").write_text("# log\n")
+    (tmp_path / "README.md").write_text(f"above\n{BEGIN}\nold\n{END}\nbelow\n")
+    keep_contrast(config, tmp_path)
+    once = [(tmp_path / name).read_text() for name in ("README.md", "docs/test-log.md")]
+    keep_contrast(config, tmp_path)
+    assert once == [(tmp_path / name).read_text() for name in ("README.md", "docs/test-log.md")]
+    assert once[0].startswith(f"above\n{BEGIN}\n7 test scenes")
+    assert once[0].endswith(f"{END}\nbelow\n")
+    assert "old" not in once[0]
+    assert once[1].count("id of demo") == 1
+    assert json.loads((tmp_path / "docs/results/demo-full-0.json").read_text())["mIoU_U"] == 42
+
+
+def test_keep_says_what_is_missing(config, tmp_path):
+    with pytest.raises(UserError, match="make demo-contrast"):
+        keep_contrast(config, tmp_path)
+    evaluated(config, "demo", 42)
+    (tmp_path / "README.md").write_text("no place\n")
+    with pytest.raises(UserError, match="Put them where"):
+        keep_contrast(config, tmp_path)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.ops import kmeans
 from pipeline.ops.fusion import similar_pairs
 from pipeline.ops.kmeans import Clusters, lloyd, window_centres
 from pipeline.ops.kmeans_faiss import device_name, lloyd_faiss, similar_centres
@@ -318,3 +319,14 @@ def test_the_gpu_agrees_with_the_cpu():
     assert torch.equal(on_gpu.assign.cpu(), expected.assign)
     if device_name(gpu=True) != "cpu":
         assert torch.equal(lloyd_faiss(*views, gpu=True).assign, expected.assign)
+
+
+def test_sums_by_row_and_by_product_agree():
+    # Rows in integers, so that both orders of summation are exact; -1 belongs nowhere, centre 3 is empty.
+    tokens = torch.randint(-8, 9, (2, 40, 5), generator=torch.Generator().manual_seed(0)).float()
+    assign = torch.randint(-1, 3, (2, 40), generator=torch.Generator().manual_seed(1))
+    by_row, by_product = (f(tokens, assign, 4) for f in (kmeans._sums_by_row, kmeans._sums_by_product))
+    assert torch.equal(by_row[0], by_product[0])
+    assert torch.equal(by_row[1], by_product[1])
+    assert by_row[1][:, 3].tolist() == [0, 0]
+    assert by_row[0][1, 2].tolist() == tokens[1][assign[1] == 2].sum(0).tolist()

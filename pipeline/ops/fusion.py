@@ -73,9 +73,11 @@ def mask_centroids(tokens: Tensor, pseudo: Tensor, num: int) -> Tensor:
 
     Shapes: tokens (h, w, C), pseudo (h, w) uint8 -> (num, C) float32.
     """
-    ids = torch.arange(1, num + 1, device=pseudo.device)
-    member = (pseudo.flatten().long() == ids[:, None]).float()  # (num, L)
-    return (member @ tokens.flatten(0, 1).float()) / member.sum(1, keepdim=True)  # 0 / 0 is the NaN
+    owner = pseudo.flatten().long()
+    owner = owner.where(owner <= num, 0)  # slot 0: annotated tokens and padding
+    sums = torch.zeros(num + 1, tokens.shape[2], device=tokens.device)
+    sums.index_add_(0, owner, tokens.flatten(0, 1).float())
+    return sums[1:] / torch.bincount(owner, minlength=num + 1)[1:, None]  # 0 / 0 is the NaN
 
 
 def purity(pseudo: Tensor, labels: Tensor) -> tuple[int, int]:

@@ -3,9 +3,11 @@
 Axes: B views, h x w tokens, L = h * w, C channels, K centres (9 + 49 = 58 on the paper's grid).
 Tokens are L2-normalised; centres too, so an inner product is a cosine. Works on any device.
 
-`kmeans_faiss.lloyd_faiss` is the same algorithm with another assignment step; both share `lloyd_with`,
-so they can only differ where two centres are nearly equally close and the inner products are
-summed in another order.
+Three ways to the same clusters, and tests hold them together: `lloyd` on a GPU takes all views in
+one product an iteration; on the CPU it takes a view at a time, whose tokens then stay in the processor's
+cache, and only looks again at tokens that may have changed sides; `kmeans_faiss.lloyd_faiss` is the
+latter with FAISS doing the search. They can only differ where two centres are nearly equally close and
+the inner products are summed in another order.
 """
 
 from collections.abc import Callable
@@ -21,8 +23,11 @@ from pipeline.ops.views import PADDING
 WINDOWS = (3, 7)  # CLIPTeacher, implementation details: "the window size is set as 3 and 7"
 ITERATIONS = 20  # method section 3.2
 
-# An assignment step: tokens (B, L, C), centres (B, K, C), alive (B, K) -> (B, L)
-Assign = Callable[[Tensor, Tensor, Tensor], Tensor]
+MARGIN = 1e-5  # of an inner product of unit vectors; some ten times what float32 sums of 512 terms are off by
+
+# A search: points (n, C), centres (K, C) -> each point's nearest centre (n,), ties to the lower index; its
+# score (n,); and what no other centre's score is above (n, K), -inf for the nearest one itself.
+Search = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
 class Clusters(NamedTuple):
@@ -35,16 +40,29 @@ class Clusters(NamedTuple):
 
 
 def _grid_means(grid: Tensor, size: int) -> Tensor:
-    """Means over size x size windows that cover the grid: (B, C, h, w) -> (B, C, size, size)."""
-    return F.adaptive_avg_pool2d(grid, size)
+    """Means over size x size windows that cover the grid: (B, h, w, C) -> (B, size, size, C).
+
+    The windows of adaptive_avg_pool2d, as two products: rows first, then columns.
+    """
+    rows, columns = (_window_shares(side, size).to(grid.device) for side in grid.shape[1:3])
+    by_row = rows @ grid.flatten(2)  # (B, size, w * C)
+    return columns @ by_row.unflatten(2, grid.shape[2:])  # (B, size, size, C)
+
+
+def _window_shares(length: int, size: int) -> Tensor:
+    """What each position has in each of `size` windows from floor(i n / s) to ceil((i + 1) n / s): (s, n)."""
+    position, window = torch.arange(length), torch.arange(size)[:, None]
+    is_inside = (position >= window * length // size) & (position < -(-(window + 1) * length // size))
+    return is_inside / is_inside.sum(1, keepdim=True)
 
 
 def _token_means(grid: Tensor, size: int) -> Tensor:
-    """Means over windows of size x size tokens: (B, C, h, w) -> (B, C, ceil(h / size), ceil(w / size))."""
-    height, width = grid.shape[-2:]
-    # Zeros up to whole windows: window_centres divides by the share of real tokens, as for padding.
+    """Means over windows of size x size tokens: (B, h, w, C) -> (B, ceil(h / size), ceil(w / size), C)."""
+    height, width = grid.shape[1:3]
+    # Zeros up to whole windows: only a mean's direction is kept.
     right, bottom = ceil(width / size) * size - width, ceil(height / size) * size - height
-    return F.avg_pool2d(F.pad(grid, (0, right, 0, bottom)), size)
+    padded = F.pad(grid.permute(0, 3, 1, 2), (0, right, 0, bottom))
+    return F.avg_pool2d(padded, size).permute(0, 2, 3, 1)
 
 
 _WINDOW_MEANS = {"grid": _grid_means, "tokens": _token_means}
@@ -71,48 +89,12 @@ def window_centres(
             f"tokens {tuple(tokens.shape)}, state {tuple(state.shape)}; (B, h, w, C), (B, h, w) wanted."
         )
     means = _WINDOW_MEANS[window]
-    valid = (state != PADDING)[:, None].float()  # (B, 1, h, w)
-    grid = tokens.float().permute(0, 3, 1, 2) * valid  # (B, C, h, w)
+    valid = (state != PADDING)[..., None].float()  # (B, h, w, 1)
+    grid = tokens.float() if bool(valid.all()) else tokens.float() * valid
     # A mean over all positions points where the mean over the valid ones does: only the direction is kept.
-    pooled = torch.cat([means(grid, size).flatten(2) for size in sizes], dim=2)  # (B, C, K)
-    alive = torch.cat([means(valid, size).flatten(2) for size in sizes], dim=2)[:, 0] > 0  # (B, K)
-    return F.normalize(pooled.transpose(1, 2), dim=2), alive
-
-
-def mean_directions(tokens: Tensor, assign: Tensor, num_centres: int) -> tuple[Tensor, Tensor]:
-    """The normalised mean of each centre's tokens, zero for a centre without any.
-
-    Shapes: tokens (B, L, C), assign (B, L) with -1 for none -> (B, K, C) float32, counts (B, K).
-    """
-    sums = _SUMS.get(tokens.device.type, _sums_by_product)
-    totals, counts = sums(tokens, assign, num_centres)
-    return F.normalize(totals, dim=2), counts
-
-
-def _sums_by_product(tokens: Tensor, assign: Tensor, num_centres: int) -> tuple[Tensor, Tensor]:
-    """One-hot rows times tokens: deterministic on the GPU, where index_add is not."""
-    index = torch.arange(num_centres, device=assign.device)
-    member = assign[:, None] == index[:, None]  # (B, K, L)
-    return torch.bmm(member.float(), tokens), member.sum(2)
-
-
-def _sums_by_row(tokens: Tensor, assign: Tensor, num_centres: int) -> tuple[Tensor, Tensor]:
-    """Row by row, in order: a fourteenth of the product's time on one CPU core, and always the same sum."""
-    num_views, channels = len(tokens), tokens.shape[2]
-    place = assign + 1 + (num_centres + 1) * torch.arange(num_views)[:, None]  # each view's first slot: none
-    totals = torch.zeros(num_views * (num_centres + 1), channels)
-    totals.index_add_(0, place.flatten(), tokens.flatten(0, 1))
-    counts = torch.bincount(place.flatten(), minlength=len(totals)).view(num_views, -1)
-    return totals.view(num_views, -1, channels)[:, 1:], counts[:, 1:]
-
-
-_SUMS = {"cpu": _sums_by_row}
-
-
-def nearest(tokens: Tensor, centres: Tensor, alive: Tensor) -> Tensor:
-    """The living centre of largest inner product, ties to the lower index (argmax takes the first)."""
-    scores = torch.bmm(tokens, centres.transpose(1, 2))  # (B, L, K)
-    return scores.masked_fill(~alive[:, None], -torch.inf).argmax(2)
+    pooled = torch.cat([means(grid, size).flatten(1, 2) for size in sizes], dim=1)  # (B, K, C)
+    alive = torch.cat([means(valid, size).flatten(1) for size in sizes], dim=1) > 0  # (B, K)
+    return F.normalize(pooled, dim=2), alive
 
 
 def lloyd(
@@ -129,31 +111,107 @@ def lloyd(
     Source: method section 3.2.
     Raises: ValueError for shapes that differ, `iterations` below 1, or active tokens and no living centre.
     """
-    return lloyd_with(nearest, tokens, active, centres, alive, iterations)
+    if tokens.device.type == "cpu":
+        return lloyd_by_view(nearest, tokens, active, centres, alive, iterations)
+    return lloyd_at_once(tokens, active, centres, alive, iterations)
 
 
-def lloyd_with(
-    assign_step: Assign, tokens: Tensor, active: Tensor, centres: Tensor, alive: Tensor, iterations: int
+# --- all views in one product: the GPU's way ------------------------------------------------------
+
+
+def lloyd_at_once(
+    tokens: Tensor, active: Tensor, centres: Tensor, alive: Tensor, iterations: int
 ) -> Clusters:
-    """`lloyd` with a given assignment step; see there."""
-    _check(tokens, active, centres, alive, iterations)
-    tokens, centres = tokens.float(), centres.float().clone()
-    alive = alive & ~_repeats(centres, alive)
+    """`lloyd` in batched products; see there."""
+    tokens, centres, alive = _checked(tokens, active, centres, alive, iterations)
     num_views, num_centres = alive.shape
+    index = torch.arange(num_centres, device=tokens.device)[:, None]
     assign = torch.full(active.shape, -1, dtype=torch.int64, device=tokens.device)
     num_iterations = torch.zeros(num_views, dtype=torch.int64, device=tokens.device)
     running = torch.arange(num_views, device=tokens.device)  # views that still change
     for _ in range(iterations):
         if running.numel() == 0:
             break
-        step = assign_step(tokens, centres[running], alive[running]).masked_fill(~active[running], -1)
+        scores = torch.bmm(tokens, centres[running].transpose(1, 2))  # (B, L, K)
+        step = scores.masked_fill(~alive[running][:, None], -torch.inf).argmax(
+            2
+        )  # ties: argmax takes the first
+        step = step.masked_fill(~active[running], -1)
         has_changed = (step != assign[running]).any(1)
-        directions, counts = mean_directions(tokens, step, num_centres)
-        assign[running], centres[running], alive[running] = step, directions, counts > 0
+        # One-hot rows times tokens: deterministic on the GPU, where index_add is not.
+        member = step[:, None] == index  # (B, K, L)
+        assign[running], alive[running] = step, member.any(2)
+        centres[running] = F.normalize(torch.bmm(member.float(), tokens), dim=2)
         num_iterations[running] += 1
         if not bool(has_changed.all()):
             running, tokens = running[has_changed], tokens[has_changed]
     return Clusters(assign, centres, alive, num_iterations)
+
+
+# --- view by view: the CPU's way, and FAISS's -----------------------------------------------------
+
+
+def lloyd_by_view(
+    search: Search, tokens: Tensor, active: Tensor, centres: Tensor, alive: Tensor, iterations: int
+) -> Clusters:
+    """`lloyd` with a given search, a view at a time on the CPU; see there."""
+    tokens, centres, alive = _checked(tokens, active, centres, alive, iterations)
+    assign = torch.full(active.shape, -1, dtype=torch.int64)
+    num_iterations = torch.zeros(len(tokens), dtype=torch.int64)
+    for view in range(len(tokens)):
+        points = tokens[view] if bool(active[view].all()) else tokens[view, active[view]]
+        own, means, is_alive, steps = _one_view(search, points, centres[view], alive[view], iterations)
+        assign[view, active[view]] = own
+        centres[view], alive[view], num_iterations[view] = means, is_alive, steps
+    return Clusters(assign, centres, alive, num_iterations)
+
+
+def _one_view(
+    search: Search, points: Tensor, centres: Tensor, alive: Tensor, iterations: int
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Lloyd's iterations of points (n, C): assign (n,), centres (K, C), alive (K,), steps.
+
+    When a centre moves, no unit vector's score with it changes by more than it moved: |x.c' - x.c| <= |c' - c|.
+    So a point whose centre still leads all others' bounds by more than MARGIN needs no search; from the third
+    iteration on that is most of them (Elkan 2003's bounds, for inner products).
+    """
+    num_points = len(points)
+    ids = alive.nonzero()[:, 0]  # of the living centres; those that die leave all that follows
+    means = centres[ids]
+    own = torch.full((num_points,), -1, dtype=torch.int64)
+    score, rivals = torch.full((num_points,), -torch.inf), torch.full((num_points, len(ids)), -torch.inf)
+    step = 0
+    while step < iterations:
+        step += 1
+        unsure = (score <= rivals.amax(1) + MARGIN).nonzero()[:, 0] if len(ids) else own[:0]
+        has_changed = False
+        if len(unsure) == num_points > 0:
+            found, score, rivals = search(points, means)
+            has_changed, own = not torch.equal(own, found), found
+        elif len(unsure):
+            found, score[unsure], rivals[unsure] = search(points.index_select(0, unsure), means)
+            has_changed, own[unsure] = not torch.equal(own[unsure], found), found
+        before = means
+        means = F.normalize(torch.zeros_like(before).index_add_(0, own, points), dim=1)
+        moved = (means - before).norm(dim=1)
+        lives = torch.bincount(own, minlength=len(ids)) > 0
+        if not bool(lives.all()):
+            own = (lives.cumsum(0) - 1)[own]
+            ids, means, moved, rivals = ids[lives], means[lives], moved[lives], rivals[:, lives]
+        if not has_changed:
+            break
+        score -= moved[own]
+        rivals += moved
+    centres, alive = torch.zeros_like(centres), torch.zeros_like(alive)
+    centres[ids], alive[ids] = means, True
+    return ids[own], centres, alive, step
+
+
+def nearest(points: Tensor, centres: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The search in torch: max takes the first of equal scores."""
+    scores = points @ centres.T  # (n, K)
+    best, found = scores.max(1)
+    return found, best, scores.scatter_(1, found[:, None], -torch.inf)
 
 
 def _repeats(centres: Tensor, alive: Tensor) -> Tensor:
@@ -169,7 +227,10 @@ def _repeats(centres: Tensor, alive: Tensor) -> Tensor:
     return ((key[:, :, None] == key[:, None]) & alive[:, None]).tril(-1).any(2)
 
 
-def _check(tokens: Tensor, active: Tensor, centres: Tensor, alive: Tensor, iterations: int) -> None:
+def _checked(
+    tokens: Tensor, active: Tensor, centres: Tensor, alive: Tensor, iterations: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The arguments in float32, the caller's centres left alone, repeated centres not alive."""
     if (
         tokens.ndim != 3
         or centres.ndim != 3
@@ -186,3 +247,5 @@ def _check(tokens: Tensor, active: Tensor, centres: Tensor, alive: Tensor, itera
     orphans = (active.any(1) & ~alive.any(1)).nonzero()[:, 0].tolist()
     if orphans:
         raise ValueError(f"views {orphans} of the batch have active tokens but no living centre to go to.")
+    centres = centres.float().clone()
+    return tokens.float(), centres, alive & ~_repeats(centres, alive)

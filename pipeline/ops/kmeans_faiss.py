@@ -3,8 +3,8 @@
 Axes as in kmeans.py: B views, L tokens, C channels, K centres.
 
 faiss.Kmeans is not used: it splits big clusters to refill empty ones, where the method drops them.
-FAISS answers "which centre is nearest" (exact inner product, IndexFlatIP); the loop is `kmeans.lloyd_with`.
-Ties: the search keeps the first of equal scores, as torch's argmax does. Two centres whose scores
+FAISS answers "which centre is nearest" (exact inner product, IndexFlatIP); the loop is `kmeans.lloyd_by_view`.
+Ties go to the lower index, as in torch. Two centres whose scores
 differ by less than float32 rounding may be told apart differently, because the sums run in another order.
 
 OpenMP: faiss and torch each load a libgomp of their own. Both import orders were run with one and two
@@ -23,7 +23,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.ops.kmeans import ITERATIONS, Clusters, lloyd_with
+from pipeline.ops.kmeans import ITERATIONS, Clusters, lloyd_by_view
+
+RANKS = 3  # centres asked for: the third bounds all behind it; more take longer than the searches they save
 
 
 @contextmanager
@@ -77,9 +79,9 @@ def lloyd_faiss(
     iterations: int = ITERATIONS,
     gpu: bool = False,
 ) -> Clusters:
-    """`kmeans.lloyd` with the assignment by FAISS, one index per view and iteration.
+    """`kmeans.lloyd` with the search by FAISS, one index per view and iteration.
 
-    `gpu` moves only the search; tokens and means stay where they are. Shapes, result and errors: see `lloyd`.
+    `gpu` moves only the search; tokens and means are on the CPU. Shapes, result and errors: see `lloyd`.
     Raises: ValueError also when `gpu` is set and FAISS sees none.
     """
     if gpu and _num_gpus() == 0:
@@ -87,17 +89,19 @@ def lloyd_faiss(
             "gpu=True, but faiss sees no GPU. Use gpu=False, or faiss-gpu on a machine with one."
         )
 
-    def nearest(tokens: Tensor, centres: Tensor, alive: Tensor) -> Tensor:
-        assign = torch.full(tokens.shape[:2], -1, dtype=torch.int64)
-        for view in range(len(tokens)):
-            living = alive[view].nonzero()[:, 0]  # the index holds living centres only, in their order
-            if len(living):
-                _, found = _index(centres[view, living], gpu).search(_array(tokens[view]), 1)
-                assign[view] = living.cpu()[torch.from_numpy(found[:, 0])]
-        return assign.to(tokens.device)
+    def search(points: Tensor, centres: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        num = min(RANKS, len(centres))
+        scores, found = map(torch.from_numpy, _index(centres, gpu).search(_array(points), num))
+        bounds = scores[:, -1:].repeat(1, len(centres)).scatter_(1, found, scores)
+        best, nearest = scores[:, 0], found[:, 0]
+        if num > 1 and bool((is_tie := best == scores[:, 1]).any()):
+            # Of equal scores the lower index, whichever the search put first.
+            nearest = nearest.where(~is_tie, found.where(scores == best[:, None], len(centres)).amin(1))
+        return nearest, best, bounds.scatter_(1, nearest[:, None], -torch.inf)
 
     with _one_thread():
-        return lloyd_with(nearest, tokens, active, centres, alive, iterations)
+        clusters = lloyd_by_view(search, tokens.cpu(), active.cpu(), centres.cpu(), alive.cpu(), iterations)
+    return Clusters(*(x.to(tokens.device) for x in clusters))
 
 
 def similar_centres(centres: Tensor, threshold: float) -> Tensor:

@@ -40,29 +40,16 @@ class Clusters(NamedTuple):
 
 
 def _grid_means(grid: Tensor, size: int) -> Tensor:
-    """Means over size x size windows that cover the grid: (B, h, w, C) -> (B, size, size, C).
-
-    The windows of adaptive_avg_pool2d, as two products: rows first, then columns.
-    """
-    rows, columns = (_window_shares(side, size).to(grid.device) for side in grid.shape[1:3])
-    by_row = rows @ grid.flatten(2)  # (B, size, w * C)
-    return columns @ by_row.unflatten(2, grid.shape[2:])  # (B, size, size, C)
-
-
-def _window_shares(length: int, size: int) -> Tensor:
-    """What each position has in each of `size` windows from floor(i n / s) to ceil((i + 1) n / s): (s, n)."""
-    position, window = torch.arange(length), torch.arange(size)[:, None]
-    is_inside = (position >= window * length // size) & (position < -(-(window + 1) * length // size))
-    return is_inside / is_inside.sum(1, keepdim=True)
+    """Means over size x size windows that cover the grid: (B, C, h, w) -> (B, C, size, size)."""
+    return F.adaptive_avg_pool2d(grid, size)
 
 
 def _token_means(grid: Tensor, size: int) -> Tensor:
-    """Means over windows of size x size tokens: (B, h, w, C) -> (B, ceil(h / size), ceil(w / size), C)."""
-    height, width = grid.shape[1:3]
+    """Means over windows of size x size tokens: (B, C, h, w) -> (B, C, ceil(h / size), ceil(w / size))."""
+    height, width = grid.shape[2:]
     # Zeros up to whole windows: only a mean's direction is kept.
     right, bottom = ceil(width / size) * size - width, ceil(height / size) * size - height
-    padded = F.pad(grid.permute(0, 3, 1, 2), (0, right, 0, bottom))
-    return F.avg_pool2d(padded, size).permute(0, 2, 3, 1)
+    return F.avg_pool2d(F.pad(grid, (0, right, 0, bottom)), size)
 
 
 _WINDOW_MEANS = {"grid": _grid_means, "tokens": _token_means}
@@ -89,12 +76,13 @@ def window_centres(
             f"tokens {tuple(tokens.shape)}, state {tuple(state.shape)}; (B, h, w, C), (B, h, w) wanted."
         )
     means = _WINDOW_MEANS[window]
-    valid = (state != PADDING)[..., None].float()  # (B, h, w, 1)
-    grid = tokens.float() if bool(valid.all()) else tokens.float() * valid
+    valid = (state != PADDING)[:, None].float()  # (B, 1, h, w)
+    grid = tokens.float().permute(0, 3, 1, 2)  # (B, C, h, w), channels last in memory: pooling is fast there
+    grid = grid if bool(valid.all()) else grid * valid
     # A mean over all positions points where the mean over the valid ones does: only the direction is kept.
-    pooled = torch.cat([means(grid, size).flatten(1, 2) for size in sizes], dim=1)  # (B, K, C)
+    pooled = [means(grid, size).permute(0, 2, 3, 1).flatten(1, 2) for size in sizes]  # (B, s * s, C) each
     alive = torch.cat([means(valid, size).flatten(1) for size in sizes], dim=1) > 0  # (B, K)
-    return F.normalize(pooled, dim=2), alive
+    return F.normalize(torch.cat(pooled, dim=1), dim=2), alive
 
 
 def lloyd(

@@ -9,6 +9,7 @@ from math import sqrt
 import torch
 from torch import Tensor, nn
 
+from pipeline.ops.closed_form import AttentionPool
 from pipeline.ops.losses import in_float32
 
 EMPTY = -1  # sample index of a slot that holds nothing
@@ -16,16 +17,16 @@ EMPTY = -1  # sample index of a slot that holds nothing
 
 def _attention(cls: Tensor, dense: Tensor) -> Tensor:
     """Eq. 1 and 2: softmax over the positions of s . R / sqrt(C), then the weighted sum of R."""
-    weight = torch.einsum("bc,bcl->bl", cls, dense).div(sqrt(dense.shape[1])).softmax(dim=1)  # (B, L)
-    return torch.einsum("bl,bcl->bc", weight, dense)
+    sums: Tensor = AttentionPool.apply(cls / sqrt(dense.shape[1]), dense)
+    return sums
 
 
 def _max(cls: Tensor, dense: Tensor) -> Tensor:
-    return dense.amax(2)
+    return dense.amax((2, 3))
 
 
 def _mean(cls: Tensor, dense: Tensor) -> Tensor:
-    return dense.mean(2)
+    return dense.mean((2, 3))
 
 
 POOLINGS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -52,7 +53,7 @@ def pooled(cls: Tensor, dense: Tensor, how: str = "attention") -> Tensor:
         raise ValueError(
             f"cls {tuple(cls.shape)} and dense {tuple(dense.shape)} differ in batch or channels."
         )
-    return POOLINGS[how](cls, dense.flatten(2))
+    return POOLINGS[how](cls, dense if dense.ndim == 4 else dense[:, :, None])
 
 
 class ClsBank(nn.Module):

@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.ops.closed_form import Logits, SegmentSums, SigmoidSums, SoftmaxEntropy, has_channels_innermost
+
 IGNORE = -100  # torch's own default ignore_index; 255 would collide with a 256th label id
 TEMPERATURE = 0.07  # tau of eq. 3, CLIPTeacher, implementation details
 FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2.0  # ZegCLIP's sigmoid focal loss
-NOT_THERE = -1.0e4  # a logit whose sigmoid, and its gradient, are exactly 0 in float32
 PSEUDO_IDS = 254  # pseudo maps hold 1..253; 254 (never written) and 255 (padding) are no objects
 
 Params = ParamSpec("Params")
@@ -167,11 +168,24 @@ def centroids(features: Tensor, ids: Tensor, num: int) -> tuple[Tensor, Tensor]:
     Shapes: features (B, C, H, W), ids (B, H, W) -> (num, C), present (num,) bool.
     Source: eq. 7.
     """
-    # One-hot rows times pixels: unlike index_add deterministic on the GPU, and no copy of the features.
+    counts = torch.zeros(num + 1, device=ids.device).index_put_(
+        (ids.where(ids >= 0, num).flatten(),), torch.ones((), device=ids.device), accumulate=True
+    )[:num]
+    way = _segments if features.device.type == "cpu" and has_channels_innermost(features) else _one_hot
+    return way(features, ids, num) / counts.clamp(min=1)[:, None], counts > 0
+
+
+def _segments(features: Tensor, ids: Tensor, num: int) -> Tensor:
+    """Sums by id, each feature read once."""
+    sums: Tensor = SegmentSums.apply(features, ids.where(ids >= 0, num), num)
+    return sums
+
+
+def _one_hot(features: Tensor, ids: Tensor, num: int) -> Tensor:
+    """Sums by id as one-hot rows times pixels: unlike index_add deterministic on the GPU, and a product
+    is what it is good at; needs no copy of features whose positions are innermost."""
     member = (ids.flatten(1)[:, None] == torch.arange(num, device=ids.device)[:, None]).float()  # (B, num, L)
-    sums = torch.bmm(member, features.flatten(2).transpose(1, 2)).sum(0)  # (num, C)
-    counts = member.sum((0, 2))
-    return sums / counts.clamp(min=1)[:, None], counts > 0
+    return torch.bmm(member, features.flatten(2).transpose(1, 2)).sum(0)
 
 
 @in_float32
@@ -196,20 +210,19 @@ def logits(features: Tensor, text_seen: Tensor, potential: Tensor) -> Tensor:
     Shapes: features (B, C, H, W), text_seen (S, C), potential (P, C) -> (B, S + P, H, W).
     Source: eq. 9; nothing is normalised and there is no temperature (method section 4).
     """
-    classifier = torch.cat([text_seen.to(potential.dtype), potential])  # (K, C)
-    return F.conv2d(features, classifier.to(features.dtype)[:, :, None, None])
+    kind = features.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else features.dtype
+    product: Tensor = Logits.apply(features.to(dtype), text_seen.to(dtype), potential.to(dtype))
+    return product
 
 
-@in_float32
 def cross_entropy(logits: Tensor, ids: Tensor, planes: Tensor | None = None) -> Tensor:
-    """Softmax cross entropy, mean over the pixels that have an id.
+    """Softmax cross entropy, mean over the pixels that have an id, in float32.
 
     Shapes: logits (B, K, H, W), ids (B, H, W), planes (B, K) bool or None (`competing`) -> scalar.
     Source: eq. 10.
     """
-    if planes is not None:
-        logits = logits.masked_fill(~planes[:, :, None, None], -torch.inf)
-    total = F.cross_entropy(logits, ids, ignore_index=IGNORE, reduction="sum")
+    total: Tensor = SoftmaxEntropy.apply(logits, ids, planes)
     return total / (ids != IGNORE).sum().clamp(min=1)
 
 
@@ -240,52 +253,46 @@ def count_masks(ids: Tensor, num: int) -> Tensor:
     return _present(ids, num).sum().float()
 
 
-@in_float32
-def focal(
+def focal_and_dice(
     logits: Tensor,
     ids: Tensor,
     num_masks: Tensor | None = None,
     planes: Tensor | None = None,
     alpha: float = FOCAL_ALPHA,
     gamma: float = FOCAL_GAMMA,
-) -> Tensor:
-    """Sigmoid focal loss: mean over pixels, summed over all image x id planes, over num_masks.
+) -> tuple[Tensor, Tensor]:
+    """NEL's two losses from one pass over the logits, in float32, unweighted.
 
-    An ignored pixel is a negative of every class. A batch without any id has nothing to act on: 0.
-    No one-hot planes are built: each pixel's own logit is moved out of the negatives instead.
+    Focal: mean over pixels, summed over all image x id planes, over num_masks. An ignored pixel is a
+    negative of every class. A batch without any id has nothing to act on: 0.
+    Dice: 1 - (2 sum(p g) + 1) / (sum p + sum g + 1) of the planes whose id is present in the image, summed,
+    over num_masks; p is the sigmoid, sums go over all pixels. Planes of other images' potential objects are
+    never present, so `planes` has no say in it.
 
     Shapes: logits (B, K, H, W), ids (B, H, W), num_masks scalar (default: counted here),
-    planes (B, K) bool or None: planes left out -> scalar, unweighted.
+    planes (B, K) bool or None: planes left out of focal -> two scalars.
     Source: method section 7, ZegCLIP's NEL.
     """
     if logits.numel() == 0:
-        return _nothing(logits)
-    has_id = (ids != IGNORE)[:, None]  # (B, 1, H, W)
-    own_plane = ids.clamp(min=0)[:, None]
-    own = logits.gather(1, own_plane)
-    positives = alpha * torch.sigmoid(-own).pow(gamma) * F.softplus(-own)
-    others = logits.scatter(1, own_plane, torch.where(has_id, NOT_THERE, own))  # (B, K, H, W)
-    if planes is not None:
-        others = others.masked_fill(~planes[:, :, None, None], NOT_THERE)
-    negatives = (1 - alpha) * torch.sigmoid(others).pow(gamma) * F.softplus(others)
-    total = (positives * has_id).sum() + negatives.sum()
-    num_masks = count_masks(ids, logits.shape[1]) if num_masks is None else num_masks
-    return total * has_id.any() / ids[0].numel() / num_masks.clamp(min=1)
+        return _nothing(logits), _nothing(logits)
+    focal_sum, p, p_g = SigmoidSums.apply(logits, ids, planes, alpha, gamma)
+    present = _present(ids, logits.shape[1])  # (B, K)
+    num_masks = present.sum() if num_masks is None else num_masks
+    num_masks = num_masks.clamp(min=1)
+    pixels = ids.flatten(1).where(ids.flatten(1) >= 0, logits.shape[1])
+    g = torch.zeros(len(ids), logits.shape[1] + 1, device=ids.device)
+    g = g.scatter_add_(1, pixels, torch.ones((), device=ids.device).expand(pixels.shape))[:, :-1]
+    scores = torch.where(present, 1 - (2 * p_g + 1) / (p + g + 1), 0)
+    return focal_sum * (ids != IGNORE).any() / ids[0].numel() / num_masks, scores.sum() / num_masks
 
 
-@in_float32
+def focal(
+    logits: Tensor, ids: Tensor, num_masks: Tensor | None = None, planes: Tensor | None = None
+) -> Tensor:
+    """The first of `focal_and_dice`."""
+    return focal_and_dice(logits, ids, num_masks, planes)[0]
+
+
 def dice(logits: Tensor, ids: Tensor, num_masks: Tensor | None = None) -> Tensor:
-    """Dice loss of the planes whose id is present in the image, summed, over num_masks.
-
-    1 - (2 sum(p g) + 1) / (sum p + sum g + 1), with p the sigmoid and sums over all pixels. Planes of
-    other images' potential objects are never present, so `competing` has no say here.
-
-    Shapes: logits (B, K, H, W), ids (B, H, W), num_masks scalar (default: counted) -> scalar, unweighted.
-    Source: method section 7, ZegCLIP's NEL.
-    """
-    image, plane = _present(ids, logits.shape[1]).nonzero().T  # (N,) each
-    p = torch.sigmoid(logits[image, plane].flatten(1))  # (N, H * W)
-    g = (ids.flatten(1)[image] == plane[:, None]).float()
-    scores = (2 * (p * g).sum(1) + 1) / (p.sum(1) + g.sum(1) + 1)
-    num_masks = torch.tensor(float(len(image)), device=ids.device) if num_masks is None else num_masks
-    return (1 - scores).sum() / num_masks.clamp(min=1)
+    """The second of `focal_and_dice`."""
+    return focal_and_dice(logits, ids, num_masks)[1]

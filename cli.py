@@ -81,12 +81,27 @@ def cluster(
 
 
 @app.command()
-def train(config: ConfigOption = DEFAULT, set_: SetOption = [], log: LogOption = None) -> None:  # noqa: B006
+def train(
+    config: ConfigOption = DEFAULT,
+    set_: SetOption = [],  # noqa: B006
+    log: LogOption = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="print the plan, from ten steps in memory; write nothing")
+    ] = False,
+) -> None:
     """Train the student from the cache: GLM, VLA, cross-entropy, focal and dice. Resumes by itself."""
-    settings = _load(config, set_, log)
+    from pipeline import processes
+
+    settings = _load(config, set_, log if processes.is_main() else None)
+    if (settings.train.processes or 1) > 1 and not dry_run and not processes.is_launched():
+        processes.start(settings.train.processes)
+        return
     from pipeline import train as stage
 
-    stage.train(settings)
+    if dry_run:
+        stage.plan(settings)
+    else:
+        stage.train(settings)
 
 
 @app.command(name="eval")

@@ -10,6 +10,7 @@ Axes: B images of this process, S view side, h = w token grid, C channels.
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -104,9 +105,17 @@ class CachedViews(Dataset):
         size_bytes = sum(self.store.size_bytes(name) for name in SMALL_ARRAYS)
         kept = size_bytes <= KEEP_BYTES
         self.kept = {name: self.store.read_whole(name) for name in SMALL_ARRAYS} if kept else {}
-        self.rows = tuple(int(row) for row in np.flatnonzero(status == 0))
-        if not self.rows:
+        usable = [int(row) for row in np.flatnonzero(status == 0)]
+        if not usable:
             raise DataError(f"{config.cache_path}: no usable image is cached; see `cli.py verify`.")
+        seed, fraction = config.train.seed, config.train.validation.fraction
+        self.held_out = tuple(row for row in usable if held_out(ids[row], seed, fraction))
+        self.rows = tuple(row for row in usable if not held_out(ids[row], seed, fraction))
+        if not self.rows or (fraction and not self.held_out):
+            raise DataError(
+                f"train.validate.fraction {fraction} holds out {len(self.held_out)} of {len(usable)} images; both "
+                "parts need one. Choose another fraction."
+            )
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -126,6 +135,12 @@ class CachedViews(Dataset):
         cls = torch.from_numpy(self._row("cls", place.row)[view]).float()
         return {"image": image, "labels": labels, "pseudo": pseudo, "cls": cls, "sample": place.row}
 
+    def whole(self, row: int) -> dict[str, Tensor]:
+        """View 0 of a row as it is, neither flipped nor distorted: image, labels, pseudo, cls."""
+        image, labels = self.replay(self.samples[row], self._row("view", row)[0])
+        pseudo, cls = (torch.from_numpy(self._row(name, row)[0]) for name in ("pseudo", "cls"))
+        return {"image": image, "labels": labels, "pseudo": pseudo, "cls": cls.float()}
+
     def _row(self, array: str, row: int) -> np.ndarray:
         return (
             self.kept[array][row] if array in self.kept else self.store.read_rows(array, np.array([row]))[0]
@@ -137,6 +152,12 @@ class CachedViews(Dataset):
         if labels is None:
             labels = np.full(image.shape[:2], IGNORE, np.uint8)
         return replay_image(image, box, self.size, self.mean_colour), replay_labels(labels, box, self.size)
+
+
+def held_out(sample: str, seed: int, fraction: float) -> bool:
+    """Whether an image is kept for validation: a draw keyed by (seed, id), so other images don't matter."""
+    drawn = hashlib.blake2b(f"{seed}/{sample}".encode(), digest_size=8).digest()
+    return int.from_bytes(drawn) < fraction * 2**64
 
 
 def distorted(image: Tensor, rng: np.random.Generator) -> Tensor:

@@ -1,15 +1,20 @@
 """Checkpoints: weights in safetensors with the config inside, training state beside them.
 
-`checkpoint-000400/` holds student.safetensors and state.pt; it appears whole or not at all (written
-beside, then renamed). student.safetensors alone is what eval, predict and export need: config, class
-names, unseen names and the text table of all classes travel in it.
+`checkpoint-000400/` holds student.safetensors, state.pt and seal.json with their digests; it appears
+whole or not at all (written beside, then renamed), and one that was damaged since is passed over.
+student.safetensors alone is what eval, predict and export need: config, class names, unseen names and
+the text table of all classes travel in it.
+
+No random state is kept: whatever iteration t draws is a function of (seed, t).
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +26,11 @@ from torch import Tensor, nn
 
 from pipeline.config import Config, UserError, from_mapping
 from pipeline.models.student import DenseStudent, build_student
+from pipeline.tracking import say
 
 TEXT = "text"  # name of the text table among the student's tensors
+SEAL = "seal.json"
+SEALED = ("student.safetensors", "state.pt")
 
 
 class CheckpointError(UserError):
@@ -38,6 +46,8 @@ class Checkpoint:
     classes: tuple[str, ...]
     unseen: tuple[str, ...]
     text: Tensor  # (K, C) unit norm, all classes
+    cache: str | None = None  # fingerprint of the cache it was trained from
+    revision: str | None = None  # of the code, see git_revision
 
     @property
     def unseen_ids(self) -> list[int]:
@@ -58,6 +68,8 @@ def save_student(path: Path, student: nn.Module, checkpoint: Checkpoint) -> None
         "fingerprint": checkpoint.identity,
         "classes": json.dumps(checkpoint.classes),
         "unseen": json.dumps(checkpoint.unseen),
+        "cache": json.dumps(checkpoint.cache),
+        "revision": json.dumps(checkpoint.revision),
     }
     partial = path.with_name(f".{path.name}.partial")
     save_file({**tensors, TEXT: checkpoint.text.contiguous()}, partial, metadata=metadata)
@@ -66,58 +78,91 @@ def save_student(path: Path, student: nn.Module, checkpoint: Checkpoint) -> None
     _sync(path.parent)
 
 
+def git_revision() -> str | None:
+    """The commit of the code, `+` behind it when files differ from it; None outside a checkout."""
+    here = Path(__file__).parent
+    commands = (["git", "rev-parse", "HEAD"], ["git", "status", "--porcelain", "--untracked-files=no"])
+    try:
+        head, changed = (
+            subprocess.run(c, cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+            for c in commands
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head + ("+" if changed else "")
+
+
 def save_checkpoint(
     folder: Path,
     iteration: int,
     checkpoint: Checkpoint,
     student: nn.Module,
-    vla: nn.Module,
-    bank: nn.Module,
-    optimiser: Any,
+    state: dict[str, Any],
     *,
     keep: int,
 ) -> None:
-    """Everything that resuming needs, as checkpoint-<iteration>/; older ones beyond `keep` are removed."""
+    """Everything that resuming needs, as checkpoint-<iteration>/.
+
+    `state` is what torch.save takes and weights_only loading gives back. Of this training's checkpoints the
+    last `keep` stay; those of another config are left alone.
+    """
     final = folder / f"checkpoint-{iteration:06d}"
     partial = folder / f".{final.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     save_student(partial / "student.safetensors", student, checkpoint)
-    state = {"iteration": iteration, "vla": vla.state_dict(), "bank": bank.state_dict()}
-    state |= {"optimiser": optimiser.state_dict(), "torch_rng": torch.get_rng_state()}
-    torch.save(state, partial / "state.pt")
-    _sync(partial / "state.pt")
+    torch.save({"iteration": iteration, **state}, partial / "state.pt")
+    seal = {"fingerprint": checkpoint.identity, "files": {n: _digest(partial / n) for n in SEALED}}
+    (partial / SEAL).write_text(json.dumps(seal, indent=2) + "\n", encoding="utf-8")
+    for name in ("state.pt", SEAL, "."):
+        _sync(partial / name)
     shutil.rmtree(final, ignore_errors=True)
     partial.rename(final)
     _sync(folder)
-    for old in sorted(folder.glob("checkpoint-*"))[:-keep]:
+    own = [path for path in _checkpoints(folder) if _seal(path).get("fingerprint") == checkpoint.identity]
+    for old in own[:-keep]:
         shutil.rmtree(old)
 
 
+def _checkpoints(folder: Path) -> list[Path]:
+    """The checkpoint folders, oldest iteration first."""
+    found = [path for path in folder.glob("checkpoint-*") if path.name.partition("-")[2].isdecimal()]
+    return sorted(found, key=lambda path: int(path.name.partition("-")[2]))
+
+
+def _seal(path: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself; nothing when that can't be read."""
+    try:
+        return dict(json.loads((path / SEAL).read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return {}
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
 def latest_checkpoint(folder: Path, identity: str) -> Path | None:
-    """The newest checkpoint of this very training; those of another config are left alone."""
-    for path in sorted(folder.glob("checkpoint-*"), reverse=True):
-        try:
-            with safe_open(path / "student.safetensors", "pt") as file:
-                if (file.metadata() or {}).get("fingerprint") == identity and (path / "state.pt").is_file():
-                    return path
-        except (OSError, SafetensorError):
+    """The newest whole checkpoint of this very training; those of another config are left alone."""
+    for path in reversed(_checkpoints(folder)):
+        seal = _seal(path)
+        if seal.get("fingerprint") != identity:
             continue
+        damaged = [n for n in SEALED if not (path / n).is_file() or _digest(path / n) != seal["files"].get(n)]
+        if not damaged:
+            return path
+        say(f"train: {path}: {', '.join(damaged)} is not what was written; the checkpoint before it is taken")
     return None
 
 
-def load_state(path: Path, student: nn.Module, vla: nn.Module, bank: nn.Module, optimiser: Any) -> int:
-    """Restores a checkpoint in place; returns the iteration to go on from."""
+def load_checkpoint(path: Path, student: nn.Module) -> dict[str, Any]:
+    """Restores the student in place; returns the state that was saved, with its iteration."""
     with safe_open(path / "student.safetensors", "pt") as file:
         student.load_state_dict(
             {k.removeprefix("student."): file.get_tensor(k) for k in file.keys() if k.startswith("student.")}  # noqa: SIM118
         )
-    state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
-    vla.load_state_dict(state["vla"])
-    bank.load_state_dict(state["bank"])
-    optimiser.load_state_dict(state["optimiser"])
-    torch.set_rng_state(state["torch_rng"])
-    return int(state["iteration"])
+    return dict(torch.load(path / "state.pt", map_location="cpu", weights_only=True))
 
 
 def student_file(run: Path) -> Path:
@@ -146,7 +191,15 @@ def load_student(path: Path) -> tuple[DenseStudent, Checkpoint]:
     config, text = from_mapping(raw, where=str(path)), tensors.pop(TEXT)
     student = build_student(config.student, text.shape[1], pretrained=False)
     student.load_state_dict({name.removeprefix("student."): value for name, value in tensors.items()})
-    checkpoint = Checkpoint(config, metadata.get("fingerprint", ""), tuple(classes), tuple(unseen), text)
+    checkpoint = Checkpoint(
+        config,
+        metadata.get("fingerprint", ""),
+        tuple(classes),
+        tuple(unseen),
+        text,
+        cache=json.loads(metadata.get("cache", "null")),
+        revision=json.loads(metadata.get("revision", "null")),
+    )
     return student.eval(), checkpoint
 
 

@@ -108,6 +108,17 @@ class LossWeights(Section):
     dice: float = Field(1.0, ge=0)
 
 
+class Validate(Section):
+    """Held-out training images, scored on seen classes alone: unseen labels never choose a model."""
+
+    fraction: float = Field(0.0, ge=0, lt=1, description="share of the training images held out; 0 is off")
+    every: int = Field(500, ge=1, description="iterations between two validations")
+    patience: int = Field(
+        0, ge=0, description="validations in a row without a better score that end training; 0: none do"
+    )
+    use: Literal["best", "last"] = Field("best", description="the student that eval takes")
+
+
 class Train(Section):
     iterations: int = Field(20_000, ge=1, description="20k VOC, 40k Context, 80k COCO-Stuff (section 4.1)")
     batch: int = Field(16, ge=1, description="per run, all processes together (section 4.1)")
@@ -135,6 +146,13 @@ class Train(Section):
         description="of autocast, the losses stay float32; auto is bf16 where the machine computes in it",
     )
     channels_last: bool = True
+    processes: int | None = Field(
+        None, ge=1, description="started by `cli.py train`; null: one, or as many as a launcher has started"
+    )
+    compile: bool = Field(False, description="torch.compile of the student")
+    validation: Validate = Field(default_factory=Validate, alias="validate")
+    tracker: str = Field("tensorboard", description="any of accelerate's, or none")
+    pictures_every: int = Field(0, ge=0, description="iterations between pictures in the tracker; 0: none")
     workers: int = Field(0, ge=0, description="loader processes")
     threads: int | None = Field(None, description="torch threads; null leaves torch's own choice")
     log_every: int = Field(50, ge=1)
@@ -145,6 +163,14 @@ class Train(Section):
     @classmethod
     def _off(cls, value: Any) -> Any:
         return "off" if value is False else value  # YAML 1.1 reads a bare off as false
+
+    @model_validator(mode="after")
+    def _even_shares(self) -> Train:
+        if self.batch % (self.processes or 1):
+            raise ValueError(
+                f"a batch of {self.batch} images does not divide among {self.processes} processes"
+            )
+        return self
 
 
 class Eval(Section):
@@ -201,9 +227,9 @@ STAGES: dict[str, tuple[tuple[str, ...], str | None]] = {
     "report": (("report",), "eval"),
 }
 # Speed and bookkeeping, not content: changing these never re-runs a stage.
-NOT_CONTENT = {"teacher.device", "cluster.device", "train.workers", "train.threads", "train.log_every"} | {
-    "train.keep",
-    "eval.batch",
+NOT_CONTENT = {"teacher.device", "cluster.device", "eval.batch"} | {
+    f"train.{key}"
+    for key in ("workers", "threads", "log_every", "keep", "compile", "tracker", "pictures_every")
 }
 # Options of a data set that only other stages see.
 DATA_NOT_FOR = {"extract": ("test_seed", "test", "unseen", "split"), "cluster": ("test_seed", "test")}
@@ -283,12 +309,13 @@ def _explain(where: str, item: Any) -> str:
     if item["type"] == "extra_forbidden":
         model: Any = Config
         for key in keys[:-1]:
-            model = model.model_fields[key].annotation
+            fields = {field.alias or name: field for name, field in model.model_fields.items()}
+            model = fields[key].annotation
         known = [field.alias or key for key, field in model.model_fields.items()]
         near = difflib.get_close_matches(keys[-1], known, 1, 0.0)
         return f"{where}: unknown key {name!r}; the nearest valid one is {'.'.join([*keys[:-1], *near])!r}."
-    if item["type"] == "value_error" and not name:
-        return f"{where}: {item['msg'].removeprefix('Value error, ')}"
+    if item["type"] == "value_error":
+        return f"{where}: {name}{': ' if name else ''}{item['msg'].removeprefix('Value error, ')}."
     return f"{where}: {name} = {item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}."
 
 

@@ -1,341 +1,277 @@
 """Stage two: any segmenter, trained from the shards alone.
 
-    python cli.py train --config config/demo.yaml           one process
-    accelerate launch cli.py train --config ...             several
+    python cli.py train --config config/demo.yaml                            one process
+    python cli.py train --config config/demo.yaml --set train.processes=2    two, on CPU or GPU
+    accelerate launch --multi_gpu --num_processes 2 cli.py train ...         the same, started by accelerate
 
 The teacher isn't here: CLS tokens, pseudo labels and view boxes come from the cache, images and
 seen labels from the data set. The student is handed T_seen alone; the text table of all classes
 only travels into the checkpoint, for `eval` and `predict`.
 
-Axes: B images, C channels, H x W loss grid, S seen classes, P potential objects, K = S + P.
+Whatever iteration t draws (its images, their flips and colours, the student's dropout) is a function
+of (seed, t): a resumed run goes on as the uninterrupted one would have.
+
+Axes: B images, C channels, H x W loss grid.
 """
 
 from __future__ import annotations
 
-import json
+import hashlib
 import math
-import os
+import re
 import time
-from dataclasses import dataclass
-from pathlib import Path
+from contextlib import nullcontext
+from dataclasses import asdict
+from statistics import median
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
-from torch import Tensor, nn
-from torch.nn.functional import interpolate
+from torch import Tensor
 
 from cache.ledger import write_manifest
-from pipeline.batches import CachedViews, data_of, training_batches
-from pipeline.checkpoint import Checkpoint, latest_checkpoint, load_state, save_checkpoint, save_student
-from pipeline.config import Config, Train, UserError, config_fingerprint, fingerprint
-from pipeline.models.glm import ClsBank, pooled
-from pipeline.models.student import build_student, parameter_groups
-from pipeline.models.vla import VisualLanguageAdapter
-from pipeline.ops import losses
-from pipeline.tracking import found_manifest, manifest_path, progress, required_manifest, save_config, say
+from pipeline.batches import CachedViews, training_batches
+from pipeline.checkpoint import save_checkpoint, save_student
+from pipeline.config import Config, config_fingerprint, fingerprint
+from pipeline.journal import Clock, Curve, note, peak_memory_bytes
+from pipeline.objective import loss_terms
+from pipeline.pictures import pictures, show
+from pipeline.processes import LOST_S, end_with_parent
+from pipeline.tracking import (
+    console,
+    found_manifest,
+    manifest_path,
+    progress,
+    required_manifest,
+    save_config,
+    say,
+)
+from pipeline.training import (
+    Run,
+    TrainError,
+    batches_of,
+    new_run,
+    open_accelerator,
+    prepare,
+    resume,
+    schedule,
+    state_of,
+)
+from pipeline.validation import seen_miou
 
-
-class TrainError(UserError):
-    """Training can't go on; the message says where it stopped and why."""
-
-
-@dataclass
-class Learner:
-    """The parts that learn or remember, and what the losses are handed: T_seen, never the rest."""
-
-    student: Any  # DenseStudent, or accelerate's wrapper of it
-    vla: nn.Module
-    bank: ClsBank
-    text_seen: Tensor  # (S, C), unit norm
-    seen_ids: Tensor  # (S,)
+TRIAL_ITERATIONS = 10  # of a dry run
+# What torch.distributed says when a peer is gone: gloo, NCCL and the store have no error class in common.
+PEER_IS_GONE = re.compile(
+    r"gloo|nccl|connection (closed|reset)|broken pipe|process group|peer", re.IGNORECASE
+)
+LAST, BEST = "student.safetensors", "student.best.safetensors"
 
 
 def train(config: Config) -> dict[str, Any]:
     """Trains to the configured iteration, resuming from the last checkpoint; returns the manifest.
 
-    Raises: MissingCache, StaleCache, CorruptShard, DataError, StudentError, TrainError (a loss that isn't finite).
+    Raises: MissingCache, StaleCache, CorruptShard, DataError, StudentError, TrainError (a loss that isn't
+    finite, a process that is gone, a batch that doesn't divide, a tracker that isn't there).
     """
+    end_with_parent()
     above = required_manifest(config, "cluster")
-    data, section = data_of(config), config.train
     identity = fingerprint(config, "train", above["fingerprint"], {})
     manifest = found_manifest(config, "train")
+    accelerator = open_accelerator(config)
+    is_main = accelerator.is_main_process
     if manifest is not None and manifest.get("fingerprint") == identity:
-        say(f"train: nothing to do, {manifest['iterations']} iterations are in {config.run_path / 'train'}")
+        if is_main:
+            say(
+                f"train: nothing to do, {manifest['iterations']} iterations are in {config.run_path / 'train'}"
+            )
         return manifest
-    if section.threads:
-        torch.set_num_threads(section.threads)
-    accelerator = Accelerator(
-        mixed_precision=mixed_precision(section.precision),
-        log_with="tensorboard",
-        project_dir=config.run_path / "train",
-    )
-    if section.batch % accelerator.num_processes:
-        raise TrainError(
-            f"train.batch {section.batch} does not divide among {accelerator.num_processes} processes."
-        )
-    save_config(config)
-    set_seed(section.seed)
-    views = CachedViews(config, data)
-    learner = _build(config, views)
-    groups = parameter_groups(
-        learner.student,
-        learner.vla,
-        lr=section.lr,
-        head_lr_factor=section.head_lr_factor,
-        decay=section.weight_decay,
-    )
-    optimiser = torch.optim.AdamW(groups)
-    text = torch.from_numpy(views.store.read_whole("text"))
-    checkpoint = Checkpoint(
-        config=config, identity=identity, classes=data.classes, unseen=data.unseen, text=text
-    )
-    start = 0
-    found = latest_checkpoint(config.run_path / "train", identity)
-    if found:
-        start = load_state(found, learner.student, learner.vla, learner.bank, optimiser)
-        say(f"train: resuming at iteration {start} from {found}")
-    learner.student, learner.vla, optimiser = accelerator.prepare(learner.student, learner.vla, optimiser)
-    learner.text_seen, learner.seen_ids = (
-        x.to(accelerator.device) for x in (learner.text_seen, learner.seen_ids)
-    )
-    learner.bank.to(accelerator.device)
+    if is_main:
+        save_config(config)
+    run = new_run(config, accelerator, identity, above["fingerprint"])
+    resume(run)
+    prepare(run)
     accelerator.init_trackers("losses")
-
-    _loop(config, accelerator, learner, optimiser, views, checkpoint, start)
-
-    accelerator.wait_for_everyone()
+    try:
+        iterations = _loop(run)
+        accelerator.wait_for_everyone()
+    except RuntimeError as error:
+        if accelerator.num_processes == 1 or not PEER_IS_GONE.search(str(error)):
+            raise
+        time.sleep(LOST_S)  # whoever started the processes ends this one meanwhile, and knows more
+        raise TrainError(
+            f"process {accelerator.process_index}: another of the {accelerator.num_processes} training "
+            "processes is gone. The last checkpoint stands, and the same command resumes from it."
+        ) from None
+    validation = config.train.validation
     manifest = {
         "stage": "train",
         "fingerprint": identity,
         "config": config_fingerprint(config, "train"),
         "upstream": above["fingerprint"],
-        "iterations": section.iterations,
-        "student": "student.safetensors",
+        "iterations": iterations,
+        "processes": accelerator.num_processes,
+        "student": BEST if validation.fraction and validation.use == "best" else LAST,
     }
-    if accelerator.is_main_process:
-        save_student(
-            config.run_path / "train" / "student.safetensors",
-            accelerator.unwrap_model(learner.student),
-            checkpoint,
-        )
+    if validation.fraction:
+        manifest["validation"] = asdict(run.best)
+    if is_main:
+        save_student(run.folder / LAST, run.student, run.checkpoint)
         write_manifest(manifest_path(config, "train"), manifest)
     accelerator.end_training()
     return manifest
 
 
-def _build(config: Config, views: CachedViews) -> Learner:
-    section, data = config.train, views.data
-    channels = int(views.store.sizes["C"])
-    seen = torch.tensor(list(data.seen_ids))
-    return Learner(
-        student=build_student(config.student, channels),
-        vla=VisualLanguageAdapter(channels, section.vla),
-        bank=ClsBank(section.bank, section.batch, channels),
-        text_seen=torch.from_numpy(views.store.read_whole("text"))[seen],
-        seen_ids=seen,
+def _loop(run: Run) -> int:
+    """The iterations; returns how many were done. A story of batches, steps and what is kept of them."""
+    section, accelerator, is_main = run.config.train, run.accelerator, run.accelerator.is_main_process
+    batches = batches_of(run, section.iterations)
+    curve = Curve(run.folder, run.start) if is_main else None
+    clock, done, is_last = Clock(), run.start, run.start >= section.iterations
+    bar = (
+        progress("train", section.iterations, done=run.start, unit="it") if is_main else nullcontext(_silent)
     )
-
-
-def _loop(
-    config: Config,
-    accelerator: Accelerator,
-    learner: Learner,
-    optimiser: Any,
-    views: CachedViews,
-    checkpoint: Checkpoint,
-    start: int,
-) -> None:
-    """The iterations. One story: batch, features, terms, backward, schedule, and now and then a checkpoint."""
-    section, folder = config.train, config.run_path / "train"
-    base_rates = [group.setdefault("initial_lr", group["lr"]) for group in optimiser.param_groups]
-    batches = training_batches(
-        views,
-        start=start,
-        stop=section.iterations,
-        process=accelerator.process_index,
-        num_processes=accelerator.num_processes,
-    )
-    if section.channels_last:
-        learner.student.to(memory_format=torch.channels_last)
-    learner.student.train()
-    clock = Clock()
-    with (
-        progress("train", section.iterations, done=start, unit="it") as advance,
-        _curve(folder, start, accelerator.is_main_process) as curve,
-    ):
-        for iteration in range(start, section.iterations):
-            batch = {name: value.to(accelerator.device) for name, value in next(batches).items()}
-            clock.mark("data")
-            images = batch["image"].float()
-            if section.channels_last:
-                images = images.contiguous(memory_format=torch.channels_last)
-            with accelerator.autocast():
-                dense = learner.student(images)  # (B, C, H, W)
-            clock.mark("forward")
-            terms, counts = loss_terms(section, learner, dense, batch, accelerator)
-            total = torch.stack(list(terms.values())).sum()
-            clock.mark("losses")
-            _stop_if_not_finite(terms, iteration, views, batch)
-            optimiser.zero_grad()
-            accelerator.backward(total)
-            clock.mark("backward")
-            for group, rate in zip(optimiser.param_groups, base_rates, strict=True):
-                group["lr"] = rate * schedule(section, iteration)
-            optimiser.step()
-            clock.mark("optimiser")
-
-            done = iteration + 1
+    with bar as advance:
+        while not is_last:
+            values, terms = _step(run, next(batches), done, clock)
+            done += 1
             is_last = done == section.iterations
+            if section.validation.fraction and (done % section.validation.every == 0 or is_last):
+                is_last |= _validate(run, done)
+                clock.mark("validation")
             if done % section.log_every == 0 or is_last:
-                values = {name: float(term.detach()) for name, term in terms.items()} | counts
-                values |= {
-                    "total": float(total.detach()),
-                    "lr": optimiser.param_groups[0]["lr"],
-                } | clock.shares()
+                values = _mean(accelerator, values) | clock.shares()
+                values["lr"] = run.optimiser.param_groups[0]["lr"]
+                if section.validation.fraction:
+                    values["best_mIoU_S"] = run.best.score
                 accelerator.log(values, step=done)
-                curve.write(
-                    json.dumps({"iteration": done, **{k: round(v, 6) for k, v in values.items()}}) + "\n"
-                )
-                curve.flush()
-            advance(1, note=f"loss {float(total.detach()):.3f}" if done % 10 == 0 or is_last else None)
-            if accelerator.is_main_process and (done % section.checkpoint_every == 0) and not is_last:
-                student, vla = (
-                    accelerator.unwrap_model(learner.student),
-                    accelerator.unwrap_model(learner.vla),
-                )
+                if curve:
+                    curve.write(done, values)
+            speed = (done - run.start) * section.batch / max(clock.elapsed_s(), 1e-9)
+            advance(1, note=note(terms, speed, console.width) if done % 10 == 0 or is_last else None)
+            if is_main and section.pictures_every and (done % section.pictures_every == 0 or is_last):
+                show(accelerator.trackers, pictures(run.learner, run.student, run.views), done)
+                clock.mark("pictures")
+            if is_main and done % section.checkpoint_every == 0 and not is_last:
                 save_checkpoint(
-                    folder, done, checkpoint, student, vla, learner.bank, optimiser, keep=section.keep
+                    run.folder, done, run.checkpoint, run.student, state_of(run), keep=section.keep
                 )
-    say(f"train: time {clock.line()}")
+                clock.mark("checkpoints")
+    if curve:
+        curve.close()
+        say(f"train: time {clock.line()}")
+    return done
 
 
-def mixed_precision(wanted: str) -> str:
-    """accelerate's word for the configured precision; `auto` looks at what the machine computes in."""
-    if wanted == "auto":
-        has_bf16 = (
-            torch.cuda.is_bf16_supported()
-            if torch.cuda.is_available()
-            else torch.cpu._is_avx512_bf16_supported()
+def _silent(count: int, note: str | None = None) -> None:
+    """The progress of a process that nobody looks at."""
+
+
+def _step(
+    run: Run, batch: dict[str, Tensor], iteration: int, clock: Clock
+) -> tuple[dict[str, float], dict[str, float]]:
+    """One iteration: features, terms, backward, schedule. What is worth a curve, and the loss terms alone."""
+    section, accelerator, learner = run.config.train, run.accelerator, run.learner
+    torch.manual_seed(_draw(section.seed, iteration, accelerator.process_index))
+    batch = {name: value.to(accelerator.device, non_blocking=True) for name, value in batch.items()}
+    clock.mark("data")
+    images = batch["image"].float()
+    if section.channels_last:
+        images = images.contiguous(memory_format=torch.channels_last)
+    with accelerator.autocast():
+        dense = learner.student(images)  # (B, C, H, W)
+    clock.mark("forward")
+    terms, counts = loss_terms(section, learner, dense, batch, accelerator)
+    stacked = torch.stack(list(terms.values()))
+    values = dict(zip(terms, stacked.tolist(), strict=True))
+    clock.mark("losses")
+    _stop_if_not_finite(values, iteration, run.views, batch)
+    run.optimiser.zero_grad()
+    accelerator.backward(stacked.sum())
+    clock.mark("backward")
+    for group in run.optimiser.param_groups:
+        group["lr"] = group["initial_lr"] * schedule(section, iteration)
+    run.optimiser.step()
+    clock.mark("optimiser")
+    return values | counts | {"total": sum(values.values())}, values
+
+
+def _draw(seed: int, iteration: int, process: int) -> int:
+    """The seed of all that an iteration draws in one process."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{iteration}/{process}".encode(), digest_size=7).digest())
+
+
+def _mean(accelerator: Accelerator, values: dict[str, float]) -> dict[str, float]:
+    """Values averaged over the processes."""
+    if accelerator.num_processes == 1:
+        return values
+    stacked = torch.tensor(list(values.values()), dtype=torch.float64, device=accelerator.device)
+    return dict(zip(values, accelerator.reduce(stacked, reduction="mean").tolist(), strict=True))
+
+
+def _validate(run: Run, done: int) -> bool:
+    """Scores the student, keeps the best one; whether training should end. One process scores for all."""
+    section, accelerator, learner = run.config.train.validation, run.accelerator, run.learner
+    score = torch.zeros((), dtype=torch.float64, device=accelerator.device)
+    if accelerator.is_main_process:
+        score += seen_miou(run.student, run.views, learner.text_seen, learner.seen_ids)
+    is_better = run.best.better(float(accelerator.reduce(score)), done)
+    if is_better and accelerator.is_main_process:
+        save_student(run.folder / BEST, run.student, run.checkpoint)
+    ends = 0 < section.patience <= run.best.num_worse
+    if ends and accelerator.is_main_process:
+        say(
+            f"train: ends at iteration {done}; the best was mIoU(S) {run.best.score:.1f} on held-out images at "
+            f"iteration {run.best.iteration}"
         )
-        wanted = "bf16" if has_bf16 else "fp32"
-    return "no" if wanted == "fp32" else wanted
-
-
-def schedule(section: Train, iteration: int) -> float:
-    """Factor on the learning rates: linear warm-up times poly decay (mmseg's; method section 4)."""
-    warm = min((iteration + 1) / section.warmup, 1.0) if section.warmup else 1.0
-    return warm * (1 - iteration / section.iterations) ** section.power
-
-
-def loss_terms(
-    section: Train,
-    learner: Learner,
-    dense: Tensor,
-    batch: dict[str, Tensor],
-    accelerator: Accelerator | None = None,
-) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Every weighted term of eq. 11-12 for one batch, and counts worth a curve. Pushes into the CLS bank.
-
-    Shapes: dense (B, C, H, W); batch: labels (B, S, S) uint8, pseudo (B, h, w), cls (B, C), sample (B,).
-    """
-    weights, terms = section.weights, {}
-    if section.glm != "off":
-        terms["global"] = weights.glm * _global_term(section, learner, dense, batch, accelerator)
-    ids, owners, num_potential = losses.combined_labels(
-        _on_grid(batch["labels"], dense, section), batch["pseudo"], learner.seen_ids, section.potential
-    )
-    if section.loss_grid == "full":
-        dense = interpolate(dense, ids.shape[1:], mode="bilinear", align_corners=False)
-    num_seen = len(learner.text_seen)
-    means, present = losses.centroids(dense, ids, num_seen + num_potential)
-    generated = learner.vla(means[present], batch["cls"])  # (M, C), seen ones first
-    if section.generate:
-        terms["generate"] = weights.generate * losses.generate_loss(generated, learner.text_seen, present)
-    num_seen_present = int(present[:num_seen].sum())
-    logits = losses.logits(dense, learner.text_seen, generated[num_seen_present:])  # (B, K, H, W)
-    planes = losses.competing(owners, len(dense), num_seen, section.potentials)
-    ce_ids = ids if section.potential_ce else ids.where(ids < num_seen, losses.IGNORE)
-    terms["ce"] = weights.ce * losses.cross_entropy(logits, ce_ids, planes)
-    if section.nel != "off":
-        nel_logits, nel_ids, nel_planes = logits, ids, planes
-        if section.nel == "seen":
-            (nel_logits, nel_ids), nel_planes = losses.seen_only(logits, ids, num_seen), None
-        num_masks = losses.count_masks(nel_ids, nel_logits.shape[1])
-        if accelerator is not None:
-            num_masks = accelerator.reduce(num_masks, reduction="mean")
-        terms["focal"] = weights.focal * losses.focal(nel_logits, nel_ids, num_masks, nel_planes)
-        terms["dice"] = weights.dice * losses.dice(nel_logits, nel_ids, num_masks)
-    return terms, {"potential": float(num_potential), "seen": float(num_seen_present)}
-
-
-def _global_term(
-    section: Train, learner: Learner, dense: Tensor, batch: dict[str, Tensor], accelerator: Accelerator | None
-) -> Tensor:
-    """Eq. 3, and then the push: the current tokens are never in the bank of their own loss."""
-    cls, samples = batch["cls"], batch["sample"]
-    bank, bank_samples = learner.bank.entries()
-    others, other_samples, all_cls, all_samples = bank, bank_samples, cls, samples
-    if accelerator is not None and accelerator.num_processes > 1:
-        all_cls, all_samples = accelerator.gather(cls), accelerator.gather(samples)
-        mine = torch.zeros(len(all_cls), dtype=torch.bool, device=cls.device)
-        mine[accelerator.process_index * len(cls) : (accelerator.process_index + 1) * len(cls)] = True
-        others = torch.cat([bank, all_cls[~mine]])
-        other_samples = torch.cat([bank_samples, all_samples[~mine]])
-    loss = losses.infonce(cls, pooled(cls, dense, section.glm), others, other_samples, samples, section.tau)
-    learner.bank.push(all_cls, all_samples)
-    return loss
-
-
-def _on_grid(labels: Tensor, dense: Tensor, section: Train) -> Tensor:
-    """Labels by nearest on the loss grid: (B, S, S) -> (B, H, W)."""
-    if section.loss_grid == "full":
-        return labels
-    return interpolate(labels[:, None].float(), dense.shape[2:], mode="nearest-exact")[:, 0].to(labels.dtype)
+    return ends
 
 
 def _stop_if_not_finite(
-    terms: dict[str, Tensor], iteration: int, views: CachedViews, batch: dict[str, Tensor]
+    values: dict[str, float], iteration: int, views: CachedViews, batch: dict[str, Tensor]
 ) -> None:
-    bad = [name for name, term in terms.items() if not math.isfinite(float(term.detach()))]
+    bad = [name for name, value in values.items() if not math.isfinite(value)]
     if bad:
-        names = ", ".join(views.samples[int(row)].id for row in batch["sample"][:8])
+        names = ", ".join(views.samples[int(row)].id for row in batch["sample"])
         raise TrainError(
-            f"iteration {iteration}: {', '.join(bad)} is not finite (batch: {names}, ...). The last checkpoint stands; "
+            f"iteration {iteration}: {', '.join(bad)} is not finite (batch: {names}). The last checkpoint stands; "
             "lower train.lr, or train without mixed precision."
         )
 
 
-class Clock:
-    """Where a step's time goes, in seconds by phase, since the start."""
+def plan(config: Config) -> None:
+    """Says what training will do and cost, from ten steps whose results are thrown away; writes nothing.
 
-    def __init__(self) -> None:
-        self.total: dict[str, float] = {}
-        self.last = time.perf_counter()
-
-    def mark(self, phase: str) -> None:
-        now = time.perf_counter()
-        self.total[phase] = self.total.get(phase, 0.0) + now - self.last
-        self.last = now
-
-    def shares(self) -> dict[str, float]:
-        whole = sum(self.total.values()) or 1.0
-        return {f"time/{phase}": seconds / whole for phase, seconds in self.total.items()}
-
-    def line(self) -> str:
-        return ", ".join(f"{phase} {seconds:.0f} s" for phase, seconds in self.total.items())
-
-
-def _curve(folder: Path, start: int, is_main: bool) -> Any:
-    """The file of loss values by iteration, cut back to `start` when training resumes; one process writes it."""
-    if not is_main:
-        return open(os.devnull, "w", encoding="utf-8")
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "losses.jsonl"
-    kept = []
-    if start and path.is_file():
-        lines = path.read_text(encoding="utf-8").splitlines()
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["iteration"] <= start]
-    path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    return path.open("a", encoding="utf-8")
+    Several processes: one process's share of each batch.
+    """
+    above = required_manifest(config, "cluster")
+    section, num = config.train, config.train.processes or 1
+    run = new_run(config, open_accelerator(config, tracks=False), "", above["fingerprint"])
+    prepare(run)
+    images = len(run.views.rows)
+    sizes = {
+        name: sum(p.numel() for p in part.parameters() if p.requires_grad)
+        for name, part in (("student", run.student), ("VLA", run.learner.vla))
+    }
+    kept = f", {len(run.views.held_out)} held out" if section.validation.fraction else ""
+    say(
+        f"train: {section.iterations} iterations of {section.batch} images, {section.batch // num} in each of "
+        f"{num} processes: {section.iterations * section.batch / images:.1f} epochs of {images} images{kept}"
+    )
+    say("train: " + ", ".join(f"{name} {size / 1e6:.2f} M parameters" for name, size in sizes.items()))
+    batches = training_batches(run.views, start=0, stop=TRIAL_ITERATIONS, num_processes=num)
+    clock, seconds = Clock(), []
+    for iteration, batch in enumerate(batches):
+        began = time.perf_counter()
+        _step(run, batch, iteration, clock)
+        seconds.append(time.perf_counter() - began)
+    waited = clock.total["data"] / TRIAL_ITERATIONS
+    whole = section.iterations * (median(seconds) + waited)
+    fixed = 4 * 4 * sum(sizes.values())  # float32: weights, gradients, AdamW's two moments
+    say(
+        f"train: memory {peak_memory_bytes() / 1e9:.2f} GB at its peak, {fixed / 1e9:.2f} GB of it weights, "
+        f"gradients and moments"
+    )
+    say(
+        f"train: {median(seconds):.3f} s an iteration (median of {TRIAL_ITERATIONS}): {whole / 3600:.2f} hours "
+        "for all"
+    )

@@ -53,6 +53,20 @@ def tiny(tmp_path):
     return build
 
 
+@pytest.fixture(scope="session")
+def cached_demo(tmp_path_factory):
+    """The cache of a tiny demo run, extracted and clustered once; training only reads it."""
+    from pipeline.cluster import cluster
+    from pipeline.config import load
+    from pipeline.extract import extract
+
+    os.chdir(ROOT)
+    config = load(ROOT / "config" / "demo.yaml", [f"runs={tmp_path_factory.mktemp('cached')}", *TINY])
+    extract(config)
+    cluster(config)
+    return config.cache_path
+
+
 @dataclass
 class Said:
     """What a command left behind, as subprocess.CompletedProcess has it."""

@@ -21,7 +21,14 @@ DOORS = {
     "dask": {"pipeline/engine.py"},
 }
 STAGES = ("extract", "cluster", "train", "evaluate", "predict", "report", "verify")
-FLOOR_3 = ("batches", "checkpoint", "engine", "inference", "looking", "results", "tracking")
+FLOOR_3 = ("batches", "checkpoint", "engine", "inference", "looking", "results", "tracking") + (
+    "journal",
+    "objective",
+    "pictures",
+    "processes",
+    "training",
+    "validation",
+)
 
 
 def floor(module: str) -> int:

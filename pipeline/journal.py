@@ -1,0 +1,83 @@
+"""What a training run writes down as it goes: where its time went, its loss curve, a line for people."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO
+
+import torch
+
+
+class Clock:
+    """Where a step's time goes, in seconds by phase, since the start."""
+
+    def __init__(self) -> None:
+        self.total: dict[str, float] = {}
+        self.began = self.last = time.perf_counter()
+
+    def mark(self, phase: str) -> None:
+        now = time.perf_counter()
+        self.total[phase] = self.total.get(phase, 0.0) + now - self.last
+        self.last = now
+
+    def elapsed_s(self) -> float:
+        return self.last - self.began
+
+    def shares(self) -> dict[str, float]:
+        whole = sum(self.total.values()) or 1.0
+        return {f"time/{phase}": seconds / whole for phase, seconds in self.total.items()}
+
+    def line(self) -> str:
+        return ", ".join(f"{phase} {seconds:.0f} s" for phase, seconds in self.total.items())
+
+
+def peak_memory_bytes() -> int:
+    """The most memory held so far: allocated on the GPU if there is one, else resident in this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2): bytes there, kilobytes on Linux
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+WIDE = 140  # columns of a terminal beside whose bar all terms have room
+
+
+def note(values: Mapping[str, float], images_per_s: float, columns: int) -> str:
+    """Loss terms (their sum on a narrow terminal), images a second and memory, for the progress line."""
+    terms = " ".join(f"{name} {value:.2f}" for name, value in values.items())
+    if columns < WIDE:
+        return f"loss {sum(values.values()):.3f}"
+    return f"{terms}  {images_per_s:.0f} images/s  {peak_memory_bytes() / 1e9:.1f} GB"
+
+
+class Curve:
+    """losses.jsonl: the values of an iteration a line. Cut back to `start` when training resumes."""
+
+    def __init__(self, folder: Path, start: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "losses.jsonl"
+        kept = [line for line in _lines(path) if json.loads(line)["iteration"] <= start] if start else []
+        partial = path.with_name(".losses.jsonl.partial")  # a kill here must not lose what is kept
+        partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        os.replace(partial, path)
+        self.file: IO[str] = path.open("a", encoding="utf-8")
+
+    def write(self, iteration: int, values: Mapping[str, float]) -> None:
+        rounded = {name: round(value, 6) for name, value in values.items()}
+        self.file.write(json.dumps({"iteration": iteration, **rounded}) + "\n")
+        self.file.flush()
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def _lines(path: Path) -> list[str]:
+    """The whole lines of a file that a kill may have cut short."""
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    return text[: text.rfind("\n") + 1].splitlines()

@@ -14,7 +14,6 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,7 +46,7 @@ class Checkpoint:
     unseen: tuple[str, ...]
     text: Tensor  # (K, C) unit norm, all classes
     cache: str | None = None  # fingerprint of the cache it was trained from
-    revision: str | None = None  # of the code, see git_revision
+    revision: str | None = None  # of the code that trained it, see tracking.revision
 
     @property
     def unseen_ids(self) -> list[int]:
@@ -76,20 +75,6 @@ def save_student(path: Path, student: nn.Module, checkpoint: Checkpoint) -> None
     _sync(partial)
     partial.replace(path)
     _sync(path.parent)
-
-
-def git_revision() -> str | None:
-    """The commit of the code, `+` behind it when files differ from it; None outside a checkout."""
-    here = Path(__file__).parent
-    commands = (["git", "rev-parse", "HEAD"], ["git", "status", "--porcelain", "--untracked-files=no"])
-    try:
-        head, changed = (
-            subprocess.run(c, cwd=here, capture_output=True, text=True, check=True).stdout.strip()
-            for c in commands
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return head + ("+" if changed else "")
 
 
 def save_checkpoint(

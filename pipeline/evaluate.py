@@ -74,7 +74,7 @@ def evaluate(config: Config) -> dict[str, Any]:
         "mode": section.mode,
         "fingerprint": identity,
         "config": config_fingerprint(config, "eval"),
-        "made": provenance(),
+        "made": provenance() | {"revision": checkpoint.revision},
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     np.save(path.parent / "confusion.npy", matrices[section.gamma].compute().numpy())

@@ -139,8 +139,7 @@ def run_config(run: Path) -> Config:
 def provenance() -> dict[str, str | None]:
     """When, on what and from which code: for results that people compare. Never part of a fingerprint.
 
-    date (UTC day), machine (processor and its count, and the GPU if there is one), torch, revision (git's
-    word for the checked-out state, "-dirty" with changes; None outside a checkout).
+    date (UTC day), machine (processor and its count, and the GPU if there is one), torch, revision.
     """
     import torch
 
@@ -148,20 +147,21 @@ def provenance() -> dict[str, str | None]:
     machine = f"{os.cpu_count()} x {cpu.partition(':')[2].strip() or platform.machine()}"
     if torch.cuda.is_available():
         machine += f", {torch.cuda.get_device_name()}"
-    here = Path(__file__).parent
-    try:
-        words = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=10"]
-        revision = subprocess.run(
-            words, capture_output=True, text=True, timeout=10, check=True
-        ).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        revision = None
     return {
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "machine": machine,
         "torch": torch.__version__,
-        "revision": revision,
+        "revision": revision(),
     }
+
+
+def revision() -> str | None:
+    """The code's commit as git describes it, "-dirty" with changes; None outside a checkout."""
+    words = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=10"]
+    try:
+        return subprocess.run(words, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 def _lines(path: Path) -> list[str]:

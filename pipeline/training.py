@@ -12,14 +12,14 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import set_seed
 
 from pipeline.batches import CachedViews, data_of, training_batches
-from pipeline.checkpoint import Checkpoint, git_revision, latest_checkpoint, load_checkpoint
+from pipeline.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint
 from pipeline.config import Config, Train, UserError
 from pipeline.models.glm import ClsBank
 from pipeline.models.student import build_student, parameter_groups
 from pipeline.models.vla import VisualLanguageAdapter
 from pipeline.objective import Learner
 from pipeline.processes import is_launched
-from pipeline.tracking import say
+from pipeline.tracking import revision, say
 from pipeline.validation import Best
 
 
@@ -110,7 +110,7 @@ def new_run(config: Config, accelerator: Accelerator, identity: str, cache: str 
         )
     )
     checkpoint = Checkpoint(
-        config, identity, data.classes, data.unseen, text, cache=cache, revision=git_revision()
+        config, identity, data.classes, data.unseen, text, cache=cache, revision=revision()
     )
     return Run(config, accelerator, views, learner, optimiser, checkpoint)
 

@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
+from torchmetrics.classification import MulticlassConfusionMatrix
 
 from pipeline.batches import IGNORE, CachedViews
 from pipeline.ops.losses import logits
-from pipeline.ops.metrics import confusion, iou_per_class
+from pipeline.ops.metrics import iou_per_class
 
 
 @dataclass
@@ -45,7 +46,7 @@ def seen_miou(student: nn.Module, views: CachedViews, text_seen: Tensor, seen_id
     device = text_seen.device
     index = torch.full((256,), IGNORE, device=device)
     index[seen_ids] = torch.arange(len(seen_ids), device=device)
-    matrix = torch.zeros(len(seen_ids), len(seen_ids), dtype=torch.int64, device=device)
+    matrix = MulticlassConfusionMatrix(len(seen_ids), ignore_index=IGNORE).to(device)
     was_training = student.training
     student.eval()
     for row in views.held_out:
@@ -53,7 +54,8 @@ def seen_miou(student: nn.Module, views: CachedViews, text_seen: Tensor, seen_id
         dense = student(item["image"][None].to(device).float()).float()
         scores = logits(dense, text_seen, text_seen[:0])  # (1, S, H, W)
         scores = interpolate(scores, item["labels"].shape, mode="bilinear", align_corners=False)
-        matrix += confusion(index[item["labels"].to(device).long()], scores.argmax(1)[0], len(seen_ids))
+        matrix.update(scores.argmax(1)[0], index[item["labels"].to(device).long()])
     student.train(was_training)
-    iou = iou_per_class(matrix)
-    return 100 * float(iou[~np.isnan(iou)].mean()) if matrix.any() else 0.0
+    iou = iou_per_class(matrix.compute())
+    known = iou[~np.isnan(iou)]
+    return 100 * float(known.mean()) if known.size else 0.0

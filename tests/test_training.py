@@ -134,10 +134,10 @@ def test_a_student_file_says_where_it_comes_from(run_of, monkeypatch):
     in_checkout = (ROOT / ".git").exists()
     assert (checkpoint.revision is not None) == in_checkout
     assert checkpoint.config == config
-    from pipeline.checkpoint import git_revision
+    from pipeline.tracking import revision
 
     monkeypatch.setenv("GIT_DIR", "/nonexistent")
-    assert git_revision() is None
+    assert revision() is None
 
 
 def test_a_loss_that_is_not_finite_stops_and_leaves_the_last_checkpoint(run_of, monkeypatch):

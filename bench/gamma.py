@@ -61,6 +61,7 @@ def main() -> None:
             truth[torch.isin(truth, torch.tensor(unscored))] = IGNORE
             image, size = data.image(sample), config.teacher.image_size
             logits = class_logits(student, checkpoint.text, image, size, config.eval)
+            logits = logits.clone()  # made in inference mode
             logits[unscored] = NO_CANDIDATE
             best = best_by_group(logits, seen, held)
             for gamma, matrix in matrices.items():

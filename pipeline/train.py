@@ -258,20 +258,18 @@ def plan(config: Config) -> None:
         f"{num} processes: {section.iterations * section.batch / images:.1f} epochs of {images} images{kept}"
     )
     say("train: " + ", ".join(f"{name} {size / 1e6:.2f} M parameters" for name, size in sizes.items()))
-    batches = training_batches(run.views, start=0, stop=TRIAL_ITERATIONS, num_processes=num)
+    trials = min(TRIAL_ITERATIONS, section.iterations)
+    batches = training_batches(run.views, start=0, stop=trials, num_processes=num)
     clock, seconds = Clock(), []
     for iteration, batch in enumerate(batches):
         began = time.perf_counter()
         _step(run, batch, iteration, clock)
         seconds.append(time.perf_counter() - began)
-    waited = clock.total["data"] / TRIAL_ITERATIONS
+    waited = clock.total["data"] / trials
     whole = section.iterations * (median(seconds) + waited)
     fixed = 4 * 4 * sum(sizes.values())  # float32: weights, gradients, AdamW's two moments
     say(
         f"train: memory {peak_memory_bytes() / 1e9:.2f} GB at its peak, {fixed / 1e9:.2f} GB of it weights, "
         f"gradients and moments"
     )
-    say(
-        f"train: {median(seconds):.3f} s an iteration (median of {TRIAL_ITERATIONS}): {whole / 3600:.2f} hours "
-        "for all"
-    )
+    say(f"train: {median(seconds):.3f} s an iteration (median of {trials}): {whole / 3600:.2f} hours for all")

@@ -136,9 +136,9 @@ def prepare(run: Run) -> None:
     learner, device = run.learner, run.accelerator.device
     for group in run.optimiser.param_groups:
         group.setdefault("initial_lr", group["lr"])
-    learner.student, learner.vla, run.optimiser = run.accelerator.prepare(
-        learner.student, learner.vla, run.optimiser
-    )
+    learner.student, run.optimiser = run.accelerator.prepare(learner.student, run.optimiser)
+    if any(parameter.requires_grad for parameter in learner.vla.parameters()):  # DDP wants one
+        learner.vla = run.accelerator.prepare(learner.vla)
     learner.text_seen, learner.seen_ids = learner.text_seen.to(device), learner.seen_ids.to(device)
     learner.bank.to(device)
     learner.student.train()

@@ -285,7 +285,13 @@ def from_mapping(raw: Mapping[str, Any], settings: Iterable[str] = (), *, where:
         key, equals, text = setting.partition("=")
         if not equals or not key:
             raise ConfigError(f"--set {setting!r}: write it as section.key=value, for example train.lr=1e-4.")
-        _assign(values, key.strip().split("."), yaml.safe_load(text) if text else None, setting)
+        try:
+            value = yaml.safe_load(text) if text else None
+        except yaml.YAMLError as error:
+            raise ConfigError(
+                f"--set {setting!r}: the value is not YAML ({' '.join(str(error).split())}). Put it in quotes."
+            ) from None
+        _assign(values, key.strip().split("."), value, setting)
     try:
         return Config.model_validate(values)
     except ValidationError as error:

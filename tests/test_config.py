@@ -78,3 +78,9 @@ def test_a_missing_file_names_those_there_are(tmp_path, monkeypatch):
     (tmp_path / "bad.yaml").write_text("a: [1\n")
     with pytest.raises(ConfigError, match=r"bad.yaml: not readable as YAML"):
         load("bad.yaml")
+
+
+@pytest.mark.parametrize("value", ["[a {} b]", "[1", "{a: 1"])
+def test_a_setting_that_is_not_yaml(value):
+    with pytest.raises(ConfigError, match=r"--set 'text.templates=.*not YAML.*quotes"):
+        from_mapping({}, [f"text.templates={value}"])

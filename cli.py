@@ -56,13 +56,9 @@ def extract(
     from pipeline import extract as stage
     from pipeline.tracking import say
 
-    manifest = stage.extract(settings, workers=workers, scheduler=scheduler)
+    stage.extract(settings, workers=workers, scheduler=scheduler)
     if audit:
-        worst = stage.audit(settings, audit)
-        say(
-            f"audit of {min(audit, manifest['num_samples'])} rows: largest difference cls {worst['cls']:.3g}, tokens "
-            f"{worst['tokens']:.3g}; lowest cosine {worst['cosine']:.6f}"
-        )
+        say(stage.audit(settings, audit))
 
 
 @app.command()

@@ -1,10 +1,11 @@
 """What a cache says of itself: the attributes of its Zarr group, read and written as the JSON they are.
 
-    {"cache": {"version": 1, "shard": 64, "sizes": {"N": 1464, ...}, "identity": ["data", "teacher", ...]},
+    {"cache": {"version": 1, "shard": 64, "sizes": {"N": 1464, ...}, "dtypes": {"tokens": "int8"},
+               "identity": ["data", "teacher", ...]},
      "data": ..., "teacher": ..., "cluster": ...}
 
-`cache` is ours; `identity` names the sections that say what the cache was made from, which never
-change; the others were added by later stages.
+`cache` is ours; `dtypes` names the arrays that aren't of their usual dtype; `identity` names the sections
+that say what the cache was made from, which never change; the others were added by later stages.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 
 from cache.errors import CorruptShard, MissingCache, StaleCache, unreadable
 from cache.files import write_atomic
-from cache.schema import SHARD, VERSION
+from cache.schema import SHARD, VERSION, spec_of
 
 DATA = "data.zarr"
 METADATA = "zarr.json"
@@ -25,7 +26,10 @@ HEADER = "cache"
 
 
 def new_attributes(
-    sizes: Mapping[str, int], samples: Sequence[str], sections: Mapping[str, Any]
+    sizes: Mapping[str, int],
+    samples: Sequence[str],
+    sections: Mapping[str, Any],
+    dtypes: Mapping[str, str],
 ) -> dict[str, Any]:
     """The attributes of a cache made from `sections`. Raises: ValueError for arguments that don't fit."""
     if not samples or len(samples) != sizes.get("N") or len(set(samples)) != len(samples):
@@ -33,7 +37,10 @@ def new_attributes(
     if HEADER in sections:
         raise ValueError(f"the attribute {HEADER!r} is the cache's own.")
     lengths = {axis: int(size) for axis, size in sizes.items()}
-    header = {"version": VERSION, "shard": SHARD, "sizes": lengths, "identity": sorted(sections)}
+    for name, dtype in dtypes.items():
+        spec_of(name, dtype)
+    header = {"version": VERSION, "shard": SHARD, "sizes": lengths, "dtypes": dict(dtypes)}
+    header["identity"] = sorted(sections)
     return json.loads(json.dumps({HEADER: header, **sections}))  # tuples become lists, as when read back
 
 
@@ -98,6 +105,7 @@ def _pairs(
     """(what, in the cache, wanted) of all that must be equal."""
     for section in sorted({*found[HEADER]["identity"], *wanted[HEADER]["identity"]}):
         yield f"attribute {section!r}", found.get(section), wanted.get(section)
+    yield "what is of an unusual dtype", found[HEADER]["dtypes"], wanted[HEADER]["dtypes"]
     for axis, size in wanted[HEADER]["sizes"].items():
         yield f"size {axis}", found[HEADER]["sizes"].get(axis, size), size
     for row, (there, asked) in enumerate(zip_longest(found_samples, wanted_samples)):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -33,7 +33,9 @@ class ArraySpec:
     chunk: int = 1
     compressed: bool = False
     padded: bool = False  # vectors past the last valid one are NaN
+    blank: bool = False  # rows of quarantined images keep the fill value
     is_sharded: bool = True
+    is_debug: bool = False  # made with cluster.debug only
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """The array's shape for these axis sizes. Raises: ValueError naming an axis without a size."""
@@ -46,10 +48,27 @@ class ArraySpec:
 
 NAN = float("nan")
 _SPECS = (
-    ArraySpec("view", ("N", "V", "box"), "float32", NAN, "extract", "box of each view in source pixels"),
-    ArraySpec("cls", ("N", "V", "C"), "float16", NAN, "extract", "the teacher's CLS token"),
+    ArraySpec("view", ("N", "V", "box"), "float32", NAN, "extract", "box in source pixels", blank=True),
+    ArraySpec("cls", ("N", "V", "C"), "float16", NAN, "extract", "the teacher's CLS token", blank=True),
     # No entropy coding: it gains 8 % on float16 features and doubles the time to read.
-    ArraySpec("tokens", ("N", "V", "h", "w", "C"), "float16", NAN, "extract", "the teacher's dense tokens"),
+    ArraySpec(
+        "tokens",
+        ("N", "V", "h", "w", "C"),
+        "float16",
+        NAN,
+        "extract",
+        "the teacher's dense tokens",
+        blank=True,
+    ),
+    ArraySpec(
+        "token_scale",
+        ("N", "V", "h", "w"),
+        "float32",
+        NAN,
+        "extract",
+        "int8 tokens times this are the teacher's",
+        blank=True,
+    ),
     # One byte a sample and always read as a whole, hence not one chunk a sample.
     ArraySpec("status", ("N",), "uint8", 255, "extract", "0 ok, else why it is quarantined", chunk=SHARD),
     ArraySpec("text", ("K", "C"), "float32", NAN, "extract", "unit-norm text features", is_sharded=False),
@@ -70,6 +89,7 @@ _SPECS = (
         "cluster",
         "the K-means map before fusion, coded as pseudo (cluster.debug)",
         compressed=True,
+        is_debug=True,
     ),
     ArraySpec(
         "centroids",
@@ -77,15 +97,29 @@ _SPECS = (
         "float16",
         NAN,
         "cluster",
-        "mean token of each fused mask: row p - 1 for mask p, NaN from P on",
+        "mean token of each fused mask: row p - 1 for mask p, NaN from P on (cluster.debug)",
         padded=True,
+        blank=True,
         compressed=True,  # nearly all of it is NaN
+        is_debug=True,
     ),
 )
 ARRAYS = {spec.name: spec for spec in _SPECS}
+# The other dtypes that an array may have; a cache's header says which one it has.
+VARIANTS = {("tokens", "int8"): replace(ARRAYS["tokens"], dtype="int8", fill=-128)}
 # The ids, in order: written once, when the cache is made. An array and not an attribute, because
 # attributes are read at every opening by every worker, and 100,000 ids are megabytes of them.
 SAMPLE = ArraySpec("sample", ("N",), "string", "", "extract", "ids", compressed=True, is_sharded=False)
+
+
+def spec_of(name: str, dtype: str | None = None) -> ArraySpec:
+    """An array's spec in its usual dtype or another. Raises: ValueError for one that it can't have."""
+    spec = ARRAYS[name]
+    if dtype in (None, spec.dtype):
+        return spec
+    if (name, dtype) not in VARIANTS:
+        raise ValueError(f"array {name!r} can't be {dtype}, only {spec.dtype} or one of {sorted(VARIANTS)}.")
+    return VARIANTS[name, str(dtype)]
 
 
 def block_digest(array: str, shard: int, block: np.ndarray) -> str:

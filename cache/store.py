@@ -24,7 +24,7 @@ from zarr.storage import MemoryStore
 from cache.errors import CorruptShard, MissingCache, StaleCache, damaged, unreadable
 from cache.files import PARTIAL, sync, sync_tree, write_atomic, writing
 from cache.header import DATA, HEADER, METADATA, check_same, new_attributes, read_attributes, write_attributes
-from cache.schema import ARRAYS, SAMPLE, SHARD, ArraySpec, block_digest
+from cache.schema import ARRAYS, SAMPLE, SHARD, ArraySpec, block_digest, spec_of
 
 ZSTD_LEVEL = 3  # zstd's own default
 # What zarr and its codecs raise on bytes, and on array metadata, that aren't what was written.
@@ -57,13 +57,15 @@ class Store:
         arrays: Sequence[str],
         samples: Sequence[str],
         attributes: Mapping[str, Any],
+        dtypes: Mapping[str, str] | None = None,
     ) -> Store:
         """Makes the cache, or opens it when it is there and was made from the same; missing arrays are added.
 
-        `sizes` maps axis letters to lengths, `attributes` (JSON) is the provenance. Hold the lock.
+        `sizes` maps axis letters to lengths, `attributes` (JSON) is the provenance, `dtypes` names
+        those arrays that aren't to be of their usual dtype. Hold the lock.
         Raises: StaleCache naming what differs, CacheWriteFailed, ValueError.
         """
-        wanted = new_attributes(sizes, samples, attributes)
+        wanted = new_attributes(sizes, samples, attributes, dtypes or {})
         if not (Path(path) / DATA).exists():
             _create(Path(path), wanted, samples)
         store = cls(path)
@@ -98,7 +100,7 @@ class Store:
         for name in names:
             if not self.has(name):
                 with writing(self.data / name):
-                    _new_array(str(self.data), ARRAYS[name], ARRAYS[name].shape(merged))
+                    _new_array(str(self.data), self.spec(name), self.spec(name).shape(merged))
                     sync_tree(self.data / name)
                     sync(self.data)
         self._opened.clear()
@@ -149,6 +151,10 @@ class Store:
     def arrays(self) -> list[str]:
         """Names of the arrays that are there, in the schema's order (`sample` is not listed)."""
         return [name for name in ARRAYS if self.has(name)]
+
+    def spec(self, array: str) -> ArraySpec:
+        """The schema's words on an array, in the dtype that this cache has it."""
+        return spec_of(array, self._found[HEADER]["dtypes"].get(array))
 
     def has(self, array: str) -> bool:
         return array in ARRAYS and (self.data / array / METADATA).is_file()
@@ -241,7 +247,7 @@ class Store:
             known = f"the schema has only {list(ARRAYS)}"
             todo = f"run `cli.py {ARRAYS[array].stage} --config CONFIG` first" if array in ARRAYS else known
             raise MissingCache(f"{self.path}: has no array {array!r}, only {self.arrays}; {todo}.")
-        return ARRAYS[array]
+        return self.spec(array)
 
     def _zarr(self, name: str) -> Any:
         if name not in self._opened:

@@ -11,7 +11,7 @@ import numpy as np
 
 from cache.errors import CacheError
 from cache.ledger import Ledger, read_manifest
-from cache.schema import ARRAYS, block_digest
+from cache.schema import ARRAYS, ArraySpec, block_digest
 from cache.store import Store
 
 OK = 0  # code of a usable row in `status`
@@ -134,7 +134,7 @@ def _shard(store: Store, ledger: Ledger, shard: int, entry: Mapping[str, Any]) -
         if block_digest(name, shard, block) != digest:
             what = "readable, but not what was recorded (another shard, or another cache's)"
             yield Finding("changed", where, what, todo)
-        for what in _invalid(name, block, _usable(store, shard)):
+        for what in _invalid(store.spec(name), block, _usable(store, shard)):
             yield Finding("invalid", where, what, todo)
 
 
@@ -148,11 +148,10 @@ def _usable(store: Store, shard: int) -> np.ndarray:
         return np.zeros(len(store.rows(shard)), bool)
 
 
-def _invalid(name: str, block: np.ndarray, usable: np.ndarray) -> Iterator[str]:
+def _invalid(spec: ArraySpec, block: np.ndarray, usable: np.ndarray) -> Iterator[str]:
     """What is wrong with the values of a shard."""
-    spec = ARRAYS[name]
     if np.issubdtype(block.dtype, np.integer):
-        if (block == spec.fill).any():
+        if ((block[usable] if spec.blank else block) == spec.fill).any():
             yield f"holds the fill value {spec.fill}, which no datum uses"
         return
     values = block[usable]

@@ -2,35 +2,34 @@
 
     python cli.py cluster --config config/demo.yaml
 
-Per view: the unit-norm dense tokens, window centres at two scales, Lloyd's on the ignored tokens
-only, Algorithm 1 on the surviving centres. The split enters here: unseen labels are 255 before a
-token's state is asked for, and the full labels are used for nothing but the purity that is printed.
+A shard of the cache's dense tokens in, a shard of pseudo labels out (`pipeline/pseudo.py`). With
+`cache.tokens: stream` extraction has clustered already, having had the tokens; then this stage reads what
+was written, compares it with the record of it, and sums up.
 """
 
 from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
+from cache.errors import damaged
 from cache.ledger import Ledger, lock, write_manifest
 from cache.store import Store
 from pipeline.batches import data_of
-from pipeline.config import Cluster, Config, ConfigError, config_fingerprint, digest, fingerprint
-from pipeline.data.base import DataSet, Sample
+from pipeline.config import Config, config_fingerprint, digest, fingerprint
 from pipeline.engine import map_shards
-from pipeline.ops import fusion, kmeans, views
+from pipeline.ops.quantise import dequantised
+from pipeline.pseudo import IGNORED, cluster_tokens, device_name, num_centres, written_arrays
 from pipeline.tracking import found_manifest, manifest_path, progress, record_shard, required_manifest, say
 
-IGNORED = 1  # token_state's code of a token in the ignored area
-MAX_CENTRES = 253  # the ids that a uint8 pseudo label has: 0, 254 and 255 mean something else
-QUARANTINED = 255  # pseudo label of every token of an image without tokens: padding, never trained on
+STREAM = "stream"
 
 
 @dataclass(frozen=True)
@@ -54,8 +53,9 @@ def cluster(config: Config, *, workers: int = 0, scheduler: str | None = None) -
         return manifest
     with lock(config.cache_path, "cluster"):
         store = Store.open(config.cache_path)
-        names = ["pseudo", "centroids"] + ["pseudo_raw"] * config.cluster.debug
-        store.add_arrays(names, {"K_c": num_centres(config.cluster, store.sizes["h"])}, replace=True)
+        if config.cache.tokens != STREAM:
+            centres = {"K_c": num_centres(config.cluster, store.sizes["h"])}
+            store.add_arrays(written_arrays(config.cluster), centres, replace=True)
         ledger = Ledger(config.cache_path, "cluster")
         done = ledger.done(identity)
         todo = [shard for shard in range(store.num_shards) if shard not in done]
@@ -65,7 +65,8 @@ def cluster(config: Config, *, workers: int = 0, scheduler: str | None = None) -
         say(f"cluster: {config.cluster.backend} on {device_name(config.cluster)}")
         with progress("cluster", store.num_samples, done=kept) as advance:
             local = not workers and not scheduler
-            work = functools.partial(cluster_shard, Job(config, identity), tick=advance if local else None)
+            shard_work = confirm_shard if config.cache.tokens == STREAM else cluster_shard
+            work = functools.partial(shard_work, Job(config, identity), tick=advance if local else None)
             for rows in map_shards(work, todo, workers=workers, scheduler=scheduler):
                 if not local:
                     advance(rows)
@@ -87,156 +88,58 @@ def cluster(config: Config, *, workers: int = 0, scheduler: str | None = None) -
     return manifest
 
 
-def num_centres(section: Cluster, side: int) -> int:
-    """Initial centres of a view of side x side tokens. Raises: ConfigError for more than uint8 ids."""
-    windows = section.sizes if section.window == "grid" else [-(-side // size) for size in section.sizes]
-    total = sum(count * count for count in windows)
-    if total > MAX_CENTRES or max(windows) > side:
-        raise ConfigError(
-            f"cluster.sizes {section.sizes} with window {section.window!r} make {total} centres on {side} x {side} "
-            f"tokens; want at most {MAX_CENTRES}, and no window smaller than a token."
-        )
-    return total
-
-
-def device_name(section: Cluster) -> str:
-    """The device that clustering really runs on."""
-    if section.backend == "faiss":
-        from pipeline.ops import kmeans_faiss
-
-        return kmeans_faiss.device_name(gpu=section.device != "cpu")
-    return str(_torch_device(section))
-
-
-def _torch_device(section: Cluster) -> torch.device:
-    wanted = section.device
-    if wanted == "auto":
-        wanted = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(wanted)
-
-
 def cluster_shard(job: Job, shard: int, *, tick: Any = None) -> int:
     """Makes, writes and records the pseudo labels of one shard; returns its row count."""
     began, config = time.time(), job.config
     data, store = data_of(config), Store.open(config.cache_path)
     rows = store.rows(shard)
     samples = data.samples("train")[rows.start : rows.stop]
-    tokens, boxes, status = (store.read_shard(name, shard) for name in ("tokens", "view", "status"))
-    num, num_views, side = tokens.shape[:3]
-    sizes = num_centres(config.cluster, side)
-    pseudo = np.full((num, num_views, side, side), QUARANTINED, np.uint8)
-    raw = pseudo.copy()
-    centroids = np.full((num, num_views, sizes, tokens.shape[-1]), np.nan, np.float16)
-    stats = new_stats(sizes)
-    for row, sample in enumerate(samples):
-        if status[row] == 0:
-            grid = normalize(torch.from_numpy(tokens[row]).float(), dim=-1)  # (V, h, w, C)
-            state, truth = token_states(
-                data, sample, boxes[row], side, store.attributes["teacher"]["image_size"]
-            )
-            maps, means, before = pseudo_labels(grid, state, config.cluster)
-            pseudo[row], raw[row] = maps.numpy(), before.numpy()
-            centroids[row, :, : means.shape[1]] = means.to(torch.float16).numpy()
-            add_stats(stats, maps, state, truth)
-        if tick:
-            tick(1)
-    blocks: dict[str, np.ndarray] = {"pseudo": pseudo, "centroids": centroids}
-    if config.cluster.debug:
-        blocks["pseudo_raw"] = raw
-    digests = {name: store.write_shard(name, shard, block) for name, block in blocks.items()}
-    record_shard(
-        config,
-        "cluster",
-        shard,
-        {
-            "rows": [rows.start, rows.stop],
-            "fingerprint": job.fingerprint,
-            "digests": digests,
-            "quarantined": {},
-            "stats": {name: value.tolist() for name, value in stats.items()},
-        },
-        began,
+    boxes, status = (store.read_shard(name, shard) for name in ("view", "status"))
+    blocks, stats = cluster_tokens(
+        config.cluster,
+        data,
+        samples,
+        boxes,
+        status == 0,
+        token_reader(store, shard),
+        (store.sizes["h"], store.sizes["C"]),
+        store.attributes["teacher"]["image_size"],
+        tick,
     )
+    digests = {name: store.write_shard(name, shard, block) for name, block in blocks.items()}
+    _record(job, shard, rows, digests, stats, began)
     return len(rows)
 
 
-def token_states(
-    data: DataSet, sample: Sample, boxes: np.ndarray, side: int, image_size: int
-) -> tuple[Tensor, Tensor | None]:
-    """State of every token (V, h, w), and its majority class where the full labels are known (V, h, w; 255 none)."""
-    labels = data.labels(sample)
-    seen = data.seen_labels(sample)
-    height, width = labels.shape if labels is not None else data.image(sample).shape[:2]
-    states, truths = [], []
-    for box in boxes:
-        within = views.inside(box, width, height, image_size)
-        replayed = views.replay_labels(seen, box, image_size) if seen is not None else None
-        states.append(views.token_state(replayed, within, image_size // side))
-        if labels is not None:
-            truths.append(_majority(views.replay_labels(labels, box, image_size), side))
-    return torch.stack([torch.as_tensor(s) for s in states]), torch.stack(truths) if truths else None
+def token_reader(store: Store, shard: int) -> Callable[[int], Tensor]:
+    """Dense tokens of a row of a shard, (V, h, w, C), as they are kept. Raises: CorruptShard, MissingCache."""
+    tokens = torch.from_numpy(store.read_shard("tokens", shard))
+    if tokens.dtype != torch.int8:
+        return lambda row: tokens[row]
+    scale = torch.from_numpy(store.read_shard("token_scale", shard))
+    return lambda row: dequantised(tokens[row], scale[row])
 
 
-def _majority(labels: Tensor, side: int) -> Tensor:
-    """Most frequent label of each token's patch: (S, S) uint8 -> (h, w) uint8."""
-    patch = labels.shape[0] // side
-    blocks = labels.reshape(side, patch, side, patch).permute(0, 2, 1, 3).reshape(side * side, patch * patch)
-    return blocks.mode(dim=1).values.reshape(side, side)
+def confirm_shard(job: Job, shard: int, *, tick: Any = None) -> int:
+    """Records a shard that extraction has clustered, after reading it and comparing; returns its row count.
 
-
-def pseudo_labels(grid: Tensor, state: Tensor, section: Cluster) -> tuple[Tensor, Tensor, Tensor]:
-    """Algorithm 1 on V views at once.
-
-    Shapes: grid (V, h, w, C) unit norm, state (V, h, w) -> pseudo (V, h, w) uint8, centroids of the
-    fused masks (V, K_c, C), NaN beyond a view's masks, and the K-means map before fusion (V, h, w) uint8.
+    Raises: CorruptShard when it isn't what extraction wrote.
     """
-    num, _, _, channels = grid.shape
-    centres, alive = kmeans.window_centres(grid, state, section.sizes, section.window)
-    flat, active = grid.reshape(num, -1, channels), (state == IGNORED).reshape(num, -1)
-    if section.backend == "faiss":
-        from pipeline.ops import kmeans_faiss
-
-        gpu = device_name(section) != "cpu"
-        found = kmeans_faiss.lloyd_faiss(flat, active, centres, alive, section.iterations, gpu=gpu)
-        similar = torch.stack(
-            [kmeans_faiss.similar_centres(found.centres[view], section.threshold) for view in range(num)]
-        )
-    else:
-        device = _torch_device(section)
-        tokens, is_active, starts, living = (x.to(device) for x in (flat, active, centres, alive))
-        found = kmeans.lloyd(tokens, is_active, starts, living, section.iterations)
-        found = kmeans.Clusters(*(x.cpu() for x in found))
-        similar = fusion.similar_pairs(found.centres, found.alive, section.threshold)
-    maps, means, before = [], torch.full((num, centres.shape[1], channels), float("nan")), []
-    for view in range(num):
-        group = fusion.fuse(similar[view], found.alive[view])
-        pseudo = fusion.pseudo_map(found.assign[view], group, state[view])
-        count = int(group.max()) if len(group) else 0
-        means[view, :count] = fusion.mask_centroids(grid[view], pseudo, count)
-        maps.append(pseudo)
-        before.append(fusion.pseudo_map(found.assign[view], torch.arange(1, len(group) + 1), state[view]))
-    return torch.stack(maps), means, torch.stack(before)
+    began, store = time.time(), Store.open(job.config.cache_path)
+    rows, made = store.rows(shard), Ledger(job.config.cache_path, "extract").entry(shard) or {}
+    digests = {name: made.get("digests", {}).get(name) for name in written_arrays(job.config.cluster)}
+    for name, wanted in digests.items():
+        if store.digest(name, shard) != wanted:
+            raise damaged(store.data / name, name, shard, "it is not what extract has recorded")
+    _record(job, shard, rows, digests, made["stats"], began)
+    if tick:
+        tick(len(rows))
+    return len(rows)
 
 
-def new_stats(centres: int) -> dict[str, np.ndarray]:
-    """Counts that add up over shards: objects[p] views with p masks, tokens by state, purity's two sums."""
-    zero = np.zeros(1, np.int64)
-    return {"objects": np.zeros(centres + 1, np.int64), "tokens": np.zeros(3, np.int64)} | {
-        name: zero.copy() for name in ("masks", "largest", "majority", "known")
-    }
-
-
-def add_stats(stats: dict[str, np.ndarray], maps: Tensor, state: Tensor, truth: Tensor | None) -> None:
-    for view in range(len(maps)):
-        ids, counts = maps[view][state[view] == IGNORED].unique(return_counts=True)
-        stats["objects"][len(ids)] += 1
-        stats["masks"] += len(ids)
-        stats["largest"] += int(counts.max()) if len(counts) else 0
-        stats["tokens"] += np.bincount(state[view].flatten().numpy(), minlength=3)[:3]
-        if truth is not None:
-            majority, known = fusion.purity(maps[view], truth[view])
-            stats["majority"] += majority
-            stats["known"] += known
+def _record(job: Job, shard: int, rows: range, digests: Any, stats: dict[str, Any], began: float) -> None:
+    entry = {"rows": [rows.start, rows.stop], "fingerprint": job.fingerprint, "digests": digests}
+    record_shard(job.config, "cluster", shard, entry | {"quarantined": {}, "stats": stats}, began)
 
 
 def summarise(parts: list[dict[str, Any]]) -> dict[str, Any]:

@@ -71,6 +71,9 @@ class Views(Section):
 
 class CacheSection(Section):
     path: str | None = Field(None, description="default runs/<name>/cache; several runs may share one")
+    tokens: Literal["float16", "int8", "stream"] = Field(
+        "float16", description="how dense tokens are kept; stream: clustered in memory, never kept"
+    )
     max_bad: int = Field(10, ge=0, description="more quarantined images than this stop extract")
 
 
@@ -83,7 +86,7 @@ class Cluster(Section):
     threshold: float = Field(0.8, gt=0, lt=1, description="lambda of Algorithm 1 (section 4.2)")
     backend: Literal["faiss", "torch"] = "faiss"
     device: str = Field("auto", description="auto takes a GPU when there is one")
-    debug: bool = Field(False, description="keep the K-means map before fusion too")
+    debug: bool = Field(False, description="keep centroids and the map before fusion too")
 
 
 class Student(Section):
@@ -220,14 +223,14 @@ class Config(Section):
 
 # What each stage reads of the config, and what it builds on.
 STAGES: dict[str, tuple[tuple[str, ...], str | None]] = {
-    "extract": (("data", "teacher", "text", "views"), None),
+    "extract": (("data", "teacher", "text", "views", "cache"), None),  # and cluster, where tokens stream
     "cluster": (("data", "cluster"), "extract"),
     "train": (("data", "student", "train"), "cluster"),
     "eval": (("data", "eval"), "train"),
     "report": (("report",), "eval"),
 }
 # Speed and bookkeeping, not content: changing these never re-runs a stage.
-NOT_CONTENT = {"teacher.device", "cluster.device", "eval.batch"} | {
+NOT_CONTENT = {"teacher.device", "cluster.device", "eval.batch", "cache.path", "cache.max_bad"} | {
     f"train.{key}"
     for key in ("workers", "threads", "log_every", "keep", "compile", "tracker", "pictures_every")
 }
@@ -245,10 +248,13 @@ def digest(value: Any) -> str:
 def config_fingerprint(config: Config, stage: str) -> str:
     """Identity of what the config asks of `stage`: the sections it reads and those of all stages above it."""
     sections, upstream = STAGES[stage]
+    is_streaming = stage == "extract" and config.cache.tokens == "stream"
+    if is_streaming:
+        sections = (*sections, "cluster")
     dumped = config.model_dump(mode="json", by_alias=True)
     own: dict[str, Any] = {}
     for section in sections:
-        hidden = DATA_NOT_FOR.get(stage, ()) if section == "data" else ()
+        hidden = DATA_NOT_FOR.get("cluster" if is_streaming else stage, ()) if section == "data" else ()
         own[section] = {
             k: v
             for k, v in dumped[section].items()

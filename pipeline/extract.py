@@ -2,10 +2,12 @@
 
     python cli.py extract --config config/demo.yaml
 
-One shard of 64 images is one unit of work: decoded and cut into views by a few threads, run
-through the teacher in padded batches of fixed size (so that a row never depends on its
-neighbours), written, read back, and only then recorded in the ledger. A killed run redoes at most
-the shards in flight; a second run of a finished stage does nothing.
+One shard of 64 images is one unit of work: run through the teacher (`pipeline/encode.py`), written, read
+back, and only then recorded in the ledger. A killed run redoes at most the shards in flight; a second
+run of a finished stage does nothing.
+
+`cache.tokens` says what becomes of the dense tokens: kept as float16 or int8, or, with `stream`,
+clustered here and forgotten.
 """
 
 from __future__ import annotations
@@ -13,7 +15,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,20 +22,22 @@ from typing import Any
 import numpy as np
 import torch
 
-from cache.errors import StaleCache
+from cache.errors import CorruptShard, StaleCache
 from cache.ledger import Ledger, lock, write_manifest
 from cache.store import Store
 from pipeline.batches import data_of
 from pipeline.config import Config, config_fingerprint, digest, fingerprint
-from pipeline.data.base import BadImage, DataError, DataSet
+from pipeline.data.base import DataError, DataSet
 from pipeline.data.prompts import prompts
+from pipeline.encode import OK, STORAGE, STREAM, axis_sizes, mean_colour, shard_blocks, teacher_of
 from pipeline.engine import map_shards
-from pipeline.models.teacher import Teacher, TeacherError
-from pipeline.ops.views import draw_views, replay_image
+from pipeline.models.teacher import Teacher
+from pipeline.ops.quantise import dequantised
+from pipeline.pseudo import cluster_tokens, num_centres, written_arrays
 from pipeline.tracking import found_manifest, manifest_path, progress, record_shard, save_config, say
 
-DECODE_THREADS = 2
-OK, BAD_IMAGE = 0, 1  # codes of the `status` array
+# An audit fails below this cosine. int8 alone costs about 3e-5, bfloat16 on another machine 1e-4.
+AUDIT_COSINE = 0.999
 
 
 @dataclass(frozen=True)
@@ -43,21 +46,6 @@ class Job:
 
     config: Config
     fingerprint: str
-
-
-@functools.lru_cache(maxsize=1)
-def _teacher(section: Any) -> Teacher:
-    device = section.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Teacher.load(
-        section.model,
-        section.pretrained,
-        image_size=section.image_size,
-        quick_gelu=section.quick_gelu,
-        precision=section.precision,
-        device=device,
-    )
 
 
 def extract(config: Config, *, workers: int = 0, scheduler: str | None = None) -> dict[str, Any]:
@@ -75,9 +63,10 @@ def extract(config: Config, *, workers: int = 0, scheduler: str | None = None) -
     if manifest is not None:
         raise StaleCache(
             f"{config.cache_path}: holds an extraction with fingerprint {manifest.get('fingerprint')} (teacher "
-            f"{manifest.get('teacher')!r}, {manifest.get('num_samples')} images, {manifest.get('num_views')} views); "
-            f"this config and data ask for {identity} (teacher {config.teacher.model!r}, {len(samples)} images, "
-            f"{config.views.num} views). Delete that folder, or point cache.path elsewhere."
+            f"{manifest.get('teacher')!r}, {manifest.get('num_samples')} images, {manifest.get('num_views')} views, "
+            f"tokens {manifest.get('tokens')}); this config and data ask for {identity} (teacher "
+            f"{config.teacher.model!r}, {len(samples)} images, {config.views.num} views, tokens "
+            f"{config.cache.tokens}). Delete that folder, or point cache.path elsewhere."
         )
     with lock(config.cache_path, "extract"):
         save_config(config)
@@ -110,6 +99,7 @@ def extract(config: Config, *, workers: int = 0, scheduler: str | None = None) -
             "teacher": config.teacher.model,
             "num_samples": len(samples),
             "num_views": config.views.num,
+            "tokens": config.cache.tokens,
             "num_shards": store.num_shards,
             "quarantined": dict(sorted(bad.items())),
             "digests": digest({s: (ledger.entry(s) or {}).get("digests") for s in range(store.num_shards)}),
@@ -121,10 +111,13 @@ def extract(config: Config, *, workers: int = 0, scheduler: str | None = None) -
 def extract_shard(job: Job, shard: int, *, tick: Any = None) -> dict[str, Any]:
     """Makes, writes and records one shard; returns its row count and its quarantined images."""
     began, config = time.time(), job.config
-    data, teacher, store = data_of(config), _teacher(config.teacher), Store.open(config.cache_path)
+    data, teacher, store = data_of(config), teacher_of(config.teacher), Store.open(config.cache_path)
     rows = store.rows(shard)
     samples = data.samples("train")[rows.start : rows.stop]
-    blocks, bad = _shard_blocks(config, data, teacher, samples, tick)
+    blocks, bad = shard_blocks(config, data, teacher, samples, tick)
+    stats: dict[str, Any] = {}
+    if config.cache.tokens == STREAM:
+        stats = {"stats": _cluster(config, data, teacher, samples, blocks)}
     digests = {name: store.write_shard(name, shard, block) for name, block in blocks.items()}
     record_shard(
         config,
@@ -135,108 +128,65 @@ def extract_shard(job: Job, shard: int, *, tick: Any = None) -> dict[str, Any]:
             "fingerprint": job.fingerprint,
             "digests": digests,
             "quarantined": bad,
+            **stats,
         },
         began,
     )
     return {"num_rows": len(rows), "quarantined": bad}
 
 
-def _shard_blocks(
-    config: Config, data: DataSet, teacher: Teacher, samples: list[Any], tick: Any
-) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """The arrays of one shard. Rows of quarantined images keep the fill values (NaN), status says so."""
-    num, views, side, channels = (
-        len(samples),
-        config.views.num,
-        teacher.image_size // teacher.patch,
-        teacher.channels,
+def _cluster(
+    config: Config, data: DataSet, teacher: Teacher, samples: list[Any], blocks: dict[str, np.ndarray]
+) -> dict[str, list[int]]:
+    """Puts the pseudo labels into `blocks` in place of the dense tokens; returns their counts."""
+    tokens, good = torch.from_numpy(blocks.pop("tokens")), blocks["status"] == OK
+    shape = (tokens.shape[2], tokens.shape[4])
+    made, stats = cluster_tokens(
+        config.cluster, data, samples, blocks["view"], good, tokens.__getitem__, shape, teacher.image_size
     )
-    blocks: dict[str, Any] = {
-        "view": np.full((num, views, 4), np.nan, np.float32),
-        "cls": np.full((num, views, channels), np.nan, np.float16),
-        "tokens": np.full((num, views, side, side, channels), np.nan, np.float16),
-        "status": np.full(num, OK, np.uint8),
-    }
-    bad: dict[str, str] = {}
-    waiting: list[tuple[int, int, torch.Tensor]] = []
-
-    def flush() -> None:
-        for (row, view, _), cls, tokens in zip(
-            waiting, *_encode_padded(config, teacher, waiting), strict=True
-        ):
-            blocks["cls"][row, view] = cls
-            blocks["tokens"][row, view] = tokens
-        waiting.clear()
-
-    load = functools.partial(_load_views, config, data, mean_colour(teacher.mean))
-    with ThreadPoolExecutor(DECODE_THREADS) as pool:
-        for row, loaded in enumerate(pool.map(load, samples)):
-            if isinstance(loaded, str):
-                bad[samples[row].id], blocks["status"][row] = loaded, BAD_IMAGE
-            else:
-                boxes, images = loaded
-                blocks["view"][row] = boxes
-                for view, image in enumerate(images):
-                    waiting.append((row, view, image))
-                    if len(waiting) == config.teacher.batch:
-                        flush()
-            if tick:
-                tick(1)
-    if waiting:
-        flush()
-    good = blocks["status"] == OK
-    if not (np.isfinite(blocks["cls"][good]).all() and np.isfinite(blocks["tokens"][good]).all()):
-        raise TeacherError(
-            f"the teacher {config.teacher.model!r} gave values that are not finite in float16 for images "
-            f"{samples[0].id} to {samples[-1].id}: try teacher.precision fp32."
-        )
-    return blocks, bad
+    blocks |= made
+    return stats
 
 
-def _load_views(
-    config: Config, data: DataSet, mean: np.ndarray, sample: Any
-) -> tuple[np.ndarray, list[torch.Tensor]] | str:
-    """Boxes (V, 4) and V views (3, S, S) uint8 of one image, or why there are none."""
-    size = config.teacher.image_size
-    try:
-        image = data.image(sample)
-    except BadImage as error:
-        return str(error)
-    height, width = image.shape[:2]
-    boxes = draw_views(data.name, sample.id, config.views.num, width, height, size)
-    return boxes, [replay_image(image, box, size, mean) for box in boxes]
+def audit(config: Config, count: int) -> str:
+    """Recomputes `count` random rows and compares them with the cache; returns what was found, in a line.
 
-
-def _encode_padded(config: Config, teacher: Teacher, waiting: list[Any]) -> tuple[np.ndarray, np.ndarray]:
-    images = torch.stack([image for _, _, image in waiting])
-    missing = config.teacher.batch - len(waiting)
-    if missing:
-        images = torch.cat([images, images[-1:].expand(missing, -1, -1, -1)])
-    cls, tokens = teacher.encode(images)
-    count = len(waiting)
-    return cls[:count].to(torch.float16).cpu().numpy(), tokens[:count].to(torch.float16).cpu().numpy()
-
-
-def mean_colour(mean: tuple[float, ...]) -> np.ndarray:
-    """The colour outside of an image, (3,) uint8: what the teacher's normalisation takes to zero."""
-    return np.round(np.array(mean) * 255).astype(np.uint8)
-
-
-def audit(config: Config, count: int) -> dict[str, float]:
-    """Recomputes `count` random rows and compares them with the cache: largest differences and lowest cosine."""
-    data, teacher, store = data_of(config), _teacher(config.teacher), Store.open(config.cache_path)
+    Kept tokens are compared with the teacher's in float16, so the line shows what int8 costs.
+    Raises: CorruptShard when a vector's cosine is below AUDIT_COSINE.
+    """
+    data, teacher, store = data_of(config), teacher_of(config.teacher), Store.open(config.cache_path)
     good = np.flatnonzero(store.read_rows("status", np.arange(store.num_samples)) == OK)
     rows = np.sort(np.random.default_rng().choice(good, min(count, len(good)), replace=False))
     samples = data.samples("train")
-    found, worst = [samples[row] for row in rows], {"cls": 0.0, "tokens": 0.0, "cosine": 1.0}
-    fresh, _ = _shard_blocks(config, data, teacher, found, None)
+    unpacked = config.model_copy(update={"cache": config.cache.model_copy(update={"tokens": "float16"})})
+    fresh, _ = shard_blocks(unpacked, data, teacher, [samples[row] for row in rows], None)
+    said, lowest = [], 1.0
     for name in ("cls", "tokens"):
-        stored = store.read_rows(name, rows).astype(np.float32)
-        new = fresh[name].astype(np.float32)
-        worst[name] = float(np.abs(stored - new).max())
+        if not store.has(name):
+            said.append(f"{name} not compared, they are not kept (cache.tokens: {config.cache.tokens})")
+            continue
+        stored, new = _vectors(store, name, rows), fresh[name].astype(np.float32)
         cosine = (stored * new).sum(-1) / (np.linalg.norm(stored, axis=-1) * np.linalg.norm(new, axis=-1))
-        worst["cosine"] = min(worst["cosine"], float(cosine.min()))
-    return worst
+        lowest = min(lowest, float(cosine.min()))
+        kept = f" (kept as {store.spec(name).dtype})"
+        said.append(
+            f"{name}{kept}: largest difference {np.abs(stored - new).max():.3g}, lowest cosine {cosine.min():.6f}"
+        )
+    line = f"audit of {len(rows)} rows: {'; '.join(said)}"
+    if lowest < AUDIT_COSINE:
+        raise CorruptShard(
+            f"{config.cache_path}: {line}; want at least {AUDIT_COSINE}. This teacher on this machine doesn't make "
+            "what is cached: run `cli.py verify`, then extract again into another cache.path."
+        )
+    return line
+
+
+def _vectors(store: Store, name: str, rows: np.ndarray) -> np.ndarray:
+    values = store.read_rows(name, rows)
+    if values.dtype != np.int8:
+        return values.astype(np.float32)
+    scale = torch.from_numpy(store.read_rows("token_scale", rows))
+    return dequantised(torch.from_numpy(values), scale).numpy()
 
 
 def _facts(config: Config, data: DataSet) -> dict[str, Any]:
@@ -245,7 +195,10 @@ def _facts(config: Config, data: DataSet) -> dict[str, Any]:
     if config.teacher.model.startswith("local-dir:"):
         files += sorted(str(p) for p in Path(config.teacher.model.partition(":")[2]).glob("*.safetensors"))
     hashed = {str(p): _file_digest(Path(p)) for p in files if p and Path(p).is_file()}
-    return {"images": data.identity("train"), "classes": data.classes, "files": sorted(hashed.values())}
+    facts = {"images": data.identity("train"), "classes": data.classes, "files": sorted(hashed.values())}
+    if config.cache.tokens == STREAM:  # the pseudo labels are made here
+        facts |= {"labels": data.identity("train", what="labels"), "unseen": data.unseen}
+    return facts
 
 
 def _file_digest(path: Path) -> str:
@@ -275,16 +228,13 @@ def _text_features(config: Config, data: DataSet, teacher: Teacher) -> np.ndarra
 
 
 def _open_store(config: Config, data: DataSet, identity: str) -> Store:
-    teacher = _teacher(config.teacher)
-    side = teacher.image_size // teacher.patch
-    sizes = {
-        "N": len(data.samples("train")),
-        "V": config.views.num,
-        "C": teacher.channels,
-        "h": side,
-        "w": side,
-    }
-    sizes["K"] = len(data.classes)
+    teacher = teacher_of(config.teacher)
+    sizes = {"N": len(data.samples("train")), "K": len(data.classes), **axis_sizes(config, teacher)}
+    storage = STORAGE[config.cache.tokens]
+    arrays = ["view", "cls", "status", "text", *(storage.arrays if storage.is_kept else ())]
+    if config.cache.tokens == STREAM:
+        arrays += written_arrays(config.cluster)
+        sizes["K_c"] = num_centres(config.cluster, sizes["h"])
     attributes = {
         "fingerprint": identity,
         "data": {"kind": config.data.kind, "name": data.name, **config.data.options()},
@@ -293,12 +243,17 @@ def _open_store(config: Config, data: DataSet, identity: str) -> Store:
         "teacher": teacher.provenance,
         "mean_colour": [int(value) for value in mean_colour(teacher.mean)],
         "views": {"num": config.views.num, "size": teacher.image_size},
+        "tokens": config.cache.tokens,
     }
     ids = [sample.id for sample in data.samples("train")]
-    arrays = ("view", "cls", "tokens", "status", "text")
     try:
         store = Store.create(
-            config.cache_path, sizes=sizes, arrays=arrays, samples=ids, attributes=attributes
+            config.cache_path,
+            sizes=sizes,
+            arrays=arrays,
+            samples=ids,
+            attributes=attributes,
+            dtypes=storage.dtypes,
         )
     except StaleCache as error:
         raise StaleCache(f"{error} (an unfinished extraction of another config or other data)") from None

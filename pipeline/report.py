@@ -253,6 +253,9 @@ def cache_tree(config: Config, store: Store, metrics: Mapping[str, Any] | None) 
     branch = tree.add(Text(f"arrays, {human_bytes(total)} ({total} bytes)"))
     branch.add("axes  " + ", ".join(f"{axis} {length}" for axis, length in store.sizes.items()))
     branch.add(_array_table(arrays))
+    per_view = facts.bytes_per_view(arrays)
+    if per_view is not None:
+        branch.add(f"a view of an image: {per_view:.0f} bytes, arrays of cluster.debug apart")
     stages = tree.add("stages")
     for fact in facts.stage_facts(config, store, metrics):
         word = "complete" if fact.is_complete else "not run" if not fact.done else "not complete"

@@ -21,11 +21,20 @@ DOORS = {
     "dask": {"pipeline/engine.py"},
 }
 STAGES = ("extract", "cluster", "train", "evaluate", "predict", "report", "verify")
-FLOOR_3 = ("batches", "checkpoint", "engine", "inference", "looking", "results", "tracking") + (
+FLOOR_3 = (
+    "batches",
+    "checkpoint",
+    "encode",
+    "engine",
+    "inference",
     "journal",
+    "looking",
     "objective",
     "pictures",
     "processes",
+    "pseudo",
+    "results",
+    "tracking",
     "training",
     "validation",
 )

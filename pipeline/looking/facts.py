@@ -6,7 +6,7 @@ Everything here only reads, and takes a run that is half done as it is.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ NOT_A_DIFFERENCE = ("name", "runs", "cache.", "report.")  # of two runs that are
 
 @dataclass(frozen=True)
 class ArrayFact:
-    """One array of the cache. bytes_per_view is of the views written so far; None without a view axis."""
+    """One array of the cache. bytes_per_view is of the views written so far; None for `text`."""
 
     name: str
     note: str
@@ -77,15 +77,22 @@ def array_facts(config: Config, store: Store) -> list[ArrayFact]:
     facts = []
     done = {stage: done_shards(config, stage) for stage in SHARD_STAGES}
     for name in store.arrays:
-        spec = ARRAYS[name]
+        spec = store.spec(name)
         size, per_view = store.size_bytes(name), None
-        if "V" in spec.axes:
+        if spec.is_sharded:
             views = sum(len(store.rows(shard)) for shard in done.get(spec.stage, ())) * store.sizes["V"]
             per_view = size / views if views else None
         num_shards = store.num_shards if spec.is_sharded else 1
         shape = spec.shape(store.sizes)
         facts.append(ArrayFact(name, spec.note, spec.axes, shape, spec.dtype, num_shards, size, per_view))
     return facts
+
+
+def bytes_per_view(arrays: Sequence[ArrayFact]) -> float | None:
+    """What one view of the data set costs on disk, arrays of cluster.debug apart; None before any is written."""
+    counted = [fact.bytes_per_view for fact in arrays if not ARRAYS[fact.name].is_debug]
+    known = [size for size in counted if size is not None]
+    return sum(known) if known else None
 
 
 def stage_facts(config: Config, store: Store, metrics: Mapping[str, Any] | None) -> list[StageFact]:

@@ -81,6 +81,14 @@ def sync_tree(folder: Path) -> None:
     sync(folder)
 
 
+def remove(path: Path) -> None:
+    """Removes a file if it is there, durably. Raises: CacheWriteFailed."""
+    with writing(path):
+        if path.exists():
+            path.unlink()
+            sync(path.parent)
+
+
 def remove_partials(folder: Path) -> None:
     """Removes what killed writers left. Only for the holder of the lock: nobody else is writing."""
     with writing(folder):

@@ -59,9 +59,13 @@ class Ledger:
         found = {shard: self.entry(shard) for shard in numbers}
         return {shard: entry for shard, entry in found.items() if entry is not None}
 
+    def entries_of(self, fingerprint: str) -> dict[int, dict[str, Any]]:
+        """The records of this fingerprint, by shard, in order."""
+        return {s: entry for s, entry in self.entries().items() if entry.get("fingerprint") == fingerprint}
+
     def done(self, fingerprint: str) -> set[int]:
-        """The shards that were made for this fingerprint."""
-        return {shard for shard, entry in self.entries().items() if entry.get("fingerprint") == fingerprint}
+        """The shards that were made for this fingerprint; of a data set that has grown the last may be short."""
+        return set(self.entries_of(fingerprint))
 
 
 def write_manifest(path: str | Path, payload: Mapping[str, Any]) -> None:

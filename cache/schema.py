@@ -15,14 +15,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-VERSION = 1  # raised when an older reader would misread a newer cache
+VERSION = 2  # raised when an older reader would misread a newer cache
 SHARD = 64  # samples: at 1 MiB of tokens a view, 64 to 256 MiB a file
 FIXED = {"box": 4}
 
 
 @dataclass(frozen=True)
 class ArraySpec:
-    """One array. `stage` writes it; `chunk` is the number of samples that are read at once."""
+    """One array. `stage` writes it; `chunk` is the number of samples that are read at once, 0 for all."""
 
     name: str
     axes: tuple[str, ...]
@@ -71,7 +71,7 @@ _SPECS = (
     ),
     # One byte a sample and always read as a whole, hence not one chunk a sample.
     ArraySpec("status", ("N",), "uint8", 255, "extract", "0 ok, else why it is quarantined", chunk=SHARD),
-    ArraySpec("text", ("K", "C"), "float32", NAN, "extract", "unit-norm text features", is_sharded=False),
+    ArraySpec("text", ("K", "C"), "float32", NAN, "extract", "unit-norm text features", 0, is_sharded=False),
     ArraySpec(
         "pseudo",
         ("N", "V", "h", "w"),
@@ -107,9 +107,11 @@ _SPECS = (
 ARRAYS = {spec.name: spec for spec in _SPECS}
 # The other dtypes that an array may have; a cache's header says which one it has.
 VARIANTS = {("tokens", "int8"): replace(ARRAYS["tokens"], dtype="int8", fill=-128)}
-# The ids, in order: written once, when the cache is made. An array and not an attribute, because
-# attributes are read at every opening by every worker, and 100,000 ids are megabytes of them.
-SAMPLE = ArraySpec("sample", ("N",), "string", "", "extract", "ids", compressed=True, is_sharded=False)
+# The ids, by row. An array and not an attribute, because attributes are read at every opening by every
+# worker, and 100,000 ids are megabytes of them. 4096 a file: few files, and appending rewrites the last alone.
+SAMPLE = ArraySpec(
+    "sample", ("N",), "string", "", "extract", "ids", chunk=4096, compressed=True, is_sharded=False
+)
 
 
 def spec_of(name: str, dtype: str | None = None) -> ArraySpec:

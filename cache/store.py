@@ -48,6 +48,11 @@ class Store:
         """An existing cache. Raises: MissingCache, StaleCache (schema version), CorruptShard (metadata)."""
         return cls(path)
 
+    @staticmethod
+    def is_at(path: str | Path) -> bool:
+        """Whether there is a cache of any kind."""
+        return (Path(path) / DATA / METADATA).is_file()
+
     @classmethod
     def create(
         cls,
@@ -59,7 +64,9 @@ class Store:
         attributes: Mapping[str, Any],
         dtypes: Mapping[str, str] | None = None,
     ) -> Store:
-        """Makes the cache, or opens it when it is there and was made from the same; missing arrays are added.
+        """Makes the cache, or opens it when it is there and was made from the same.
+
+        Then missing arrays are added, and samples after those that are there get rows, still unwritten.
 
         `sizes` maps axis letters to lengths, `attributes` (JSON) is the provenance, `dtypes` names
         those arrays that aren't to be of their usual dtype. Hold the lock.
@@ -70,33 +77,42 @@ class Store:
             _create(Path(path), wanted, samples)
         store = cls(path)
         check_same(store.path, store._found, store.samples, wanted, samples)
+        if len(samples) > store.num_samples:
+            _write_ids(store.data, samples, store.num_samples)
+            store._samples = None
         store.add_arrays(arrays, sizes)
         return store
 
     def add_arrays(self, names: Iterable[str], sizes: Mapping[str, int], *, replace: bool = False) -> None:
         """Adds arrays that aren't there yet; `sizes` needs only the axes that are new. Hold the lock.
 
-        An array of another shape is an error, or with `replace` is dropped first if it is in `names`.
+        An array of another shape is an error, or with `replace` is dropped first if it is in `names`;
+        one that only lacks rows gets them.
         Raises: StaleCache naming both shapes, CacheWriteFailed.
         """
         names, merged = list(names), self.sizes | {axis: int(size) for axis, size in sizes.items()}
         unknown = [name for name in names if name not in ARRAYS]
         if unknown:
             raise ValueError(f"{self.path}: no such arrays as {unknown}; the schema has {list(ARRAYS)}.")
+        longer = []
         for name in self.arrays:
-            found, wanted = self._zarr(name).shape, ARRAYS[name].shape(merged)
-            if found == wanted:
-                continue
-            if not (replace and name in names):
-                raise StaleCache(
-                    f"{self.path}: array {name!r} has shape {found}, wanted {wanted}. Delete "
-                    f"{self.data / name} to have it made again, or point cache.path elsewhere."
-                )
-            with writing(self.data / name):
-                shutil.rmtree(self.data / name)
+            found, wanted = self._zarr(name).shape, self.spec(name).shape(merged)
+            if found[1:] == wanted[1:] and self.spec(name).is_sharded:
+                longer += [name] * (found != wanted)
+            elif found != wanted:
+                if not (replace and name in names):
+                    raise StaleCache(
+                        f"{self.path}: array {name!r} has shape {found}, wanted {wanted}. Delete "
+                        f"{self.data / name} to have it made again, or point cache.path elsewhere."
+                    )
+                with writing(self.data / name):
+                    shutil.rmtree(self.data / name)
         if merged != self.sizes:
             header = {**self._found[HEADER], "sizes": merged}
             self._found = write_attributes(self.path, {**self._found, HEADER: header})
+        for name in longer:
+            made = _encoded(self.spec(name), self.spec(name).shape(merged))
+            write_atomic(self.data / name / METADATA, made[f"{name}/{METADATA}"])
         for name in names:
             if not self.has(name):
                 with writing(self.data / name):
@@ -128,10 +144,19 @@ class Store:
 
     @property
     def samples(self) -> list[str]:
-        """The ids, in order. Raises: CorruptShard."""
+        """The ids, by row. Raises: CorruptShard."""
         if self._samples is None:
-            self._samples = [str(sample) for sample in self._decode(SAMPLE.name, 0, slice(None))]
+            self._samples = self.ids(range(self.num_samples))
         return list(self._samples)
+
+    def ids(self, rows: range) -> list[str]:
+        """The ids of some rows that follow one another. Raises: CorruptShard."""
+        found: list[str] = []
+        for file in range(rows.start // SAMPLE.chunk, -(-rows.stop // SAMPLE.chunk)):
+            first, stop = file * SAMPLE.chunk, (file + 1) * SAMPLE.chunk
+            part = slice(max(rows.start, first), min(rows.stop, stop))
+            found += [str(sample) for sample in self._decode(SAMPLE.name, file, part)]
+        return found
 
     @property
     def num_samples(self) -> int:
@@ -177,10 +202,9 @@ class Store:
                 f"{self.path}: shard {shard} of {array!r} is {wanted} {spec.dtype}, "
                 f"got {block.shape} {block.dtype}; only whole shards are written."
             )
-        made: dict[str, Any] = {}
-        _new_array(MemoryStore(made), spec, wanted)[:] = block
+        made = _encoded(spec, wanted, block)
         (encoded,) = (value for key, value in made.items() if not key.endswith(METADATA))
-        write_atomic(self._file(array, shard), encoded.as_numpy_array())
+        write_atomic(self._file(array, shard), encoded)
         digest = block_digest(array, shard, block)
         if self.digest(array, shard) != digest:
             raise CorruptShard(
@@ -277,16 +301,39 @@ def _create(path: Path, attributes: dict[str, Any], samples: Sequence[str]) -> N
         shutil.rmtree(partial, ignore_errors=True)
         path.mkdir(parents=True, exist_ok=True)
         zarr.create_group(str(partial), zarr_format=3, attributes=attributes)
-        ids = _new_array(str(partial), SAMPLE, (len(samples),))
-        ids[:] = np.array(samples, dtype=np.dtypes.StringDType())
+        _write_ids(partial, samples, 0)
         sync_tree(partial)
         partial.rename(path / DATA)
         sync(path)
 
 
+def _write_ids(data: Path, samples: Sequence[str], first: int) -> None:
+    """Writes the ids from row `first` on, whole files, and then the array's new length."""
+    start = first // SAMPLE.chunk * SAMPLE.chunk
+    ids = np.array(samples, dtype=np.dtypes.StringDType())
+    for number, row in enumerate(range(start, len(ids), SAMPLE.chunk), start=start // SAMPLE.chunk):
+        made = _encoded(SAMPLE, (SAMPLE.chunk,), _filled(ids[row : row + SAMPLE.chunk]))
+        write_atomic(data / SAMPLE.name / f"c.{number}", made[f"{SAMPLE.name}/c.0"])
+    write_atomic(data / SAMPLE.name / METADATA, _encoded(SAMPLE, ids.shape)[f"{SAMPLE.name}/{METADATA}"])
+
+
+def _filled(ids: np.ndarray) -> np.ndarray:
+    """The ids of one file: the last one is filled up, as zarr does."""
+    return np.concatenate([ids, np.full(SAMPLE.chunk - len(ids), SAMPLE.fill, ids.dtype)])
+
+
+def _encoded(spec: ArraySpec, shape: tuple[int, ...], block: np.ndarray | None = None) -> dict[str, Any]:
+    """An array's files as zarr would write them, by path: its metadata, and its bytes when there is a block."""
+    made: dict[str, Any] = {}
+    array = _new_array(MemoryStore(made), spec, shape)
+    if block is not None:
+        array[:] = block
+    return {key: value.as_numpy_array() for key, value in made.items()}
+
+
 def _new_array(store: Any, spec: ArraySpec, shape: tuple[int, ...]) -> Any:
     """An empty array of `spec`. One file a shard, in one folder an array (key separator ".")."""
-    rows = spec.chunk if spec.is_sharded else shape[0]
+    rows = spec.chunk or shape[0]
     return zarr.create_array(
         store,
         name=spec.name,

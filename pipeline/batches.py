@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from cache.errors import StaleCache
 from cache.store import Store
 from pipeline.config import Config
 from pipeline.data.base import DataError, DataSet, Sample, open_data_set
 from pipeline.ops.views import replay_image, replay_labels, view_of
+from pipeline.rows import cached_samples
 
 IGNORE = 255  # label of a pixel without annotation
 SMALL_ARRAYS = ("view", "cls", "pseudo")  # about 2 KiB a view at C = 512
@@ -88,16 +88,7 @@ class CachedViews(Dataset):
     def __init__(self, config: Config, data: DataSet) -> None:
         self.config, self.data = config, data
         self.store = Store.open(config.cache_path)
-        self.samples = data.samples("train")
-        ids = [sample.id for sample in self.samples]
-        if list(self.store.samples) != ids:
-            odd = next(
-                (a, b) for a, b in zip([*self.store.samples, None], [*ids, None], strict=False) if a != b
-            )
-            raise StaleCache(
-                f"{config.cache_path}: caches {len(self.store.samples)} images, {data.name} lists {len(ids)}; the "
-                f"first that differs is {odd[0]!r} against {odd[1]!r}. Run `cli.py extract` again, or mend the list."
-            )
+        self.samples = cached_samples(data, self.store)
         self.size = int(self.store.attributes["teacher"]["image_size"])
         self.mean_colour = np.array(self.store.attributes["mean_colour"], np.uint8)
         self.num_views = int(self.store.attributes["views"]["num"])
@@ -109,8 +100,8 @@ class CachedViews(Dataset):
         if not usable:
             raise DataError(f"{config.cache_path}: no usable image is cached; see `cli.py verify`.")
         seed, fraction = config.train.seed, config.train.validation.fraction
-        self.held_out = tuple(row for row in usable if held_out(ids[row], seed, fraction))
-        self.rows = tuple(row for row in usable if not held_out(ids[row], seed, fraction))
+        self.held_out = tuple(row for row in usable if held_out(self.samples[row].id, seed, fraction))
+        self.rows = tuple(row for row in usable if not held_out(self.samples[row].id, seed, fraction))
         if not self.rows or (fraction and not self.held_out):
             raise DataError(
                 f"train.validate.fraction {fraction} holds out {len(self.held_out)} of {len(usable)} images; both "

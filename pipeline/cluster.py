@@ -26,7 +26,8 @@ from pipeline.batches import data_of
 from pipeline.config import Config, config_fingerprint, digest, fingerprint
 from pipeline.engine import map_shards
 from pipeline.ops.quantise import dequantised
-from pipeline.pseudo import IGNORED, cluster_tokens, device_name, num_centres, written_arrays
+from pipeline.pseudo import IGNORED, cluster_tokens, device_name, num_centres, sum_of, written_arrays
+from pipeline.rows import cached_samples, check_unchanged, made_from, samples_of, span
 from pipeline.tracking import found_manifest, manifest_path, progress, record_shard, required_manifest, say
 
 STREAM = "stream"
@@ -45,10 +46,16 @@ def cluster(config: Config, *, workers: int = 0, scheduler: str | None = None) -
     """
     above = required_manifest(config, "extract")
     data = data_of(config)
-    facts = {"labels": data.identity("train", what="labels"), "unseen": data.unseen}
-    identity = fingerprint(config, "cluster", above["fingerprint"], facts)
+    identity = fingerprint(config, "cluster", above["fingerprint"], {"unseen": data.unseen})
+    store = Store.open(config.cache_path)
+    samples = cached_samples(data, store)
+    stamps = data.stamps(samples, "labels")
+    if config.cache.tokens == STREAM:  # extraction has read the labels
+        made = Ledger(config.cache_path, "extract")
+        check_unchanged(made, above["fingerprint"], samples, made_from(config, data, samples))
+    content = digest([identity, above["content"], stamps])
     manifest = found_manifest(config, "cluster")
-    if manifest is not None and manifest.get("fingerprint") == identity:
+    if manifest is not None and manifest.get("content") == content:
         say(f"cluster: nothing to do, {manifest['num_samples']} images have pseudo labels")
         return manifest
     with lock(config.cache_path, "cluster"):
@@ -57,7 +64,7 @@ def cluster(config: Config, *, workers: int = 0, scheduler: str | None = None) -
             centres = {"K_c": num_centres(config.cluster, store.sizes["h"])}
             store.add_arrays(written_arrays(config.cluster), centres, replace=True)
         ledger = Ledger(config.cache_path, "cluster")
-        done = ledger.done(identity)
+        done = _done(ledger, identity, store, stamps)
         todo = [shard for shard in range(store.num_shards) if shard not in done]
         kept = sum(len(store.rows(shard)) for shard in done)
         if kept:
@@ -74,6 +81,7 @@ def cluster(config: Config, *, workers: int = 0, scheduler: str | None = None) -
         manifest = {
             "stage": "cluster",
             "fingerprint": identity,
+            "content": content,
             "config": config_fingerprint(config, "cluster"),
             "upstream": above["fingerprint"],
             "num_samples": store.num_samples,
@@ -88,12 +96,25 @@ def cluster(config: Config, *, workers: int = 0, scheduler: str | None = None) -
     return manifest
 
 
+def _done(ledger: Ledger, fingerprint: str, store: Store, stamps: list[str]) -> set[int]:
+    """Shards whose record speaks of these rows, these labels and what extraction holds now."""
+    made, done = Ledger(store.path, "extract").entries(), set()
+    for shard, entry in ledger.entries_of(fingerprint).items():
+        if shard >= store.num_shards:
+            continue
+        rows = store.rows(shard)
+        now = (span(rows), stamps[rows.start : rows.stop], digest(made.get(shard, {}).get("digests")))
+        if (entry["rows"], entry.get("stamps"), entry.get("upstream")) == now:
+            done.add(shard)
+    return done
+
+
 def cluster_shard(job: Job, shard: int, *, tick: Any = None) -> int:
     """Makes, writes and records the pseudo labels of one shard; returns its row count."""
     began, config = time.time(), job.config
     data, store = data_of(config), Store.open(config.cache_path)
     rows = store.rows(shard)
-    samples = data.samples("train")[rows.start : rows.stop]
+    samples = samples_of(data, store, rows)
     boxes, status = (store.read_shard(name, shard) for name in ("view", "status"))
     blocks, stats = cluster_tokens(
         config.cluster,
@@ -107,7 +128,7 @@ def cluster_shard(job: Job, shard: int, *, tick: Any = None) -> int:
         tick,
     )
     digests = {name: store.write_shard(name, shard, block) for name, block in blocks.items()}
-    _record(job, shard, rows, digests, stats, began)
+    _record(job, store, shard, {"digests": digests, "stats": stats}, began)
     return len(rows)
 
 
@@ -131,20 +152,24 @@ def confirm_shard(job: Job, shard: int, *, tick: Any = None) -> int:
     for name, wanted in digests.items():
         if store.digest(name, shard) != wanted:
             raise damaged(store.data / name, name, shard, "it is not what extract has recorded")
-    _record(job, shard, rows, digests, made["stats"], began)
+    _record(job, store, shard, {"digests": digests, "stats": made["stats"]}, began)
     if tick:
         tick(len(rows))
     return len(rows)
 
 
-def _record(job: Job, shard: int, rows: range, digests: Any, stats: dict[str, Any], began: float) -> None:
-    entry = {"rows": [rows.start, rows.stop], "fingerprint": job.fingerprint, "digests": digests}
-    record_shard(job.config, "cluster", shard, entry | {"quarantined": {}, "stats": stats}, began)
+def _record(job: Job, store: Store, shard: int, made: dict[str, Any], began: float) -> None:
+    data, rows = data_of(job.config), store.rows(shard)
+    above = Ledger(job.config.cache_path, "extract").entry(shard) or {}
+    entry = {"rows": span(rows), "fingerprint": job.fingerprint, "quarantined": {}, **made}
+    entry["stamps"] = data.stamps(samples_of(data, store, rows), "labels")
+    entry["upstream"] = digest(above.get("digests"))
+    record_shard(job.config, "cluster", shard, entry, began)
 
 
 def summarise(parts: list[dict[str, Any]]) -> dict[str, Any]:
     """What `cluster` prints at its end; shares in percent, purity None where labels aren't known."""
-    total = {name: np.sum([part[name] for part in parts], axis=0) for name in parts[0]}
+    total = {name: np.array(value) for name, value in sum_of(parts).items()}
     objects, tokens = total["objects"], total["tokens"]
     num_views, ignored = int(objects.sum()), int(tokens[IGNORED])
     return {

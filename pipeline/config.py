@@ -237,6 +237,8 @@ NOT_CONTENT = {"teacher.device", "cluster.device", "eval.batch", "cache.path", "
 # Options of a data set that only other stages see.
 DATA_NOT_FOR = {"extract": ("test_seed", "test", "unseen", "split"), "cluster": ("test_seed", "test")}
 DATA_NOT_FOR["train"] = DATA_NOT_FOR["cluster"]
+# Options of a data set that say how many samples there are, not what any of them is.
+HOW_MANY = ("train", "limit")
 
 
 def digest(value: Any) -> str:
@@ -245,27 +247,44 @@ def digest(value: Any) -> str:
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-def config_fingerprint(config: Config, stage: str) -> str:
-    """Identity of what the config asks of `stage`: the sections it reads and those of all stages above it."""
+def config_fingerprint(config: Config, stage: str, apart_from: tuple[str, ...] = ()) -> str:
+    """Identity of what the config asks of `stage`: the sections it reads and those of all stages above it.
+
+    `apart_from` names options of the data set that are left out.
+    """
     sections, upstream = STAGES[stage]
-    is_streaming = stage == "extract" and config.cache.tokens == "stream"
-    if is_streaming:
+    if stage == "extract" and config.cache.tokens == "stream":
         sections = (*sections, "cluster")
     dumped = config.model_dump(mode="json", by_alias=True)
     own: dict[str, Any] = {}
     for section in sections:
-        hidden = DATA_NOT_FOR.get("cluster" if is_streaming else stage, ()) if section == "data" else ()
+        hidden = (*_hidden_options(config, stage), *apart_from) if section == "data" else ()
         own[section] = {
             k: v
             for k, v in dumped[section].items()
             if f"{section}.{k}" not in NOT_CONTENT and k not in hidden
         }
-    return digest([stage, own, config_fingerprint(config, upstream) if upstream else None])
+    above = config_fingerprint(config, upstream, apart_from) if upstream else None
+    return digest([stage, own, above])
+
+
+def data_options(config: Config, stage: str) -> dict[str, Any]:
+    """The data set's options that bear on what a stage makes of one sample."""
+    hidden = (*_hidden_options(config, stage), *HOW_MANY)
+    return {name: value for name, value in config.data.options().items() if name not in hidden}
+
+
+def _hidden_options(config: Config, stage: str) -> tuple[str, ...]:
+    is_streaming = stage == "extract" and config.cache.tokens == "stream"  # then the split enters here
+    return DATA_NOT_FOR.get("cluster" if is_streaming else stage, ())
 
 
 def fingerprint(config: Config, stage: str, upstream: str | None, facts: Mapping[str, Any]) -> str:
-    """Identity of what `stage` makes: config, the fingerprint found upstream, and facts such as the samples."""
-    return digest([config_fingerprint(config, stage), upstream, dict(facts)])
+    """Identity of what `stage` makes: config, the fingerprint found upstream, and facts about the data.
+
+    Options that only say how many samples there are don't count; which samples there are is a fact.
+    """
+    return digest([config_fingerprint(config, stage, HOW_MANY), upstream, dict(facts)])
 
 
 def load(path: str | Path, settings: Iterable[str] = ()) -> Config:

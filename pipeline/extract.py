@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,18 +23,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from cache.errors import CorruptShard, StaleCache
+from cache.errors import CorruptShard, StaleCache, damaged
+from cache.files import remove
 from cache.ledger import Ledger, lock, write_manifest
+from cache.schema import block_digest
 from cache.store import Store
 from pipeline.batches import data_of
-from pipeline.config import Config, config_fingerprint, digest, fingerprint
-from pipeline.data.base import DataError, DataSet
+from pipeline.config import Config, config_fingerprint, data_options, digest, fingerprint
+from pipeline.data.base import DataError, DataSet, Sample
 from pipeline.data.prompts import prompts
 from pipeline.encode import OK, STORAGE, STREAM, axis_sizes, mean_colour, shard_blocks, teacher_of
 from pipeline.engine import map_shards
 from pipeline.models.teacher import Teacher
 from pipeline.ops.quantise import dequantised
-from pipeline.pseudo import cluster_tokens, num_centres, written_arrays
+from pipeline.pseudo import cluster_tokens, num_centres, sum_of, written_arrays
+from pipeline.rows import cached_samples, check_unchanged, in_row_order, made_from, samples_of, span
 from pipeline.tracking import found_manifest, manifest_path, progress, record_shard, save_config, say
 
 # An audit fails below this cosine. int8 alone costs about 3e-5, bfloat16 on another machine 1e-4.
@@ -53,31 +57,40 @@ def extract(config: Config, *, workers: int = 0, scheduler: str | None = None) -
 
     Raises: DataError, TeacherError, CacheError (each one line that says what to do).
     """
-    data = data_of(config)
-    samples = data.samples("train")
+    data, path = data_of(config), config.cache_path
     identity = fingerprint(config, "extract", None, _facts(config, data))
     manifest = found_manifest(config, "extract")
-    if manifest is not None and manifest.get("fingerprint") == identity:
-        say(f"extract: nothing to do, {len(samples)} images are cached in {config.cache_path}")
-        return manifest
-    if manifest is not None:
+    if manifest is not None and manifest.get("fingerprint") != identity:
         raise StaleCache(
-            f"{config.cache_path}: holds an extraction with fingerprint {manifest.get('fingerprint')} (teacher "
-            f"{manifest.get('teacher')!r}, {manifest.get('num_samples')} images, {manifest.get('num_views')} views, "
-            f"tokens {manifest.get('tokens')}); this config and data ask for {identity} (teacher "
-            f"{config.teacher.model!r}, {len(samples)} images, {config.views.num} views, tokens "
+            f"{path}: holds an extraction with fingerprint {manifest.get('fingerprint')} (teacher "
+            f"{manifest.get('teacher')!r}, {manifest.get('num_views')} views, tokens {manifest.get('tokens')}); this "
+            f"config and data ask for {identity} (teacher {config.teacher.model!r}, {config.views.num} views, tokens "
             f"{config.cache.tokens}). Delete that folder, or point cache.path elsewhere."
         )
-    with lock(config.cache_path, "extract"):
+    cached = Store.open(path).samples if Store.is_at(path) else []
+    samples = in_row_order(data, cached, path)
+    stamps = made_from(config, data, samples)
+    content = digest([identity, [sample.id for sample in samples], stamps])
+    if manifest is not None and manifest.get("content") == content:
+        say(f"extract: nothing to do, {len(samples)} images are cached in {path}")
+        return manifest
+    with lock(path, "extract"):
+        ledger = Ledger(path, "extract")
+        check_unchanged(ledger, identity, samples, stamps)
         save_config(config)
-        store = _open_store(config, data, identity)
-        ledger = Ledger(config.cache_path, "extract")
-        done = ledger.done(identity)
-        todo = [shard for shard in range(store.num_shards) if shard not in done]
-        kept = sum(len(store.rows(shard)) for shard in done)
+        if cached and len(samples) > len(cached):
+            say(f"extract: {len(samples) - len(cached)} images are new, {len(cached)} keep their rows")
+        for stage in ("extract", "cluster"):  # from here on neither is complete
+            remove(manifest_path(config, stage))
+        store = _open_store(config, data, identity, samples)
+        entries = ledger.entries_of(identity)
+        todo = [s for s in range(store.num_shards) if entries.get(s, {}).get("rows") != span(store.rows(s))]
+        kept = sum(entry["rows"][1] - entry["rows"][0] for entry in entries.values())
         if kept:
             say(f"extract: resuming, {kept} of {len(samples)} images are done")
-        bad = _quarantined(ledger, done)
+        bad: dict[str, str] = {}
+        for entry in entries.values():
+            bad |= entry["quarantined"]
         _stop_if_too_many(
             bad, config.cache.max_bad
         )  # a run that stopped for them must not pass when repeated
@@ -95,6 +108,7 @@ def extract(config: Config, *, workers: int = 0, scheduler: str | None = None) -
         manifest = {
             "stage": "extract",
             "fingerprint": identity,
+            "content": content,
             "config": config_fingerprint(config, "extract"),
             "teacher": config.teacher.model,
             "num_samples": len(samples),
@@ -109,34 +123,47 @@ def extract(config: Config, *, workers: int = 0, scheduler: str | None = None) -
 
 
 def extract_shard(job: Job, shard: int, *, tick: Any = None) -> dict[str, Any]:
-    """Makes, writes and records one shard; returns its row count and its quarantined images."""
+    """Makes, writes and records one shard; returns the number of images it made and its quarantined ones.
+
+    A shard that was recorded when the data set was shorter keeps its rows and gets the new ones.
+    Raises: CorruptShard when what it should keep isn't what was recorded.
+    """
     began, config = time.time(), job.config
     data, teacher, store = data_of(config), teacher_of(config.teacher), Store.open(config.cache_path)
     rows = store.rows(shard)
-    samples = data.samples("train")[rows.start : rows.stop]
-    blocks, bad = shard_blocks(config, data, teacher, samples, tick)
-    stats: dict[str, Any] = {}
+    samples = samples_of(data, store, rows)
+    old, parts = _recorded_rows(job, store, shard)
+    num_old = old["rows"][1] - rows.start if old else 0
+    new = samples[num_old:]
+    blocks, bad = shard_blocks(config, data, teacher, new, tick)
+    entry: dict[str, Any] = {"rows": span(rows), "fingerprint": job.fingerprint}
+    entry["stamps"] = old.get("stamps", []) + made_from(config, data, new)
+    entry["quarantined"] = {**old.get("quarantined", {}), **bad}
     if config.cache.tokens == STREAM:
-        stats = {"stats": _cluster(config, data, teacher, samples, blocks)}
-    digests = {name: store.write_shard(name, shard, block) for name, block in blocks.items()}
-    record_shard(
-        config,
-        "extract",
-        shard,
-        {
-            "rows": [rows.start, rows.stop],
-            "fingerprint": job.fingerprint,
-            "digests": digests,
-            "quarantined": bad,
-            **stats,
-        },
-        began,
-    )
-    return {"num_rows": len(rows), "quarantined": bad}
+        stats = _cluster(config, data, teacher, new, blocks)
+        entry["stats"] = sum_of([old["stats"], stats]) if old else stats
+    if old:
+        blocks = {name: np.concatenate([parts[name], block]) for name, block in blocks.items()}
+    entry["digests"] = {name: store.write_shard(name, shard, block) for name, block in blocks.items()}
+    record_shard(config, "extract", shard, entry, began)
+    return {"num_rows": len(new), "quarantined": bad}
+
+
+def _recorded_rows(job: Job, store: Store, shard: int) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The record of a shard and the rows it speaks of, by array; both empty when there is none to keep."""
+    entry = Ledger(job.config.cache_path, "extract").entry(shard)
+    if entry is None or entry.get("fingerprint") != job.fingerprint:
+        return {}, {}
+    rows = np.arange(*entry["rows"])
+    blocks = {name: store.read_rows(name, rows) for name in entry["digests"]}
+    for name, block in blocks.items():
+        if block_digest(name, shard, block) != entry["digests"][name]:
+            raise damaged(store.data / name, name, shard, "it is not what was recorded")
+    return entry, blocks
 
 
 def _cluster(
-    config: Config, data: DataSet, teacher: Teacher, samples: list[Any], blocks: dict[str, np.ndarray]
+    config: Config, data: DataSet, teacher: Teacher, samples: Sequence[Sample], blocks: dict[str, np.ndarray]
 ) -> dict[str, list[int]]:
     """Puts the pseudo labels into `blocks` in place of the dense tokens; returns their counts."""
     tokens, good = torch.from_numpy(blocks.pop("tokens")), blocks["status"] == OK
@@ -157,7 +184,7 @@ def audit(config: Config, count: int) -> str:
     data, teacher, store = data_of(config), teacher_of(config.teacher), Store.open(config.cache_path)
     good = np.flatnonzero(store.read_rows("status", np.arange(store.num_samples)) == OK)
     rows = np.sort(np.random.default_rng().choice(good, min(count, len(good)), replace=False))
-    samples = data.samples("train")
+    samples = cached_samples(data, store)
     unpacked = config.model_copy(update={"cache": config.cache.model_copy(update={"tokens": "float16"})})
     fresh, _ = shard_blocks(unpacked, data, teacher, [samples[row] for row in rows], None)
     said, lowest = [], 1.0
@@ -190,15 +217,13 @@ def _vectors(store: Store, name: str, rows: np.ndarray) -> np.ndarray:
 
 
 def _facts(config: Config, data: DataSet) -> dict[str, Any]:
-    """What the fingerprint covers beside the config: images, and files of weights and text features."""
+    """What the fingerprint covers beside the config: classes, files of weights and of text features."""
     files = [config.text.features, config.teacher.pretrained]
     if config.teacher.model.startswith("local-dir:"):
         files += sorted(str(p) for p in Path(config.teacher.model.partition(":")[2]).glob("*.safetensors"))
     hashed = {str(p): _file_digest(Path(p)) for p in files if p and Path(p).is_file()}
-    facts = {"images": data.identity("train"), "classes": data.classes, "files": sorted(hashed.values())}
-    if config.cache.tokens == STREAM:  # the pseudo labels are made here
-        facts |= {"labels": data.identity("train", what="labels"), "unseen": data.unseen}
-    return facts
+    facts = {"classes": data.classes, "files": sorted(hashed.values())}
+    return facts | {"unseen": data.unseen} if config.cache.tokens == STREAM else facts
 
 
 def _file_digest(path: Path) -> str:
@@ -227,9 +252,9 @@ def _text_features(config: Config, data: DataSet, teacher: Teacher) -> np.ndarra
     return features / np.linalg.norm(features, axis=1, keepdims=True)
 
 
-def _open_store(config: Config, data: DataSet, identity: str) -> Store:
+def _open_store(config: Config, data: DataSet, identity: str, samples: Sequence[Sample]) -> Store:
     teacher = teacher_of(config.teacher)
-    sizes = {"N": len(data.samples("train")), "K": len(data.classes), **axis_sizes(config, teacher)}
+    sizes = {"N": len(samples), "K": len(data.classes), **axis_sizes(config, teacher)}
     storage = STORAGE[config.cache.tokens]
     arrays = ["view", "cls", "status", "text", *(storage.arrays if storage.is_kept else ())]
     if config.cache.tokens == STREAM:
@@ -237,7 +262,7 @@ def _open_store(config: Config, data: DataSet, identity: str) -> Store:
         sizes["K_c"] = num_centres(config.cluster, sizes["h"])
     attributes = {
         "fingerprint": identity,
-        "data": {"kind": config.data.kind, "name": data.name, **config.data.options()},
+        "data": {"kind": config.data.kind, "name": data.name, **data_options(config, "extract")},
         "classes": list(data.classes),
         "text": {"templates": config.text.templates, "features": config.text.features},
         "teacher": teacher.provenance,
@@ -245,13 +270,12 @@ def _open_store(config: Config, data: DataSet, identity: str) -> Store:
         "views": {"num": config.views.num, "size": teacher.image_size},
         "tokens": config.cache.tokens,
     }
-    ids = [sample.id for sample in data.samples("train")]
     try:
         store = Store.create(
             config.cache_path,
             sizes=sizes,
             arrays=arrays,
-            samples=ids,
+            samples=[sample.id for sample in samples],
             attributes=attributes,
             dtypes=storage.dtypes,
         )
@@ -268,10 +292,3 @@ def _stop_if_too_many(bad: dict[str, str], max_bad: int) -> None:
             f"{len(bad)} images can't be used, more than cache.max_bad = {max_bad}: {listed}. "
             "Mend or remove them, or raise cache.max_bad; what is extracted stays."
         )
-
-
-def _quarantined(ledger: Ledger, done: set[int]) -> dict[str, str]:
-    found: dict[str, str] = {}
-    for shard in sorted(done):
-        found |= (ledger.entry(shard) or {}).get("quarantined", {})
-    return found

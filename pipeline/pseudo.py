@@ -175,3 +175,8 @@ def add_stats(stats: dict[str, np.ndarray], maps: Tensor, state: Tensor, truth: 
             majority, known = fusion.purity(maps[view], truth[view])
             stats["majority"] += majority
             stats["known"] += known
+
+
+def sum_of(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Counts of several parts together."""
+    return {name: np.sum([part[name] for part in parts], axis=0).tolist() for name in parts[0]}

@@ -75,7 +75,7 @@ def train(config: Config) -> dict[str, Any]:
     """
     end_with_parent()
     above = required_manifest(config, "cluster")
-    identity = fingerprint(config, "train", above["fingerprint"], {})
+    identity = fingerprint(config, "train", above["content"], {})
     manifest = found_manifest(config, "train")
     accelerator = open_accelerator(config)
     is_main = accelerator.is_main_process
@@ -87,7 +87,7 @@ def train(config: Config) -> dict[str, Any]:
         return manifest
     if is_main:
         save_config(config)
-    run = new_run(config, accelerator, identity, above["fingerprint"])
+    run = new_run(config, accelerator, identity, above["content"])
     resume(run)
     prepare(run)
     accelerator.init_trackers("losses")
@@ -107,7 +107,7 @@ def train(config: Config) -> dict[str, Any]:
         "stage": "train",
         "fingerprint": identity,
         "config": config_fingerprint(config, "train"),
-        "upstream": above["fingerprint"],
+        "upstream": above["content"],
         "iterations": iterations,
         "processes": accelerator.num_processes,
         "student": BEST if validation.fraction and validation.use == "best" else LAST,
@@ -245,7 +245,7 @@ def plan(config: Config) -> None:
     """
     above = required_manifest(config, "cluster")
     section, num = config.train, config.train.processes or 1
-    run = new_run(config, open_accelerator(config, tracks=False), "", above["fingerprint"])
+    run = new_run(config, open_accelerator(config, tracks=False), "", above["content"])
     prepare(run)
     images = len(run.views.rows)
     sizes = {

@@ -7,6 +7,7 @@ import os
 import pickle
 import shutil
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cache.files
+import cache.store
 from cache.errors import CacheError, CacheWriteFailed, CorruptShard, MissingCache, StaleCache
-from cache.schema import ARRAYS, SHARD, ArraySpec, block_digest
+from cache.schema import ARRAYS, SAMPLE, SHARD, ArraySpec, block_digest
 from cache.store import Store
 
 NUM = 70  # two shards: 64 rows and 6
@@ -173,7 +175,7 @@ def test_text_is_one_file(store):
 def test_any_zarr_tool_can_read_it(filled):
     group = zarr.open_group(str(filled.data), mode="r")
     assert group.attrs["teacher"] == ATTRIBUTES["teacher"]
-    assert group.attrs["cache"]["version"] == 1
+    assert group.attrs["cache"]["version"] == 2
     assert list(group["sample"][:]) == IDS
     array = group["cls"]
     assert array.metadata.dimension_names == ("N", "V", "C")
@@ -427,10 +429,10 @@ def test_no_cache(tmp_path):
 def test_another_schema_version(filled):
     file = filled.data / "zarr.json"
     group = json.loads(file.read_text())
-    group["attributes"]["cache"]["version"] = 2
+    group["attributes"]["cache"]["version"] = 1
     file.write_text(json.dumps(group))
     for do in (Store.open, make):
-        with pytest.raises(StaleCache, match=r"version 2.*version 1"):
+        with pytest.raises(StaleCache, match=r"version 1.*version 2"):
             do(filled.path)
 
 
@@ -465,6 +467,69 @@ def test_size_on_disk(filled):
     files = 70 * 16 + 2 * (64 * 16 + 4)
     assert filled.size_bytes("cls") == files + (filled.data / "cls" / "zarr.json").stat().st_size
     assert filled.size_bytes("pseudo") == 0
+
+
+@pytest.mark.parametrize("num", [72, 130])
+def test_samples_are_appended(filled, num):
+    """70 -> 72: the last shard has two more rows, unwritten; 70 -> 130: and there is a third one."""
+    more = [f"new{row}" for row in range(70, num)]
+    before = filled.read_shard("cls", 0).tobytes(), filled.read_rows("cls", [69]).tobytes()
+    again = make(filled.path, samples=[*IDS, *more], sizes=SIZES | {"N": num})
+    assert (again.samples, again.num_samples, again.num_shards) == ([*IDS, *more], num, -(-num // SHARD))
+    assert (again.read_shard("cls", 0).tobytes(), again.read_rows("cls", [69]).tobytes()) == before
+    assert again.ids(range(64, num)) == [*IDS[64:], *more]
+    block = block_of("cls", len(again.rows(1)), seed=5)
+    assert again.write_shard("cls", 1, block) == again.digest("cls", 1)
+    group = zarr.open_group(str(filled.data), mode="r")
+    assert list(group["sample"][:]) == [*IDS, *more]
+    assert {group[name].shape[0] for name in ("cls", "view", "tokens", "status")} == {num}
+    assert group["text"].shape == (4, 3)
+
+
+@pytest.mark.parametrize("stop", range(1, 8))
+def test_a_killed_appending_is_mended_by_the_next(filled, monkeypatch, stop):
+    """Killed after each of its writes: the ids' file and their length, the header, four arrays' lengths."""
+    grown = {"samples": [*IDS, "new"], "sizes": SIZES | {"N": 71}}
+    count, write = [0], cache.store.write_atomic
+
+    def killed(*arguments):
+        count[0] += 1
+        if count[0] > stop:
+            raise KeyboardInterrupt
+        write(*arguments)
+
+    with monkeypatch.context() as patched:
+        for module in ("store", "header"):
+            patched.setattr(f"cache.{module}.write_atomic", killed)
+        if stop < 7:
+            with pytest.raises(KeyboardInterrupt):
+                make(filled.path, **grown)
+        else:
+            make(filled.path, **grown)
+    assert count[0] == min(stop + 1, 7)
+    assert np.array_equal(Store.open(filled.path).read_rows("cls", [5]), block_of("cls", 64)[5:6])
+    again = make(filled.path, **grown)
+    assert again.samples == [*IDS, "new"]
+    assert {again._zarr(name).shape[0] for name in ("view", "cls", "tokens", "status")} == {71}
+
+
+def test_ids_over_several_files(tmp_path, monkeypatch):
+    monkeypatch.setattr("cache.store.SAMPLE", replace(SAMPLE, chunk=3))
+    ids = [str(row) for row in range(7)]
+    store = make(tmp_path, samples=ids, sizes=SIZES | {"N": 7})
+    assert store.samples == ids
+    assert store.ids(range(2, 4)) == ["2", "3"]
+    assert sorted(file.name for file in (store.data / "sample").iterdir()) == [
+        "c.0",
+        "c.1",
+        "c.2",
+        "zarr.json",
+    ]
+    kept = (store.data / "sample" / "c.1").stat().st_mtime_ns
+    more = [str(row) for row in range(11)]
+    assert make(tmp_path, samples=more, sizes=SIZES | {"N": 11}).samples == more
+    assert (store.data / "sample" / "c.1").stat().st_mtime_ns == kept
+    assert list(zarr.open_array(str(store.data / "sample"), mode="r")[:]) == more
 
 
 def test_pickles_into_a_spawned_worker(filled):

@@ -34,6 +34,7 @@ FLOOR_3 = (
     "processes",
     "pseudo",
     "results",
+    "rows",
     "tracking",
     "training",
     "validation",

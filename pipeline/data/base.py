@@ -86,6 +86,7 @@ class DataSet(ABC):
         name: str | None = None,
     ) -> None:
         self.name = name or type(self).name
+        self._by_id: dict[str, dict[str, Sample]] = {}
         self.classes = tuple(classes)
         check_names(f"{self.name}: classes", self.classes, self.classes)
         if not 1 <= len(self.classes) <= IGNORE:
@@ -142,17 +143,27 @@ class DataSet(ABC):
         table[list(self.unseen_ids)] = IGNORE
         return table[labels]
 
-    def identity(self, part: str, what: str = "images") -> str:
-        """32 hex digits over the ids of a part and the stamps of its "images" or "labels"."""
+    def stamps(self, samples: Sequence[Sample], what: str = "images") -> list[str]:
+        """The stamp of each sample's image, or of its "labels"."""
         stamps = {"images": self.stamp, "labels": self.mask_stamp}
         if what not in stamps:
-            raise unknown("identity: unknown content", what, stamps)
+            raise unknown("stamps: unknown content", what, stamps)
+        with ThreadPoolExecutor(STAMP_THREADS) as pool:
+            return list(pool.map(stamps[what], samples))
+
+    def identity(self, part: str, what: str = "images") -> str:
+        """32 hex digits over the ids of a part and the stamps of its "images" or "labels"."""
         samples = self.samples(part)
         digest = hashlib.blake2b(digest_size=16)
-        with ThreadPoolExecutor(STAMP_THREADS) as pool:
-            for sample, stamp in zip(samples, pool.map(stamps[what], samples), strict=True):
-                digest.update(f"{sample.id}\0{stamp}\n".encode())
+        for sample, stamp in zip(samples, self.stamps(samples, what), strict=True):
+            digest.update(f"{sample.id}\0{stamp}\n".encode())
         return digest.hexdigest()
+
+    def by_id(self, part: str) -> dict[str, Sample]:
+        """The samples of a part by their ids, in the listed order; made once."""
+        if part not in self._by_id:
+            self._by_id[part] = {sample.id: sample for sample in self.samples(part)}
+        return self._by_id[part]
 
 
 def check_names(where: str, names: object, known: Sequence[str]) -> tuple[str, ...]:

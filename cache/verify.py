@@ -1,21 +1,28 @@
-"""Does the cache still hold what the ledger says? Every shard is read, hashed and looked into."""
+"""Does the cache still hold what the ledger says? Every shard is read, hashed and looked into.
+
+`verify` lists all damage; `read_recorded` and `check_whole` are how a stage reads what another stage
+made: what was recorded, or an error.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cache.errors import CacheError
+from cache.errors import CacheError, StaleCache, damaged
 from cache.ledger import Ledger, read_manifest
-from cache.schema import ARRAYS, ArraySpec, block_digest
+from cache.schema import ARRAYS, SAMPLE, ArraySpec, block_digest
 from cache.store import Store
 
 OK = 0  # code of a usable row in `status`
 MANIFEST = ".manifest.json"
+FOREIGN = "readable, but not what was recorded (another shard, or another cache's)"
 Progress = Callable[[int, int], None]
 
 
@@ -62,13 +69,67 @@ def verify(
     return findings
 
 
+def read_recorded(
+    store: Store, shard: int, fingerprints: Mapping[str, str], names: Sequence[str] | None = None
+) -> dict[str, np.ndarray]:
+    """The arrays of one shard that these stages recorded, by name, if they still are what was recorded.
+
+    `fingerprints` says, stage by stage, what the shard must have been made from; `names` leaves out the
+    other arrays. Checksums alone would take a sound shard in the wrong place for the right one.
+    Raises: CorruptShard (no record, or other content than recorded), StaleCache (another fingerprint).
+    """
+    blocks = {}
+    for stage, wanted in fingerprints.items():
+        record = Ledger(store.path, stage).path(shard)
+        entry = Ledger(store.path, stage).entry(shard)
+        if entry is None:
+            raise damaged(record, stage, shard, "it has no record that can be read")
+        if entry.get("fingerprint") != wanted:
+            raise StaleCache(
+                f"{record}: shard {shard} was made by {stage} with fingerprint {entry.get('fingerprint')}, wanted "
+                f"{wanted}. Run `cli.py verify --config CONFIG`: it says how to have just that made again."
+            )
+        for name, digest in dict(entry.get("digests") or {}).items():
+            if names is None or name in names:
+                blocks[name] = store.read_shard(name, shard)
+                if block_digest(name, shard, blocks[name]) != digest:
+                    raise damaged(store.data / name, name, shard, FOREIGN)
+    absent = sorted(set(names or ()) - set(blocks))
+    if absent:
+        where = Ledger(store.path, ARRAYS[absent[0]].stage).path(shard)
+        raise damaged(where, absent[0], shard, "its record doesn't speak of it")
+    return blocks
+
+
+def whole_digests(store: Store) -> dict[str, str]:
+    """Digests of what no ledger speaks of, for the manifest: the sample ids, arrays without a sample axis."""
+    return {SAMPLE.name: _ids_digest(store)} | {
+        n: store.digest(n, 0) for n in store.arrays if not ARRAYS[n].is_sharded
+    }
+
+
+def _ids_digest(store: Store) -> str:
+    return hashlib.blake2b(json.dumps(store.samples).encode(), digest_size=16).hexdigest()
+
+
+def check_whole(store: Store, manifest: Mapping[str, Any]) -> None:
+    """Compares ids and whole arrays with a manifest's `whole`. Raises: CorruptShard."""
+    found = whole_digests(store)
+    for name, digest in dict(manifest.get("whole") or {}).items():
+        if found.get(name) != digest:
+            raise damaged(store.data / name, name, 0, FOREIGN)
+
+
 def _whole_arrays(store: Store) -> Iterator[Finding]:
-    """The sample ids and the arrays without a sample axis: no ledger speaks of them."""
+    """The sample ids and the arrays without a sample axis: no ledger speaks of them, the manifest does."""
+    recorded = dict((read_manifest(_manifest(store, "extract")) or {}).get("whole") or {})
     todo = f"Delete {store.path} and run extract again."
     try:
         if len(store.samples) != store.num_samples:
             what = f"{len(store.samples)} ids for {store.num_samples} samples"
             yield Finding("invalid", str(store.data / "sample"), what, todo)
+        elif recorded.get(SAMPLE.name, _ids_digest(store)) != _ids_digest(store):
+            yield Finding("changed", str(store.data / "sample"), FOREIGN, todo)
     except CacheError as error:
         yield Finding("corrupt", str(store.data / "sample"), _reason(error), todo)
     for name in store.arrays:
@@ -80,6 +141,9 @@ def _whole_arrays(store: Store) -> Iterator[Finding]:
         except CacheError as error:
             yield Finding("corrupt", str(store.data / name), _reason(error), todo)
             continue
+        digest = block_digest(name, 0, values)
+        if recorded.get(name, digest) != digest:
+            yield Finding("changed", str(store.data / name), FOREIGN, todo)
         if not np.isfinite(values).all():
             yield Finding("invalid", str(store.data / name), "holds values that aren't finite", todo)
 
@@ -132,8 +196,7 @@ def _shard(store: Store, ledger: Ledger, shard: int, entry: Mapping[str, Any]) -
             yield Finding("corrupt", where, _reason(error), todo)
             continue
         if block_digest(name, shard, block) != digest:
-            what = "readable, but not what was recorded (another shard, or another cache's)"
-            yield Finding("changed", where, what, todo)
+            yield Finding("changed", where, FOREIGN, todo)
         for what in _invalid(store.spec(name), block, _usable(store, shard)):
             yield Finding("invalid", where, what, todo)
 

@@ -21,10 +21,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from cache.store import Store
+from cache.verify import check_whole, read_recorded
 from pipeline.config import Config
 from pipeline.data.base import DataError, DataSet, Sample, open_data_set
 from pipeline.ops.views import replay_image, replay_labels, view_of
 from pipeline.rows import cached_samples
+from pipeline.tracking import required_manifest
 
 IGNORE = 255  # label of a pixel without annotation
 SMALL_ARRAYS = ("view", "cls", "pseudo")  # about 2 KiB a view at C = 512
@@ -92,10 +94,7 @@ class CachedViews(Dataset):
         self.size = int(self.store.attributes["teacher"]["image_size"])
         self.mean_colour = np.array(self.store.attributes["mean_colour"], np.uint8)
         self.num_views = int(self.store.attributes["views"]["num"])
-        status = self.store.read_whole("status")
-        size_bytes = sum(self.store.size_bytes(name) for name in SMALL_ARRAYS)
-        kept = size_bytes <= KEEP_BYTES
-        self.kept = {name: self.store.read_whole(name) for name in SMALL_ARRAYS} if kept else {}
+        self.kept, status = self._checked()
         usable = [int(row) for row in np.flatnonzero(status == 0)]
         if not usable:
             raise DataError(f"{config.cache_path}: no usable image is cached; see `cli.py verify`.")
@@ -107,6 +106,23 @@ class CachedViews(Dataset):
                 f"train.validate.fraction {fraction} holds out {len(self.held_out)} of {len(usable)} images; both "
                 "parts need one. Choose another fraction."
             )
+
+    def _checked(self) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """The small arrays, when they are small enough to keep, and `status`, shard by shard as recorded.
+
+        Raises: CorruptShard, StaleCache: training never begins on a cache that was tampered with.
+        """
+        above = {stage: required_manifest(self.config, stage) for stage in ("extract", "cluster")}
+        check_whole(self.store, above["extract"])
+        fingerprints = {stage: str(manifest["fingerprint"]) for stage, manifest in above.items()}
+        keep = sum(self.store.size_bytes(name) for name in SMALL_ARRAYS) <= KEEP_BYTES
+        found: dict[str, list[np.ndarray]] = {name: [] for name in (*SMALL_ARRAYS * keep, "status")}
+        for shard in range(self.store.num_shards):
+            blocks = read_recorded(self.store, shard, fingerprints, (*SMALL_ARRAYS, "status"))
+            for name, parts in found.items():
+                parts.append(blocks[name])
+        whole = {name: np.concatenate(parts) for name, parts in found.items()}
+        return whole, whole.pop("status")
 
     def __len__(self) -> int:
         return len(self.rows)

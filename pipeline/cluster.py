@@ -22,6 +22,7 @@ from torch import Tensor
 from cache.errors import damaged
 from cache.ledger import Ledger, lock, write_manifest
 from cache.store import Store
+from cache.verify import read_recorded
 from pipeline.batches import data_of
 from pipeline.config import Config, config_fingerprint, digest, fingerprint
 from pipeline.engine import map_shards
@@ -115,14 +116,14 @@ def cluster_shard(job: Job, shard: int, *, tick: Any = None) -> int:
     data, store = data_of(config), Store.open(config.cache_path)
     rows = store.rows(shard)
     samples = samples_of(data, store, rows)
-    boxes, status = (store.read_shard(name, shard) for name in ("view", "status"))
+    made = read_recorded(store, shard, {"extract": store.attributes["fingerprint"]})
     blocks, stats = cluster_tokens(
         config.cluster,
         data,
         samples,
-        boxes,
-        status == 0,
-        token_reader(store, shard),
+        made["view"],
+        made["status"] == 0,
+        token_reader(made["tokens"], made.get("token_scale")),
         (store.sizes["h"], store.sizes["C"]),
         store.attributes["teacher"]["image_size"],
         tick,
@@ -132,13 +133,13 @@ def cluster_shard(job: Job, shard: int, *, tick: Any = None) -> int:
     return len(rows)
 
 
-def token_reader(store: Store, shard: int) -> Callable[[int], Tensor]:
-    """Dense tokens of a row of a shard, (V, h, w, C), as they are kept. Raises: CorruptShard, MissingCache."""
-    tokens = torch.from_numpy(store.read_shard("tokens", shard))
-    if tokens.dtype != torch.int8:
+def token_reader(kept: np.ndarray, scale: np.ndarray | None) -> Callable[[int], Tensor]:
+    """Dense tokens of a row of a shard, (V, h, w, C), from how they are kept: float16, or int8 with a scale each."""
+    tokens = torch.from_numpy(kept)
+    if scale is None:
         return lambda row: tokens[row]
-    scale = torch.from_numpy(store.read_shard("token_scale", shard))
-    return lambda row: dequantised(tokens[row], scale[row])
+    scales = torch.from_numpy(scale)
+    return lambda row: dequantised(tokens[row], scales[row])
 
 
 def confirm_shard(job: Job, shard: int, *, tick: Any = None) -> int:

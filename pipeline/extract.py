@@ -28,6 +28,7 @@ from cache.files import remove
 from cache.ledger import Ledger, lock, write_manifest
 from cache.schema import block_digest
 from cache.store import Store
+from cache.verify import whole_digests
 from pipeline.batches import data_of
 from pipeline.config import Config, config_fingerprint, data_options, digest, fingerprint
 from pipeline.data.base import DataError, DataSet, Sample
@@ -116,6 +117,7 @@ def extract(config: Config, *, workers: int = 0, scheduler: str | None = None) -
             "tokens": config.cache.tokens,
             "num_shards": store.num_shards,
             "quarantined": dict(sorted(bad.items())),
+            "whole": whole_digests(store),
             "digests": digest({s: (ledger.entry(s) or {}).get("digests") for s in range(store.num_shards)}),
         }
         write_manifest(manifest_path(config, "extract"), manifest)

@@ -5,10 +5,10 @@ import shutil
 import numpy as np
 import pytest
 
-from cache.errors import MissingCache
+from cache.errors import CorruptShard, MissingCache, StaleCache
 from cache.ledger import Ledger, write_manifest
 from cache.store import Store
-from cache.verify import verify
+from cache.verify import check_whole, read_recorded, verify, whole_digests
 
 NUM = 70  # two shards: 64 rows and 6
 SIZES = {"N": NUM, "V": 1, "C": 2, "h": 1, "w": 1, "K": 2, "K_c": 2}
@@ -218,3 +218,50 @@ def test_a_shard_without_a_usable_row(store):
     blocks = {"status": np.ones(num, np.uint8), "cls": np.full((num, 1, 2), np.nan, np.float16)}
     write(store, "extract", 1, "fx", **blocks)
     assert verify(store.path) == []
+
+
+def test_a_stage_reads_what_was_recorded(store):
+    blocks = read_recorded(store, 1, {"extract": "fx", "cluster": "fc"})
+    assert set(blocks) == {"cls", "status", "pseudo", "centroids"}
+    assert np.array_equal(blocks["cls"], store.read_shard("cls", 1), equal_nan=True)
+    assert set(read_recorded(store, 0, {"extract": "fx"}, ["status"])) == {"status"}
+    with pytest.raises(CorruptShard, match=r"shard 0 of 'pseudo'.*doesn't speak of it.*cli\.py verify"):
+        read_recorded(store, 0, {"extract": "fx"}, ["status", "pseudo"])
+
+
+def test_a_stage_refuses_what_was_not_recorded(store, tmp_path):
+    """Checksums hold in all of these: only the record tells."""
+    with pytest.raises(StaleCache, match=r"shard 1 was made by extract with fingerprint fx, wanted fy"):
+        read_recorded(store, 1, {"extract": "fy"})
+    other = build(tmp_path / "other", seed=1)
+    shutil.copy(other.data / "cls" / "c.1.0.0", store.data / "cls" / "c.1.0.0")
+    with pytest.raises(CorruptShard, match=r"shard 1 of .cls.: .*another cache"):
+        read_recorded(store, 1, {"extract": "fx"}, ["cls"])
+    assert read_recorded(store, 1, {"extract": "fx"}, ["status"])
+    Ledger(store.path, "extract").path(1).unlink()
+    with pytest.raises(CorruptShard, match=r"00001\.json.*no record"):
+        read_recorded(store, 1, {"extract": "fx"}, ["status"])
+
+
+def test_text_and_ids_of_another_cache(store):
+    manifest = {"fingerprint": "fx", "num_samples": NUM, "whole": whole_digests(store)}
+    write_manifest(store.path / "extract.manifest.json", manifest)
+    assert set(manifest["whole"]) == {"sample", "text"}
+    assert verify(store.path) == []
+    check_whole(store, manifest)
+    store.write_whole("text", np.eye(2, dtype=np.float32)[::-1].copy())  # sound, but not the one recorded
+    assert only(store, "changed", "data.zarr/text", "another cache's", "cli.py extract")
+    with pytest.raises(CorruptShard, match="'text'"):
+        check_whole(store, manifest)
+    store.write_whole("text", np.eye(2, dtype=np.float32))
+    other = Store.create(
+        store.path.parent / "other",
+        sizes=SIZES,
+        arrays=[],
+        samples=[f"x{i}" for i in range(NUM)],
+        attributes={"fingerprint": "fx"},
+    )
+    shutil.copy(other.data / "sample" / "c.0", store.data / "sample" / "c.0")
+    assert only(Store.open(store.path), "changed", "data.zarr/sample", "extract again")
+    with pytest.raises(CorruptShard, match="'sample'"):
+        check_whole(Store.open(store.path), manifest)

@@ -135,6 +135,20 @@ def test_seen_and_unseen_overlapping_and_a_name_that_is_not_there(cached, run_cl
     assert is_one_line_error(run_cli("cluster", *options(cached)), "blom", "'bloom'")
 
 
+@pytest.mark.parametrize("change", ["removed", "renamed", "added"])
+def test_images_that_changed_after_extract(cached, run_cli, change):
+    """Rows of the cache would otherwise meet the labels of other images."""
+    folder = cached / "garden" / "train"
+    for ending in ("jpg", "png"):
+        source = folder / f"0.{ending}"
+        if change == "added":
+            shutil.copy(source, folder / f"00.{ending}")
+        else:
+            source.rename(folder / f"3.{ending}" if change == "renamed" else cached / source.name)
+    done = run_cli("cluster", *options(cached))
+    assert is_one_line_error(done, "differs is", "cli.py extract")
+
+
 def test_a_cache_made_by_another_teacher(cached, run_cli):
     other = cached / "other_teacher"
     shutil.copytree(ROOT / "config" / "demo_teacher", other)

@@ -4,7 +4,8 @@
     python bench/step.py --case demo              the demo's student, 128 x 128, batch 8
     python bench/step.py --case b0 --device cuda --batch 16
 
-Interleaved in one run, medians: the full step; the step without focal, dice and potential objects; the
+Interleaved in one run, medians of the time passed and of the processor's own (which other programs on the
+machine disturb less): the full step; the step without focal, dice and potential objects; the
 floor, which is the same student, memory format, batch and optimiser with F.conv2d and F.cross_entropy on
 the seen labels. Then each term's forward and backward alone, beside the time in which this machine moves
 its bytes or does its multiplications, both measured here. Memory: each in a fresh process.
@@ -131,15 +132,18 @@ class Bench:
             torch.cuda.synchronize()
 
 
-def interleaved(bench: Bench, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each step, one of each in turn; the first round warms up."""
+def interleaved(bench: Bench, rounds: int) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Seconds of each step, and of the processor's time in it, one of each in turn; the first round warms up."""
     taken: dict[str, list[float]] = {name: [] for name in bench.steps()}
+    computed: dict[str, list[float]] = {name: [] for name in taken}
     for turn in range(rounds + 1):
         for name, step in bench.steps().items():
+            began = time.process_time()
             seconds = bench.seconds(step)
             if turn:
                 taken[name].append(seconds)
-    return taken
+                computed[name].append(time.process_time() - began)
+    return taken, computed
 
 
 def terms(bench: Bench, rounds: int) -> list[tuple[str, float, float, float]]:
@@ -236,7 +240,7 @@ def main() -> None:
         f"{options.case}: {bench.case['side']} x {bench.case['side']}, batch {bench.batch_size}, {options.precision}, "
         f"{options.device}, {torch.get_num_threads()} threads of {os.cpu_count()} processors, torch {torch.__version__}"
     )
-    taken = interleaved(bench, options.rounds)
+    taken, computed = interleaved(bench, options.rounds)
     floor = median(taken["floor"])
     memory = {}
     for name in taken:
@@ -245,12 +249,13 @@ def main() -> None:
         )
         memory[name] = json.loads(done.stdout)
     print(
-        f"{'step':10s} {'ms':>9s} {'ratio':>6s} {'quickest':>9s} {'peak GB':>8s} {'ratio':>6s} {'added GB':>9s}"
+        f"{'step':10s} {'ms':>9s} {'ratio':>6s} {'CPU ms':>9s} {'ratio':>6s} {'peak GB':>8s} {'ratio':>6s} {'added GB':>9s}"
     )
     for name, seconds in taken.items():
         whole, added = memory[name]
         print(
-            f"{name:10s} {1e3 * median(seconds):9.1f} {median(seconds) / floor:6.3f} {1e3 * min(seconds):9.1f} "
+            f"{name:10s} {1e3 * median(seconds):9.1f} {median(seconds) / floor:6.3f} "
+            f"{1e3 * median(computed[name]):9.1f} {median(computed[name]) / median(computed['floor']):6.3f} "
             f"{whole / 1e9:8.2f} {whole / memory['floor'][0]:6.3f} {added / 1e9:9.2f}"
         )
     print(f"{'term':16s} {'forward':>9s} {'backward':>9s} {'least':>9s}  ms")

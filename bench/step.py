@@ -249,7 +249,8 @@ def main() -> None:
         )
         memory[name] = json.loads(done.stdout)
     print(
-        f"{'step':10s} {'ms':>9s} {'ratio':>6s} {'CPU ms':>9s} {'ratio':>6s} {'peak GB':>8s} {'ratio':>6s} {'added GB':>9s}"
+        f"{'step':10s} {'ms':>9s} {'ratio':>6s} {'CPU ms':>9s} {'ratio':>6s} "
+        f"{'peak GB':>8s} {'ratio':>6s} {'added GB':>9s}"
     )
     for name, seconds in taken.items():
         whole, added = memory[name]

@@ -23,7 +23,7 @@ SETS = " ".join(f"--set '{setting}'" for setting in SETTINGS)
 CONTRAST = {
     run: " ".join(f"--set '{setting}'" for setting in settings[len(SETTINGS) :]) for run, settings in RUNS.items()
 }
-CACHE, OUT = RUN.cache_path.as_posix(), RUN.runs
+CACHE, OUT = RUN.manifest_folder.as_posix(), RUN.runs
 CONFIG = (workflow.overwrite_configfiles or ["config/demo.yaml"])[-1]
 
 # Every shell command begins with this: `cli STAGE` is cli.py with the run's config and the user's settings.

@@ -5,8 +5,6 @@ Each kind is a CacheError (one `except` for the command line) and the builtin th
 
 from __future__ import annotations
 
-from pathlib import Path
-
 
 class CacheError(Exception):
     """Base of all errors of a cache."""
@@ -32,7 +30,7 @@ class CacheWriteFailed(CacheError, OSError):
     """Disk full, no permission, read-only: nothing that was there is lost."""
 
 
-def damaged(file: Path, array: str, shard: int, why: object) -> CorruptShard:
+def damaged(file: object, array: str, shard: int, why: object) -> CorruptShard:
     """The error for a shard whose bytes are not what was written."""
     reason = " ".join(str(why).split()).rstrip(".")
     return CorruptShard(
@@ -41,6 +39,6 @@ def damaged(file: Path, array: str, shard: int, why: object) -> CorruptShard:
     )
 
 
-def unreadable(file: Path, error: OSError) -> CacheError:
+def unreadable(file: object, error: OSError) -> CacheError:
     """The error for a file that is there and may be sound, but can't be read."""
     return CacheError(f"{file}: can't be read: {error.strerror or error}. Check permissions and disk.")

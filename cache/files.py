@@ -1,7 +1,7 @@
-"""All writing to the file system: durable, atomic, with its failures in words.
+"""All writing of a cache: durable, atomic, with its failures in words.
 
-Local paths only. A reader sees the old file or the new one, never a part: a file is written beside
-its place under a name that ends in `.partial`, forced to disk, then renamed.
+A reader sees the old file or the new one, never a part: on this machine a file is written beside its place
+under a name that ends in `.partial`, forced to disk, then renamed; an object store puts it whole.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cache.errors import CacheError, CacheWriteFailed
+from cache.places import Place, RemotePath
 
 PARTIAL = ".partial"
 ADVICE = {
@@ -28,7 +29,7 @@ OTHERWISE = "Check the path and its disk"
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
+def writing(path: Place) -> Iterator[None]:
     """Turns an OSError of its body into one CacheWriteFailed line about `path`."""
     try:
         yield
@@ -43,11 +44,15 @@ def writing(path: Path) -> Iterator[None]:
         ) from error
 
 
-def write_atomic(path: Path, content: Any) -> None:
+def write_atomic(path: Place, content: Any) -> None:
     """Replaces `path` by `content` (bytes-like), on disk when this returns.
 
     Raises: CacheWriteFailed; the old file, if there was one, is untouched.
     """
+    if isinstance(path, RemotePath):
+        with writing(path):
+            path.put(content)
+        return
     # The process id keeps a repeated task on a lost worker from writing into its twin's file.
     partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")
     with writing(path):
@@ -74,19 +79,18 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def sync_tree(folder: Path) -> None:
-    """Forces a folder with all below it to disk."""
-    for path in folder.rglob("*"):
-        sync(path)
-    sync(folder)
-
-
-def remove(path: Path) -> None:
-    """Removes a file if it is there, durably. Raises: CacheWriteFailed."""
+def remove(path: Place) -> None:
+    """Removes a file, or a folder with all below it, if it is there. Raises: CacheWriteFailed."""
     with writing(path):
-        if path.exists():
+        if not path.exists():
+            return
+        if isinstance(path, RemotePath):
+            return path.remove_tree() if path.is_dir() else path.unlink()
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
             path.unlink()
-            sync(path.parent)
+        sync(path.parent)
 
 
 def remove_partials(folder: Path) -> None:

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from cache.errors import CorruptShard, MissingCache, StaleCache, unreadable
 from cache.files import write_atomic
+from cache.places import Place
 from cache.schema import SHARD, VERSION, spec_of
 
 DATA = "data.zarr"
@@ -43,7 +43,7 @@ def new_attributes(
     return json.loads(json.dumps({HEADER: header, **sections}))  # tuples become lists, as when read back
 
 
-def read_attributes(path: Path) -> dict[str, Any]:
+def read_attributes(path: Place) -> dict[str, Any]:
     """The attributes of the cache at `path`. Raises: MissingCache, StaleCache, CorruptShard, CacheError."""
     file = path / DATA / METADATA
     todo = "Run `cli.py extract --config CONFIG` to make one, or point cache.path elsewhere."
@@ -69,7 +69,7 @@ def read_attributes(path: Path) -> dict[str, Any]:
     return attributes
 
 
-def write_attributes(path: Path, attributes: Mapping[str, Any]) -> dict[str, Any]:
+def write_attributes(path: Place, attributes: Mapping[str, Any]) -> dict[str, Any]:
     """Replaces the attributes, and returns them as read back. Raises: CacheWriteFailed."""
     group = {"zarr_format": 3, "node_type": "group", "attributes": attributes}
     write_atomic(path / DATA / METADATA, json.dumps(group, indent=1).encode())
@@ -77,7 +77,7 @@ def write_attributes(path: Path, attributes: Mapping[str, Any]) -> dict[str, Any
 
 
 def check_same(
-    path: Path,
+    path: Place,
     found: Mapping[str, Any],
     found_samples: Sequence[str],
     wanted: Mapping[str, Any],

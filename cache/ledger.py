@@ -18,6 +18,8 @@ from typing import Any
 
 from cache.errors import CacheLocked, unreadable
 from cache.files import remove_partials, write_atomic, writing
+from cache.lease import lease
+from cache.places import Place, RemotePath, place
 
 LOCK = "lock"
 NOT_IN_MANIFESTS = {"time", "host", "pid", "since"}
@@ -29,11 +31,11 @@ class Ledger:
     One file a shard, because many workers record at once and none may wait for, or tear, another's.
     """
 
-    def __init__(self, cache_root: str | Path, stage: str) -> None:
-        self.folder = Path(cache_root) / "ledger" / stage
+    def __init__(self, cache_root: str | Place, stage: str) -> None:
+        self.folder = place(cache_root) / "ledger" / stage
         self.stage = stage
 
-    def path(self, shard: int) -> Path:
+    def path(self, shard: int) -> Place:
         return self.folder / f"{shard:05d}.json"
 
     def record(self, shard: int, entry: Mapping[str, Any]) -> None:
@@ -68,7 +70,7 @@ class Ledger:
         return set(self.entries_of(fingerprint))
 
 
-def write_manifest(path: str | Path, payload: Mapping[str, Any]) -> None:
+def write_manifest(path: str | Place, payload: Mapping[str, Any]) -> None:
     """Writes a stage's manifest, the sign of its completion: atomic, and the same bytes for the same payload.
 
     Raises: ValueError for a time or a host (a repeated extraction must leave an identical file),
@@ -77,32 +79,37 @@ def write_manifest(path: str | Path, payload: Mapping[str, Any]) -> None:
     found = NOT_IN_MANIFESTS & payload.keys()
     if found:
         raise ValueError(f"{path}: a manifest holds no {sorted(found)}; they belong in the ledger.")
-    write_atomic(Path(path), _json(payload))
+    write_atomic(place(path), _json(payload))
 
 
-def read_manifest(path: str | Path) -> dict[str, Any] | None:
+def read_manifest(path: str | Place) -> dict[str, Any] | None:
     """A stage's manifest; None when the stage never ended (no file, or no JSON object in it).
 
     Raises: CacheError when there is a file that can't be read.
     """
     try:
-        found = json.loads(Path(path).read_bytes())
+        found = json.loads(place(path).read_bytes())
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
     except OSError as error:
-        raise unreadable(Path(path), error) from error
+        raise unreadable(path, error) from error
     return found if isinstance(found, dict) else None
 
 
 @contextmanager
-def lock(cache_root: str | Path, stage: str) -> Iterator[None]:
+def lock(cache_root: str | Place, stage: str) -> Iterator[None]:
     """Holds the cache for one writing stage, and clears what killed writers left in it.
 
     The lock is the kernel's (flock) and ends with its process, so a killed run leaves at most a
     file that says nothing. The file is never deleted: two processes could then lock two files.
+    On an object store it is a lease, see there.
     Raises: CacheLocked at once while it is held, by another process or by this one; CacheWriteFailed.
     """
-    root = Path(cache_root)
+    root = place(cache_root)
+    if isinstance(root, RemotePath):
+        with lease(root / LOCK, stage):
+            yield
+        return
     path = root / LOCK
     with writing(path):
         root.mkdir(parents=True, exist_ok=True)

@@ -11,9 +11,7 @@ doesn't force files to disk.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,8 +20,9 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 from zarr.storage import MemoryStore
 
 from cache.errors import CorruptShard, MissingCache, StaleCache, damaged, unreadable
-from cache.files import PARTIAL, sync, sync_tree, write_atomic, writing
+from cache.files import remove, write_atomic
 from cache.header import DATA, HEADER, METADATA, check_same, new_attributes, read_attributes, write_attributes
+from cache.places import Place, place, size_of
 from cache.schema import ARRAYS, SAMPLE, SHARD, ArraySpec, block_digest, spec_of
 
 ZSTD_LEVEL = 3  # zstd's own default
@@ -35,28 +34,28 @@ BAD_METADATA = (OSError, ValueError, KeyError, TypeError)
 class Store:
     """The arrays under one cache folder. Picklable: holds paths and numbers, opens zarr when first read."""
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Place) -> None:
         """Use `Store.open` or `Store.create`."""
-        self.path = Path(path)
+        self.path = place(path)
         self.data = self.path / DATA
         self._found = read_attributes(self.path)
         self._samples: list[str] | None = None
         self._opened: dict[str, Any] = {}
 
     @classmethod
-    def open(cls, path: str | Path) -> Store:
+    def open(cls, path: str | Place) -> Store:
         """An existing cache. Raises: MissingCache, StaleCache (schema version), CorruptShard (metadata)."""
         return cls(path)
 
     @staticmethod
-    def is_at(path: str | Path) -> bool:
+    def is_at(path: str | Place) -> bool:
         """Whether there is a cache of any kind."""
-        return (Path(path) / DATA / METADATA).is_file()
+        return (place(path) / DATA / METADATA).is_file()
 
     @classmethod
     def create(
         cls,
-        path: str | Path,
+        path: str | Place,
         *,
         sizes: Mapping[str, int],
         arrays: Sequence[str],
@@ -73,8 +72,8 @@ class Store:
         Raises: StaleCache naming what differs, CacheWriteFailed, ValueError.
         """
         wanted = new_attributes(sizes, samples, attributes, dtypes or {})
-        if not (Path(path) / DATA).exists():
-            _create(Path(path), wanted, samples)
+        if not cls.is_at(path):
+            _create(place(path), wanted, samples)
         store = cls(path)
         check_same(store.path, store._found, store.samples, wanted, samples)
         if len(samples) > store.num_samples:
@@ -105,20 +104,13 @@ class Store:
                         f"{self.path}: array {name!r} has shape {found}, wanted {wanted}. Delete "
                         f"{self.data / name} to have it made again, or point cache.path elsewhere."
                     )
-                with writing(self.data / name):
-                    shutil.rmtree(self.data / name)
+                remove(self.data / name)
         if merged != self.sizes:
             header = {**self._found[HEADER], "sizes": merged}
             self._found = write_attributes(self.path, {**self._found, HEADER: header})
-        for name in longer:
+        for name in [*longer, *(name for name in names if not self.has(name))]:
             made = _encoded(self.spec(name), self.spec(name).shape(merged))
             write_atomic(self.data / name / METADATA, made[f"{name}/{METADATA}"])
-        for name in names:
-            if not self.has(name):
-                with writing(self.data / name):
-                    _new_array(str(self.data), self.spec(name), self.spec(name).shape(merged))
-                    sync_tree(self.data / name)
-                    sync(self.data)
         self._opened.clear()
 
     @property
@@ -186,7 +178,7 @@ class Store:
 
     def size_bytes(self, array: str) -> int:
         """Bytes on disk."""
-        return sum(file.stat().st_size for file in (self.data / array).glob("*") if file.is_file())
+        return sum(size_of(file) or 0 for file in (self.data / array).glob("*"))
 
     def write_shard(self, array: str, shard: int, block: np.ndarray) -> str:
         """Writes one whole shard, forces it to disk, reads it back and compares; returns its digest.
@@ -262,7 +254,7 @@ class Store:
             raise IndexError(f"{self.path}: {array!r} has one shard, 0, asked for {shard}.")
         return range(self._zarr(array).shape[0])
 
-    def _file(self, array: str, shard: int) -> Path:
+    def _file(self, array: str, shard: int) -> Place:
         num_axes = len(ARRAYS.get(array, SAMPLE).axes)
         return self.data / array / ".".join(["c", str(shard), *["0"] * (num_axes - 1)])
 
@@ -284,9 +276,9 @@ class Store:
     def _decode(self, array: str, shard: int, rows: slice | np.ndarray) -> np.ndarray:
         opened, file = self._zarr(array), self._file(array, shard)
         # Of a file that is missing or empty zarr would hand out fill values.
-        if not file.is_file() or file.stat().st_size == 0:
-            raise damaged(file, array, shard, "the file is missing or empty")
         try:
+            if not size_of(file):
+                raise damaged(file, array, shard, "the file is missing or empty")
             return opened[rows] if isinstance(rows, slice) else opened.oindex[rows]
         except BAD_BYTES as error:
             raise damaged(file, array, shard, error) from error
@@ -294,20 +286,13 @@ class Store:
             raise unreadable(file, error) from error
 
 
-def _create(path: Path, attributes: dict[str, Any], samples: Sequence[str]) -> None:
-    """Makes the group with its sample ids beside its place, then renames: there is never half a cache."""
-    partial = path / f"{DATA}{PARTIAL}"
-    with writing(path / DATA):
-        shutil.rmtree(partial, ignore_errors=True)
-        path.mkdir(parents=True, exist_ok=True)
-        zarr.create_group(str(partial), zarr_format=3, attributes=attributes)
-        _write_ids(partial, samples, 0)
-        sync_tree(partial)
-        partial.rename(path / DATA)
-        sync(path)
+def _create(path: Place, attributes: dict[str, Any], samples: Sequence[str]) -> None:
+    """Makes the group with its sample ids. Its own metadata comes last: there is never half a cache."""
+    _write_ids(path / DATA, samples, 0)
+    write_attributes(path, attributes)
 
 
-def _write_ids(data: Path, samples: Sequence[str], first: int) -> None:
+def _write_ids(data: Place, samples: Sequence[str], first: int) -> None:
     """Writes the ids from row `first` on, whole files, and then the array's new length."""
     start = first // SAMPLE.chunk * SAMPLE.chunk
     ids = np.array(samples, dtype=np.dtypes.StringDType())

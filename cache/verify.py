@@ -10,13 +10,13 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from cache.errors import CacheError, StaleCache, damaged
 from cache.ledger import Ledger, read_manifest
+from cache.places import Place, place
 from cache.schema import ARRAYS, SAMPLE, ArraySpec, block_digest
 from cache.store import Store
 
@@ -40,7 +40,10 @@ class Finding:
 
 
 def verify(
-    cache_root: str | Path, *, fingerprints: Mapping[str, str] | None = None, progress: Progress | None = None
+    cache_root: str | Place,
+    *,
+    fingerprints: Mapping[str, str] | None = None,
+    progress: Progress | None = None,
 ) -> list[Finding]:
     """All that is wrong with a cache; an empty list when every recorded shard is as it was written.
 
@@ -48,7 +51,7 @@ def verify(
     `progress(done, total)` is called after each recorded shard.
     Raises: MissingCache, StaleCache (schema version), CorruptShard (the group's own metadata).
     """
-    root, fingerprints = Path(cache_root), fingerprints or {}
+    root, fingerprints = place(cache_root), fingerprints or {}
     store = Store.open(root)
     stages = sorted(
         {*fingerprints}
@@ -226,7 +229,7 @@ def _invalid(spec: ArraySpec, block: np.ndarray, usable: np.ndarray) -> Iterator
         yield f"{len(rows)} usable rows hold values that aren't finite, the first is row {rows[0]} in it"
 
 
-def _manifest(store: Store, stage: str) -> Path:
+def _manifest(store: Store, stage: str) -> Place:
     return store.path / f"{stage}{MANIFEST}"
 
 

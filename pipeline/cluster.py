@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from cache.errors import damaged
-from cache.ledger import Ledger, lock, write_manifest
+from cache.ledger import Ledger, lock
 from cache.store import Store
 from cache.verify import read_recorded
 from pipeline.batches import data_of
@@ -29,7 +29,7 @@ from pipeline.engine import map_shards
 from pipeline.ops.quantise import dequantised
 from pipeline.pseudo import IGNORED, cluster_tokens, device_name, num_centres, sum_of, written_arrays
 from pipeline.rows import cached_samples, check_unchanged, made_from, samples_of, span
-from pipeline.tracking import found_manifest, manifest_path, progress, record_shard, required_manifest, say
+from pipeline.tracking import finish, found_manifest, progress, record_shard, required_manifest, say
 
 STREAM = "stream"
 
@@ -57,6 +57,7 @@ def cluster(config: Config, *, workers: int = 0, scheduler: str | None = None) -
     content = digest([identity, above["content"], stamps])
     manifest = found_manifest(config, "cluster")
     if manifest is not None and manifest.get("content") == content:
+        finish(config, "cluster", manifest)
         say(f"cluster: nothing to do, {manifest['num_samples']} images have pseudo labels")
         return manifest
     with lock(config.cache_path, "cluster"):
@@ -93,7 +94,7 @@ def cluster(config: Config, *, workers: int = 0, scheduler: str | None = None) -
             "digests": digest([entry["digests"] for entry in entries]),
         }
         store.update_attributes("cluster", {k: manifest[k] for k in ("fingerprint", "backend", "device")})
-        write_manifest(manifest_path(config, "cluster"), manifest)
+        finish(config, "cluster", manifest)
     return manifest
 
 

@@ -70,7 +70,7 @@ class Views(Section):
 
 
 class CacheSection(Section):
-    path: str | None = Field(None, description="default runs/<name>/cache; several runs may share one")
+    path: str | None = Field(None, description="a folder or an fsspec URL; default runs/<name>/cache")
     tokens: Literal["float16", "int8", "stream"] = Field(
         "float16", description="how dense tokens are kept; stream: clustered in memory, never kept"
     )
@@ -217,8 +217,17 @@ class Config(Section):
         return Path(self.runs) / self.name
 
     @property
-    def cache_path(self) -> Path:
-        return Path(self.cache.path) if self.cache.path else self.run_path / "cache"
+    def cache_path(self) -> Path | str:
+        """A folder, or the URL of an object store as text."""
+        if self.cache.path is None:
+            return self.run_path / "cache"
+        return self.cache.path if "://" in self.cache.path else Path(self.cache.path)
+
+    @property
+    def manifest_folder(self) -> Path:
+        """Where Snakemake looks: the cache itself, or, when that is a URL, copies in the run folder."""
+        where = self.cache_path
+        return where if isinstance(where, Path) else self.run_path / "cache"
 
 
 # What each stage reads of the config, and what it builds on.
@@ -365,6 +374,10 @@ def contrast_name(config: Config, contrast: str, seed: int) -> str:
     return config.name if is_itself else f"{config.name}-{contrast}-{seed}"
 
 
+def _text(path: Path | str) -> str:
+    return path.as_posix() if isinstance(path, Path) else path
+
+
 def contrast_runs(config: Config, settings: Iterable[str]) -> dict[str, tuple[str, ...]]:
     """Run names and their settings: the run itself, then each contrast and seed, all on the run's cache."""
     runs = {config.name: tuple(settings)}
@@ -373,7 +386,7 @@ def contrast_runs(config: Config, settings: Iterable[str]) -> dict[str, tuple[st
             name = contrast_name(config, contrast, seed)
             if name == config.name:
                 continue
-            where = (f"name={name}", f"cache.path={config.cache_path.as_posix()}", f"train.seed={seed}")
+            where = (f"name={name}", f"cache.path={_text(config.cache_path)}", f"train.seed={seed}")
             runs[name] = (*settings, *changes, *where)
     return runs
 

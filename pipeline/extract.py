@@ -24,8 +24,7 @@ import numpy as np
 import torch
 
 from cache.errors import CorruptShard, StaleCache, damaged
-from cache.files import remove
-from cache.ledger import Ledger, lock, write_manifest
+from cache.ledger import Ledger, lock
 from cache.schema import block_digest
 from cache.store import Store
 from cache.verify import whole_digests
@@ -39,7 +38,7 @@ from pipeline.models.teacher import Teacher
 from pipeline.ops.quantise import dequantised
 from pipeline.pseudo import cluster_tokens, num_centres, sum_of, written_arrays
 from pipeline.rows import cached_samples, check_unchanged, in_row_order, made_from, samples_of, span
-from pipeline.tracking import found_manifest, manifest_path, progress, record_shard, save_config, say
+from pipeline.tracking import finish, found_manifest, progress, record_shard, reopen, save_config, say
 
 # An audit fails below this cosine. int8 alone costs about 3e-5, bfloat16 on another machine 1e-4.
 AUDIT_COSINE = 0.999
@@ -73,6 +72,7 @@ def extract(config: Config, *, workers: int = 0, scheduler: str | None = None) -
     stamps = made_from(config, data, samples)
     content = digest([identity, [sample.id for sample in samples], stamps])
     if manifest is not None and manifest.get("content") == content:
+        finish(config, "extract", manifest)
         say(f"extract: nothing to do, {len(samples)} images are cached in {path}")
         return manifest
     with lock(path, "extract"):
@@ -82,7 +82,7 @@ def extract(config: Config, *, workers: int = 0, scheduler: str | None = None) -
         if cached and len(samples) > len(cached):
             say(f"extract: {len(samples) - len(cached)} images are new, {len(cached)} keep their rows")
         for stage in ("extract", "cluster"):  # from here on neither is complete
-            remove(manifest_path(config, stage))
+            reopen(config, stage)
         store = _open_store(config, data, identity, samples)
         entries = ledger.entries_of(identity)
         todo = [s for s in range(store.num_shards) if entries.get(s, {}).get("rows") != span(store.rows(s))]
@@ -120,7 +120,7 @@ def extract(config: Config, *, workers: int = 0, scheduler: str | None = None) -
             "whole": whole_digests(store),
             "digests": digest({s: (ledger.entry(s) or {}).get("digests") for s in range(store.num_shards)}),
         }
-        write_manifest(manifest_path(config, "extract"), manifest)
+        finish(config, "extract", manifest)
     return manifest
 
 

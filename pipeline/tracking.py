@@ -31,7 +31,9 @@ from rich.progress import (
 from rich.text import Text
 
 from cache.errors import MissingCache, StaleCache
-from cache.ledger import Ledger, read_manifest
+from cache.files import remove
+from cache.ledger import Ledger, read_manifest, write_manifest
+from cache.places import Place, place
 from pipeline.config import Config, ConfigError, config_fingerprint, load
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -77,19 +79,34 @@ def progress(what: str, total: int, *, done: int = 0, unit: str = "images") -> I
 
 
 MANIFESTS = {
-    "extract": lambda config: config.cache_path / "extract.manifest.json",
-    "cluster": lambda config: config.cache_path / "cluster.manifest.json",
+    "extract": lambda config: place(config.cache_path) / "extract.manifest.json",
+    "cluster": lambda config: place(config.cache_path) / "cluster.manifest.json",
     "train": lambda config: config.run_path / "train" / "train.manifest.json",
 }
 
 
-def manifest_path(config: Config, stage: str) -> Path:
+def manifest_path(config: Config, stage: str) -> Place:
     return MANIFESTS[stage](config)
 
 
 def found_manifest(config: Config, stage: str) -> dict[str, Any] | None:
     """The stage's manifest, or None when the stage never ended."""
     return read_manifest(manifest_path(config, stage))
+
+
+def reopen(config: Config, stage: str) -> None:
+    """Takes back that a stage of the cache is complete."""
+    for path in (manifest_path(config, stage), config.manifest_folder / f"{stage}.manifest.json"):
+        remove(path)
+
+
+def finish(config: Config, stage: str, manifest: dict[str, Any]) -> None:
+    """Says that a stage of the cache is complete: the manifest, and its copy where Snakemake looks."""
+    copy = config.manifest_folder / f"{stage}.manifest.json"
+    if found_manifest(config, stage) != manifest:
+        write_manifest(manifest_path(config, stage), manifest)
+    if copy != manifest_path(config, stage) and read_manifest(copy) != manifest:
+        write_manifest(copy, manifest)
 
 
 def required_manifest(config: Config, stage: str) -> dict[str, Any]:

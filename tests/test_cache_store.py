@@ -323,7 +323,7 @@ def test_no_room_to_create(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr("cache.store.zarr.create_group", fail)
+        patched.setattr(cache.files.os, "fsync", fail)
         with pytest.raises(CacheWriteFailed, match="No space left"):
             make(tmp_path / "cache")
     assert make(tmp_path / "cache").samples == IDS

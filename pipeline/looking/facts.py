@@ -13,6 +13,7 @@ from typing import Any
 
 from cache.errors import CacheError
 from cache.ledger import Ledger, read_manifest
+from cache.places import place
 from cache.schema import ARRAYS
 from cache.store import Store
 from pipeline.config import Config, UserError
@@ -168,7 +169,11 @@ def sisters(config: Config) -> list[Sister]:
         except (UserError, CacheError):
             continue  # somebody else's folder
         is_same = path.parent.resolve() == config.run_path.resolve()
-        if metrics is None or is_same or other.cache_path.resolve() != config.cache_path.resolve():
+        if (
+            metrics is None
+            or is_same
+            or place(other.cache_path).resolve() != place(config.cache_path).resolve()
+        ):
             continue
         theirs = settings_of(other)
         differs = tuple(f"{key} = {_word(theirs.get(key))}" for key in theirs if theirs[key] != own.get(key))

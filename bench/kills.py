@@ -208,7 +208,9 @@ def kill_stage(stage: str, kills: int, seed: int, folder: Path) -> Count:
         while was_killed:
             before = records(config, stage)
             limit = random_.uniform(0, count.usual_s) if count.kills < kills else None
-            was_killed, _ = starter.run(stage, here, kill_after_s=limit)
+            was_killed, lived_s = starter.run(stage, here, kill_after_s=limit)
+            if not was_killed and not before:
+                count.usual_s = min(count.usual_s, lived_s)  # the first one may have met a busy machine
             if was_killed:
                 count.kills += 1
                 look_after_kill(count, config, stage, before, starter.touched())

@@ -1,7 +1,8 @@
 """What a data set is to the stages: classes, their split into seen and unseen, samples, images, labels.
 
 Axes: H, W pixels of one image, K classes. Coordinates are those of the upright image: an EXIF
-orientation is applied to the image, and a mask is taken to be upright already.
+orientation is applied to the image, and a mask is read as it is stored, which must be upright (mmseg's
+loaders do the same: the image is turned, the annotation is not). A mask with such a tag is an error.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import difflib
 import hashlib
 import importlib
 import inspect
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +29,9 @@ from pipeline.data.classes import Splits, bitwise_palette
 PARTS = ("train", "test")
 IGNORE = 255  # label of a pixel without annotation, in everything that leaves this folder
 STAMP_THREADS = 8  # waiting for the disk or the network, not computing
+# PIL warns above this and reads on up to twice as much: over 1 GB a decoding thread. Here it is an error.
+MAX_PIXELS = 89_478_485  # PIL's own MAX_IMAGE_PIXELS, a quarter of a GiB of 24-bit pixels
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 # EXIF tag 274 -> what turns the stored pixels upright (CIPA DC-008, section 4.6.4); 5 to 8 swap the sides.
 ORIENTATION = 274
@@ -232,6 +237,11 @@ def opened(path: str | Path, wrong: type[DataError]) -> Iterator[Image.Image]:
     """An open picture. Wrong content becomes the error `wrong`, what the file system says a DataError."""
     try:
         with Image.open(path) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise wrong(
+                    f"{image.width} x {image.height} pixels, and more than {MAX_PIXELS} are not read: it may be a "
+                    "decompression bomb. Make it smaller, or leave it out"
+                )
             yield image
     except DataError as error:  # ours, about the content
         raise type(error)(f"{path}: {error}.") from None

@@ -127,7 +127,10 @@ def file_stamp(path: str | Path) -> str:
 
 
 def read_mask(path: str | Path) -> np.ndarray:
-    """Class ids as they are stored, (H, W) integers: palette indices or grey values. Raises: DataError."""
+    """Class ids as they are stored, (H, W) integers: palette indices or grey values. Raises: DataError.
+
+    An orientation tag is refused: whether the pixels were turned before it was copied here, nobody can tell.
+    """
     with opened(path, DataError) as image:
         if image.format == "JPEG":
             raise DataError("a JPEG mask; its compression changes ids. Save masks as PNG")
@@ -138,6 +141,11 @@ def read_mask(path: str | Path) -> np.ndarray:
         if any(str(tile[3]) in {"L;2", "L;4"} for tile in getattr(image, "tile", ())):
             raise DataError(
                 "greys of 2 or 4 bits, which decoders stretch to 0-255. Save the mask with 8 bits"
+            )
+        if orientation(image) != 1:  # asked last: it decodes a PNG, and the tiles above are gone
+            raise DataError(
+                f"an EXIF orientation of {orientation(image)}; labels are read as stored. Save the mask upright, "
+                "as its image is shown, without that tag"
             )
         pixels = np.array(image)
         return pixels.astype(np.uint8) if pixels.dtype == bool else pixels

@@ -8,14 +8,16 @@
     test: {images: "test/*.jpg", masks: "test_masks/*_ids.png", mask_suffix: _ids, list: test.txt}
 
 Globs and lists are relative to the yaml's folder; image and mask are paired by the file name without
-its ending (and without `mask_suffix`), which is the sample's id. A list names the ids to take, one a
-line. Raw ids of the masks are positions in `classes`; with `reduce_zero_label: true` raw 0 has no
-label and the classes are 1, 2, ... `palette` gives each class a colour, [r, g, b] of 0-255.
+its ending (and without `mask_suffix`), which is the sample's id, in Unicode's composed form (NFC), for
+some systems decompose names when copying. A list names the ids to take, one a line. Raw ids of the masks
+are positions in `classes`; with `reduce_zero_label: true` raw 0 has no label and the classes are 1, 2, ...
+`palette` gives each class a colour, [r, g, b] of 0-255.
 """
 
 from __future__ import annotations
 
 import glob
+import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -106,7 +108,8 @@ class FolderDataSet(FileDataSet):
             )
         ids = sorted(images)
         if described.get("list"):
-            ids = read_ids(self.path.parent / described["list"], f"It is named in {self.path}.")
+            listed = read_ids(self.path.parent / described["list"], f"It is named in {self.path}.")
+            ids = [unicodedata.normalize("NFC", i) for i in listed]
             refuse_missing(
                 ids, images, "listed ids have no image", where, "Correct the list or the pattern of images."
             )
@@ -130,7 +133,13 @@ class FolderDataSet(FileDataSet):
                 raise DataError(
                     f"{where}.{key}: {path} does not end in the mask_suffix {suffix!r} before its ending."
                 )
-            stem = path.stem.removesuffix(suffix)
+            stem = unicodedata.normalize("NFC", path.stem.removesuffix(suffix))
+            if any(
+                unicodedata.category(character) == "Cs" for character in stem
+            ):  # Python's undecodable bytes
+                raise DataError(
+                    f"{where}.{key}: {str(path)!a} has bytes in its name that are no text; rename it."
+                )
             if stem in found:
                 raise DataError(
                     f"{where}.{key}: {found[stem]} and {path} have the same id {stem!r}; rename one."

@@ -44,14 +44,14 @@ def writing(path: Place) -> Iterator[None]:
         ) from error
 
 
-def write_atomic(path: Place, content: Any) -> None:
-    """Replaces `path` by `content` (bytes-like), on disk when this returns.
+def write_atomic(path: Place, *pieces: Any) -> None:
+    """Replaces `path` by these pieces (bytes-like) one after another, on disk when this returns.
 
     Raises: CacheWriteFailed; the old file, if there was one, is untouched.
     """
     if isinstance(path, RemotePath):
         with writing(path):
-            path.put(content)
+            path.put(pieces[0] if len(pieces) == 1 else b"".join(pieces))
         return
     # The process id keeps a repeated task on a lost worker from writing into its twin's file.
     partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")
@@ -59,7 +59,7 @@ def write_atomic(path: Place, content: Any) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with partial.open("wb") as file:
-                file.write(content)
+                file.writelines(pieces)
                 file.flush()
                 os.fsync(file.fileno())
             partial.replace(path)

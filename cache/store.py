@@ -4,14 +4,15 @@
     digest = store.write_shard("cls", 3, block)      # (64, V, C); then record it in the ledger
     store.read_rows("cls", [200])                    # (1, V, C)
 
-`root/data.zarr` is a plain Zarr v3 group. A shard's bytes are zarr's own, but made in memory: zarr
-would merge a shard into the one on disk (so that a corrupt one could never be mended), and it
+`root/data.zarr` is a plain Zarr v3 group, and zarr reads it. Shards are written by `shards.py`: zarr would merge a
+shard into the one on disk (so that a corrupt one could never be mended), copies it several times, and
 doesn't force files to disk.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,8 +25,8 @@ from cache.files import remove, write_atomic
 from cache.header import DATA, HEADER, METADATA, check_same, new_attributes, read_attributes, write_attributes
 from cache.places import Place, place, size_of
 from cache.schema import ARRAYS, SAMPLE, SHARD, ArraySpec, block_digest, spec_of
+from cache.shards import ZSTD_LEVEL, holds, shard_bytes
 
-ZSTD_LEVEL = 3  # zstd's own default
 # What zarr and its codecs raise on bytes, and on array metadata, that aren't what was written.
 BAD_BYTES = (ValueError, RuntimeError)
 BAD_METADATA = (OSError, ValueError, KeyError, TypeError)
@@ -194,16 +195,28 @@ class Store:
                 f"{self.path}: shard {shard} of {array!r} is {wanted} {spec.dtype}, "
                 f"got {block.shape} {block.dtype}; only whole shards are written."
             )
-        made = _encoded(spec, wanted, block)
-        (encoded,) = (value for key, value in made.items() if not key.endswith(METADATA))
-        write_atomic(self._file(array, shard), encoded)
-        digest = block_digest(array, shard, block)
-        if self.digest(array, shard) != digest:
+        if spec.is_sharded:
+            pieces = shard_bytes(spec, np.ascontiguousarray(block))
+        else:
+            made = _encoded(spec, wanted, block)
+            pieces = [memoryview(value) for key, value in made.items() if not key.endswith(METADATA)]
+        write_atomic(self._file(array, shard), *pieces)
+        if not holds(self._bytes(array, shard), pieces):
             raise CorruptShard(
                 f"{self._file(array, shard)}: what was read back differs from what was written. "
                 "Check the disk and the memory of this machine, or point cache.path elsewhere."
             )
-        return digest
+        return block_digest(array, shard, block)
+
+    def _bytes(self, array: str, shard: int) -> np.ndarray:
+        """What the disk holds, (size,) uint8."""
+        file = self._file(array, shard)
+        try:
+            if isinstance(file, Path):
+                return np.memmap(file, np.uint8, "r")
+            return np.frombuffer(file.read_bytes(), np.uint8)
+        except OSError as error:
+            raise unreadable(file, error) from error
 
     def write_whole(self, array: str, values: np.ndarray) -> str:
         """Writes an array that has no sample axis, such as `text`; otherwise as write_shard."""

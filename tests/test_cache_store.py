@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 import cache.files
 import cache.store
+import cache.store as store_module
 from cache.errors import CacheError, CacheWriteFailed, CorruptShard, MissingCache, StaleCache
 from cache.schema import ARRAYS, SAMPLE, SHARD, ArraySpec, block_digest
 from cache.store import Store
@@ -266,7 +267,15 @@ def test_damaged_metadata_and_ids(filled):
 
 def test_a_disk_that_lies(store, monkeypatch):
     """Reading back is a part of writing."""
-    monkeypatch.setattr(Store, "digest", lambda *_: "0" * 32)
+    write = store_module.write_atomic
+
+    def lying(path, *pieces):
+        write(path, *pieces)
+        content = bytearray(path.read_bytes())
+        content[100] ^= 1
+        path.write_bytes(content)
+
+    monkeypatch.setattr(store_module, "write_atomic", lying)
     with pytest.raises(CorruptShard, match="read back"):
         store.write_shard("cls", 0, block_of("cls", 64))
 

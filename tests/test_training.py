@@ -160,7 +160,7 @@ def manifest_identity(config):
     from pipeline.config import fingerprint
     from pipeline.tracking import required_manifest
 
-    return fingerprint(config, "train", required_manifest(config, "cluster")["fingerprint"], {})
+    return fingerprint(config, "train", required_manifest(config, "cluster")["content"], {})
 
 
 # --- nothing unseen ------------------------------------------------------------------------------

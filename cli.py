@@ -136,11 +136,14 @@ def inspect(
     export: Annotated[
         Path | None, typer.Option("--export", help="write pseudo labels as indexed PNGs")
     ] = None,
+    shard: Annotated[
+        int | None, typer.Option("--shard", help="print one shard instead: samples, sizes, checksums, origin")
+    ] = None,
 ) -> None:
     """Look into a run: the cache's tree, and an HTML report of labels, pseudo labels and predictions."""
     from pipeline import report as stage
 
-    stage.inspect(run, image=image, class_name=class_, png=png, export=export)
+    stage.inspect(run, image=image, class_name=class_, png=png, export=export, shard=shard)
 
 
 @app.command()

@@ -177,9 +177,10 @@ class Store:
     def has(self, array: str) -> bool:
         return array in ARRAYS and (self.data / array / METADATA).is_file()
 
-    def size_bytes(self, array: str) -> int:
-        """Bytes on disk."""
-        return sum(size_of(file) or 0 for file in (self.data / array).glob("*"))
+    def size_bytes(self, array: str, shard: int | None = None) -> int:
+        """Bytes on disk, of one shard or of the whole array; 0 for what isn't there."""
+        pattern = "*" if shard is None else self._file(array, shard).name
+        return sum(size_of(file) or 0 for file in (self.data / array).glob(pattern))
 
     def write_shard(self, array: str, shard: int, block: np.ndarray) -> str:
         """Writes one whole shard, forces it to disk, reads it back and compares; returns its digest.

@@ -4,6 +4,7 @@
     python cli.py inspect runs/demo                          the same of a run that is half done
     python cli.py inspect runs/demo --image train-00007 --png panels.png
     python cli.py inspect runs/demo --export pseudo/         pseudo labels as indexed PNGs
+    python cli.py inspect runs/demo --shard 3                one shard: samples, sizes, checksums, when and where
 
 `inspect` writes its page to runs/<name>/inspect/, never over the finished run's report.
 """
@@ -44,6 +45,7 @@ from pipeline.looking.gallery import (
 )
 from pipeline.looking.page import render
 from pipeline.looking.panels import indexed, object_palette, resized, sheet
+from pipeline.looking.shard import shard_tree
 from pipeline.tracking import run_config, say
 
 MANY = 8  # quarantined images listed in the tree
@@ -79,14 +81,19 @@ def inspect(
     class_name: str | None = None,
     png: Path | None = None,
     export: Path | None = None,
+    shard: int | None = None,
 ) -> None:
     """Prints the cache's tree, then writes what was asked for: a PNG, pseudo labels, or else the page.
 
-    Raises: UserError for a run, image or class that doesn't exist, naming the nearest that do.
+    With `shard` it prints that shard instead. Raises: UserError for a run, image, class or shard that
+    doesn't exist, naming the nearest that do.
     """
     config = _config_of(run)
     store, metrics = Store.open(config.cache_path), read_manifest(facts.metrics_path(config))
     out = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=PIPE_WIDTH)
+    if shard is not None:
+        out.print(shard_tree(store, shard))
+        return
     tree = cache_tree(config, store, metrics)
     try:
         data = data_of(config)

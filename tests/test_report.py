@@ -185,16 +185,16 @@ def make_cache(config, *, clustered=(0, 1)):
         status = np.array([int(row == BROKEN) for row in rows], np.uint8)
         boxes = np.stack([draw_views("demo", ids[row], 2, SIZE, SIZE, SIZE) for row in rows])
         boxes[status == 1] = np.nan
-        store.write_shard("status", shard, status)
-        store.write_shard("view", shard, boxes)
-        store.write_shard("cls", shard, np.zeros((len(rows), 2, CHANNELS), np.float16))
+        made = {"status": status, "view": boxes, "cls": np.zeros((len(rows), 2, CHANNELS), np.float16)}
         bad = {ids[row]: "[truncated] file" for row in rows if row == BROKEN}
-        entry = {"rows": [rows.start, rows.stop], "digests": {}, "quarantined": bad}
-        record_shard(config, "extract", shard, entry | {"fingerprint": "e0"}, 0.0)
+        entry = {"rows": [rows.start, rows.stop], "quarantined": bad, "fingerprint": "e0"}
+        digests = {name: store.write_shard(name, shard, block) for name, block in made.items()}
+        record_shard(config, "extract", shard, entry | {"digests": digests}, 0.0)
         if shard in clustered:
             block = np.stack([[pseudo_of(row, view) for view in range(2)] for row in rows])
-            store.write_shard("pseudo", shard, block)
-            record_shard(config, "cluster", shard, entry | {"fingerprint": "c0", "quarantined": {}}, 0.0)
+            digests = {"pseudo": store.write_shard("pseudo", shard, block)}
+            entry = entry | {"fingerprint": "c0", "quarantined": {}, "digests": digests}
+            record_shard(config, "cluster", shard, entry, 0.0)
     write_manifest(manifest_path(config, "extract"), {"fingerprint": "e0"})
     if len(clustered) == store.num_shards:
         summary = {

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from cache.errors import damaged
-from cache.ledger import Ledger, lock
+from cache.ledger import Ledger, lock, refuse_if_locked
 from cache.store import Store
 from cache.verify import read_recorded
 from pipeline.batches import data_of
@@ -46,6 +46,9 @@ def cluster(config: Config, *, workers: int = 0, scheduler: str | None = None) -
     Raises: MissingCache, StaleCache, CorruptShard, DataError.
     """
     above = required_manifest(config, "extract")
+    manifest = found_manifest(config, "cluster")
+    if manifest is None:
+        refuse_if_locked(config.cache_path)  # below every mask is looked at
     data = data_of(config)
     identity = fingerprint(config, "cluster", above["fingerprint"], {"unseen": data.unseen})
     store = Store.open(config.cache_path)
@@ -55,7 +58,6 @@ def cluster(config: Config, *, workers: int = 0, scheduler: str | None = None) -
         made = Ledger(config.cache_path, "extract")
         check_unchanged(made, above["fingerprint"], samples, made_from(config, data, samples))
     content = digest([identity, above["content"], stamps])
-    manifest = found_manifest(config, "cluster")
     if manifest is not None and manifest.get("content") == content:
         finish(config, "cluster", manifest)
         say(f"cluster: nothing to do, {manifest['num_samples']} images have pseudo labels")

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from cache.errors import CorruptShard, StaleCache, damaged
-from cache.ledger import Ledger, lock
+from cache.ledger import Ledger, lock, refuse_if_locked
 from cache.schema import block_digest
 from cache.store import Store
 from cache.verify import whole_digests
@@ -58,8 +58,10 @@ def extract(config: Config, *, workers: int = 0, scheduler: str | None = None) -
     Raises: DataError, TeacherError, CacheError (each one line that says what to do).
     """
     data, path = data_of(config), config.cache_path
-    identity = fingerprint(config, "extract", None, _facts(config, data))
     manifest = found_manifest(config, "extract")
+    if manifest is None:
+        refuse_if_locked(path)  # below every image is looked at
+    identity = fingerprint(config, "extract", None, _facts(config, data))
     if manifest is not None and manifest.get("fingerprint") != identity:
         raise StaleCache(
             f"{path}: holds an extraction with fingerprint {manifest.get('fingerprint')} (teacher "

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import cache.files
 from cache.errors import CacheError, CacheLocked, CacheWriteFailed
-from cache.ledger import Ledger, lock, read_manifest, write_manifest
+from cache.ledger import Ledger, lock, read_manifest, refuse_if_locked, write_manifest
 
 ROOT = Path(__file__).parents[1]
 ENTRY = {"rows": [0, 64], "fingerprint": "f", "digests": {"cls": "00"}, "quarantined": {}}
@@ -154,6 +154,20 @@ def test_a_second_process_is_told_at_once(tmp_path, holder):
         lock(tmp_path, "cluster").__enter__()
     assert "\n" not in str(caught.value)
     assert json.loads((tmp_path / "lock").read_text())["stage"] == "extract"
+
+
+def test_a_look_at_the_lock(tmp_path, holder):
+    with pytest.raises(CacheLocked, match=f"extract is writing.*process {holder.pid} on "):
+        refuse_if_locked(tmp_path)
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    before = (tmp_path / "lock").read_bytes()
+    refuse_if_locked(tmp_path)
+    refuse_if_locked(tmp_path / "no cache")
+    assert (tmp_path / "lock").read_bytes() == before
+    assert os.listdir(tmp_path) == ["lock"]
+    with lock(tmp_path, "cluster"), pytest.raises(CacheLocked):
+        refuse_if_locked(tmp_path)
 
 
 def test_the_lock_of_a_killed_process_is_taken_over(tmp_path, holder):

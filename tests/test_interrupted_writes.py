@@ -15,6 +15,7 @@ import cache.files
 import pipeline.cluster
 import pipeline.extract
 from bench.small_run import content_digest, small_arguments, small_config
+from pipeline.data.demo import DemoDataSet
 from tests.conftest import ROOT, is_one_line_error
 from tests.test_cache_ledger import HOLD
 
@@ -167,7 +168,7 @@ def snapshot(folder):
 
 
 @pytest.mark.parametrize("stage", ["extract", "cluster"])
-def test_a_second_run_is_told_and_changes_nothing(whole, tmp_path, run_cli, stage):
+def test_a_second_run_is_told_at_once_and_changes_nothing(whole, tmp_path, run_cli, monkeypatch, stage):
     """And when the first is killed, its lock means nothing any more."""
     shutil.copytree(whole[0], tmp_path, dirs_exist_ok=True)
     config, arguments = small_config(tmp_path, *SETTINGS), small_arguments(tmp_path, *SETTINGS)
@@ -181,7 +182,9 @@ def test_a_second_run_is_told_and_changes_nothing(whole, tmp_path, run_cli, stag
     try:
         assert first.stdout.readline() == "held\n"
         before = snapshot(tmp_path)
-        done = run_cli(stage, *arguments)
+        with monkeypatch.context() as patch:  # at once: before it looks at the images
+            patch.setattr(DemoDataSet, "identity", lambda *_: pytest.fail("looked at the data first"))
+            done = run_cli(stage, *arguments)
         assert is_one_line_error(
             done, "extract is writing to this cache", f"process {first.pid}", "Wait for it"
         )

@@ -93,7 +93,8 @@ def _traced(kind: Any, method: str, descriptor: int) -> None:
 class Starter:
     """Starts stages as processes and counts what each touched."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, settings: tuple[str, ...]) -> None:
+        self.settings = settings
         folder.mkdir(parents=True, exist_ok=True)
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(PRELOADED)
@@ -105,7 +106,7 @@ class Starter:
     def run(self, stage: str, where: Path, *, kill_after_s: float | None) -> tuple[bool, float]:
         """Whether it was killed (else it ended well), and the seconds it lived."""
         self.trace.unlink(missing_ok=True)
-        arguments = (stage, small_arguments(where), self.trace, self.log)
+        arguments = (stage, small_arguments(where, *self.settings), self.trace, self.log)
         process = self.context.Process(target=run_stage, args=arguments)
         process.start()
         began = time.monotonic()
@@ -192,19 +193,19 @@ def content(config: Config, stage: str) -> tuple[str, bytes]:
 # ---- rounds -------------------------------------------------------------------------------------
 
 
-def kill_stage(stage: str, kills: int, seed: int, folder: Path) -> Count:
+def kill_stage(stage: str, kills: int, seed: int, folder: Path, *settings: str) -> Count:
     """Rounds of one stage until `kills` kills have been dealt out."""
-    count, random_, starter = Count(), random.Random(f"{stage} {seed}"), Starter(folder)
+    count, random_, starter = Count(), random.Random(f"{stage} {seed}"), Starter(folder, settings)
     whole, upstream = folder / "whole", folder / "upstream"
     for above in STAGES[: STAGES.index(stage)]:
         starter.run(above, upstream, kill_after_s=None)
     _fresh(upstream, whole)
     _, count.usual_s = starter.run(stage, whole, kill_after_s=None)
-    wanted = content(small_config(whole), stage)
+    wanted = content(small_config(whole, *settings), stage)
     while count.kills < kills:
         here = folder / f"{stage}-{count.rounds}"
         _fresh(upstream, here)
-        config, was_killed = small_config(here), True
+        config, was_killed = small_config(here, *settings), True
         while was_killed:
             before = records(config, stage)
             limit = random_.uniform(0, count.usual_s) if count.kills < kills else None

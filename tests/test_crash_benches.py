@@ -9,7 +9,7 @@ from cache.ledger import Ledger
 
 @pytest.mark.parametrize("stage", kills.STAGES)
 def test_nothing_is_lost_by_kills(stage, tmp_path):
-    count = kills.kill_stage(stage, 2, 0, tmp_path)
+    count = kills.kill_stage(stage, 2, 0, tmp_path, "data.train=136", "views.num=1")
     assert count.faults == []
     assert count.kills == 2
     assert count.rounds >= 1

@@ -49,7 +49,7 @@ from pipeline.looking.shard import shard_tree
 from pipeline.tracking import run_config, say
 
 MANY = 8  # quarantined images listed in the tree
-PIPE_WIDTH = 120  # columns of the tree where there is no terminal to ask
+PIPE_WIDTH = 160  # columns of the tree where there is no terminal to ask
 
 
 def report(config: Config) -> Path:

@@ -77,7 +77,7 @@ def _arrays(
     for entry in entries.values():
         digests |= dict((entry or {}).get("digests") or {})
     for name in store.arrays:
-        spec = ARRAYS[name]
+        spec = store.spec(name)
         if not spec.is_sharded:
             continue
         shape = " x ".join(map(str, (len(store.rows(shard)), *spec.shape(store.sizes)[1:])))

@@ -20,7 +20,7 @@ import zarr
 from zarr.codecs import Crc32cCodec, ZstdCodec
 from zarr.storage import MemoryStore
 
-from cache.errors import CorruptShard, MissingCache, StaleCache, damaged, unreadable
+from cache.errors import CacheError, CorruptShard, MissingCache, StaleCache, damaged, unreadable
 from cache.files import remove, write_atomic
 from cache.header import DATA, HEADER, METADATA, check_same, new_attributes, read_attributes, write_attributes
 from cache.places import Place, place, size_of
@@ -294,6 +294,8 @@ class Store:
             if not size_of(file):
                 raise damaged(file, array, shard, "the file is missing or empty")
             return opened[rows] if isinstance(rows, slice) else opened.oindex[rows]
+        except CacheError:
+            raise  # some of them are ValueErrors too
         except BAD_BYTES as error:
             raise damaged(file, array, shard, error) from error
         except OSError as error:

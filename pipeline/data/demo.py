@@ -65,6 +65,7 @@ THINGS = (
 )
 TEXTURES = ("grass", "sand", "water", "brick")
 CLASSES = (*TEXTURES, *(thing.name for thing in THINGS))
+KEPT_SCENES = 4096  # rendered scenes in memory, 64 KiB each at 128 x 128; a training set may be larger
 UNSEEN = ("brick", "ladybird", "bee", "turtle", "snowman")
 PALETTE = np.array(
     [(86, 125, 70), (222, 200, 150), (64, 130, 200), (168, 92, 70)]
@@ -260,7 +261,7 @@ class DemoDataSet(DataSet):
             size,
         )
         self.radius = (float(radius[0]), float(radius[1]))
-        self.render = lru_cache(maxsize=train + test)(self._render)
+        self.render = lru_cache(maxsize=min(train + test, KEPT_SCENES))(self._render)
 
     def _render(self, image: str) -> Scene:
         seed, index = image.split("/")

@@ -162,4 +162,18 @@ def results_section(results: Results) -> str:
             f"GLM lifts mIoU(U) by {lift:+.1f} points, {word} than the larger spread, {spread:.1f} (the paper's",
             "Table 3, on PASCAL Context: 8.6 to 50.7).",
         ]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *_sweep(results)]) + "\n"
+
+
+def _sweep(results: Results) -> list[str]:
+    """mIoU(U) and hIoU by gamma, means over the seeds: shown as a sweep, nothing is chosen from it."""
+    sweeps = {c: [m["gamma_sweep"] for m in seeds.values()] for c, seeds in results.items()}
+    if not all(sweep for parts in sweeps.values() for sweep in parts):
+        return []
+    gammas = list(next(iter(sweeps.values()))[0])
+    lines = ["", f"| mIoU(U) / hIoU at gamma | {' | '.join(gammas)} |", "|---" * (len(gammas) + 1) + "|"]
+    for contrast, parts in sweeps.items():
+        means = [[statistics.mean(part[g][key] for part in parts) for key in KEYS[2:]] for g in gammas]
+        cells = " | ".join(f"{unseen:.0f} / {both:.0f}" for unseen, both in means)
+        lines.append(f"| {ROWS[contrast]} | {cells} |")
+    return lines

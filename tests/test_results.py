@@ -19,7 +19,8 @@ def evaluated(config, run: str, unseen: float) -> None:
     folder = config.run_path.with_name(run) / "eval"
     folder.mkdir(parents=True)
     scores = {"pAcc": 90.0, "mIoU_S": 50.0, "mIoU_U": unseen, "hIoU": 45.0}
-    more = {"gamma": 1.5, "num_images": 7, "fingerprint": f"id of {run}", "made": MADE}
+    sweep = {"0.0": {"mIoU_U": unseen - 10, "hIoU": 30.0}, "1.5": {"mIoU_U": unseen, "hIoU": 45.0}}
+    more = {"gamma": 1.5, "gamma_sweep": sweep, "num_images": 7, "fingerprint": f"id of {run}", "made": MADE}
     (folder / "metrics.json").write_text(json.dumps(scores | more))
 
 
@@ -34,6 +35,8 @@ def test_the_lift_by_hand(config):
     assert lift_of_glm(results) == pytest.approx((19, 8**0.5))
     section = results_section(results)
     assert "| full method | 2 | 90.0 ± 0.0 | 50.0 ± 0.0 | 40.0 ± 2.8 | 45.0 ± 0.0 |" in section
+    assert "| full method | 30 / 30 | 40 / 45 |" in section
+    assert "| without GLM | 11 / 30 | 21 / 45 |" in section
     assert "+19.0 points, more than the larger spread, 2.8" in section
 
 

@@ -16,7 +16,13 @@ from pipeline.models.glm import pooled
 from pipeline.ops import losses
 from tests.conftest import ROOT, is_one_line_error
 
-SETTINGS = ("train.processes=2", "train.batch=4", "train.iterations=3", "train.precision=fp32")
+SETTINGS = (
+    "train.processes=2",
+    "train.batch=4",
+    "train.iterations=3",
+    "train.precision=fp32",
+    "train.nel=all",
+)
 
 # One of the two processes: the train stage, spied upon. Keeps weights and gradients of each iteration.
 WORKER = f"""

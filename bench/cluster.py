@@ -22,9 +22,9 @@ from interleaved import heading, medians, verdict
 from sklearn.cluster import KMeans
 from threadpoolctl import threadpool_limits
 
-from pipeline.cluster import pseudo_labels
 from pipeline.config import Cluster
 from pipeline.ops import kmeans
+from pipeline.pseudo import pseudo_labels
 
 SIDE, CHANNELS, FIELD, NOISE = 32, 512, 6, 0.5
 

@@ -93,7 +93,7 @@ class CachedViews(Dataset):
         self.samples = cached_samples(data, self.store)
         self.size = int(self.store.attributes["teacher"]["image_size"])
         self.mean_colour = np.array(self.store.attributes["mean_colour"], np.uint8)
-        self.num_views = int(self.store.attributes["views"]["num"])
+        self.num_views = self._views_used(int(self.store.attributes["views"]["num"]))
         self.kept, status = self._checked()
         usable = [int(row) for row in np.flatnonzero(status == 0)]
         if not usable:
@@ -106,6 +106,15 @@ class CachedViews(Dataset):
                 f"train.validate.fraction {fraction} holds out {len(self.held_out)} of {len(usable)} images; both "
                 "parts need one. Choose another fraction."
             )
+
+    def _views_used(self, cached: int) -> int:
+        wanted = self.config.train.views or cached
+        if wanted > cached:
+            raise DataError(
+                f"train.views is {wanted}, and {self.config.cache_path} holds {cached} views an image. Lower it, or "
+                "extract again with more views.num."
+            )
+        return wanted
 
     def _checked(self) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """The small arrays, when they are small enough to keep, and `status`, shard by shard as recorded.

@@ -131,6 +131,7 @@ class Train(Section):
     warmup: int = Field(1500, ge=0, description="linear, iterations")
     power: float = Field(1.0, gt=0, description="of the poly decay")
     seed: int = 0
+    views: int | None = Field(None, ge=1, description="use only the first so many cached views; null: all")
     glm: Literal["attention", "max", "mean", "off"] = "attention"
     tau: float = Field(0.07, gt=0, description="InfoNCE's temperature (settled: CLIP's initial one)")
     bank: int = Field(24, ge=0, description="n, iterations of CLS tokens kept (section 4.2)")

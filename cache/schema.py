@@ -1,7 +1,7 @@
 """The arrays of a cache, as data: what a stage may write and what any reader may rely on.
 
-Axes: N samples, V views, C channels, h and w tokens, K classes, K_c centres, box x0, y0, x1, y1 in
-source pixels. An array over N is cut into shards of 64 samples, the unit of writing and of resume;
+Axes: N samples, V views, C channels, h and w tokens of a view, g_h and g_w tokens of an image at its own size,
+H and W its pixels, K classes, K_max classes of one image, K_c centres, box x0, y0, x1, y1 in source pixels. An array over N is cut into shards of 64 samples, the unit of writing and of resume;
 the others are a single file. No datum ever equals a fill value, so that a row that nobody wrote
 can't pass for data.
 """
@@ -17,7 +17,7 @@ import xxhash
 
 VERSION = 2  # raised when an older reader would misread a newer cache
 SHARD = 64  # samples: at 1 MiB of tokens a view, 64 to 256 MiB a file
-FIXED = {"box": 4}
+FIXED = {"box": 4, "hw": 2}
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,9 @@ _SPECS = (
         "int8 tokens times this are the teacher's",
         blank=True,
     ),
+    ArraySpec(
+        "pooled", ("N", "V", "C"), "float16", NAN, "extract", "the mean of the dense tokens", blank=True
+    ),
     # One byte a sample and always read as a whole, hence not one chunk a sample.
     ArraySpec("status", ("N",), "uint8", 255, "extract", "0 ok, else why it is quarantined", chunk=SHARD),
     ArraySpec("text", ("K", "C"), "float32", NAN, "extract", "unit-norm text features", 0, is_sharded=False),
@@ -102,6 +105,57 @@ _SPECS = (
         blank=True,
         compressed=True,  # nearly all of it is NaN
         is_debug=True,
+    ),
+    ArraySpec(
+        "cam",
+        ("N", "K_max", "g_h", "g_w"),
+        "float16",
+        NAN,
+        "cams",
+        "refined CAMs 0..1 of an image's classes, on its own token grid; 0 beyond cam_shape and cam_class",
+        blank=True,
+        compressed=True,
+    ),
+    ArraySpec(
+        "cam_raw",
+        ("N", "K_max", "g_h", "g_w"),
+        "float16",
+        NAN,
+        "cams",
+        "the same before the attention-based refinement (cams.debug)",
+        blank=True,
+        compressed=True,
+        is_debug=True,
+    ),
+    ArraySpec(
+        "cam_class",
+        ("N", "K_max"),
+        "uint8",
+        254,
+        "cams",
+        "class id of each CAM, 255 beyond the last",
+        blank=True,
+    ),
+    ArraySpec("cam_shape", ("N", "hw"), "uint16", 65535, "cams", "tokens down and across", blank=True),
+    ArraySpec(
+        "mask",
+        ("N", "H", "W"),
+        "uint8",
+        254,
+        "cams",
+        "class id of each pixel after cams.refine, 255 beyond the image",
+        blank=True,
+        compressed=True,
+    ),
+    ArraySpec(
+        "confidence",
+        ("N", "H", "W"),
+        "uint8",
+        255,
+        "cams",
+        "200 times the largest class score of each pixel after cams.refine",
+        blank=True,
+        compressed=True,
     ),
 )
 ARRAYS = {spec.name: spec for spec in _SPECS}

@@ -71,8 +71,10 @@ class Views(Section):
 
 class CacheSection(Section):
     path: str | None = Field(None, description="a folder or an fsspec URL; default runs/<name>/cache")
-    tokens: Literal["float16", "int8", "stream"] = Field(
-        "float16", description="how dense tokens are kept; stream: clustered in memory, never kept"
+    tokens: Literal["float16", "int8", "stream", "pooled"] = Field(
+        "float16",
+        description="how dense tokens are kept; stream: clustered in memory, never kept; pooled: their mean alone, "
+        "which is all that clip_es needs",
     )
     max_bad: int = Field(10, ge=0, description="more quarantined images than this stop extract")
 
@@ -89,6 +91,31 @@ class Cluster(Section):
     debug: bool = Field(False, description="keep centroids and the map before fusion too")
 
 
+class Cams(Section):
+    """CLIP-ES: refined class activation maps of image-level labels (method section 11)."""
+
+    template: str = Field("a clean origami {}.", description="of foreground and background (CLIP-ES)")
+    synonyms: str | dict[str, str] = Field(
+        default_factory=dict, description="what a class is called in the sentence; or a named set"
+    )
+    background: str | list[str] = Field(
+        "voc",
+        description="names that the background may be, each its own class in the softmax; or a named set",
+    )
+    blocks: int = Field(8, ge=1, description="last blocks whose attention is averaged (CLIP-ES)")
+    sinkhorn: int = Field(3, ge=0, description="rounds of columns, then rows (CLIP-ES)")
+    box_threshold: float = Field(
+        0.4, gt=0, lt=1, description="share of a CAM's maximum that its boxes hold: 0.4 VOC, 0.7 COCO"
+    )
+    refine: Literal["none", "pamr", "crf"] = Field("none", description="of the masks, at pixels")
+    power: float = Field(1.0, gt=0, description="of the background score (1 - max)^power")
+    max_side: int = Field(1024, ge=16, description="longer images are made smaller, in pixels")
+    batch: int = Field(4, ge=1, description="images of one size in a forward")
+    precision: Literal["fp32", "bf16"] = "fp32"
+    device: str = Field("auto", description="auto, cpu, cuda, ...")
+    debug: bool = Field(False, description="keep the maps before their refinement too")
+
+
 class Student(Section):
     """Any segmentation_models_pytorch decoder over any timm encoder; C dense channels at stride 4."""
 
@@ -99,6 +126,9 @@ class Student(Section):
     options: dict[str, Any] = Field(default_factory=dict, description="more arguments of the decoder")
     mean: tuple[float, float, float] = Field((0.485, 0.456, 0.406), description="ImageNet, timm's default")
     std: tuple[float, float, float] = Field((0.229, 0.224, 0.225), description="ImageNet, timm's default")
+    classifier: Literal["text", "learned"] = Field(
+        "text", description="what dense features are multiplied with: text features, or weights (closed set)"
+    )
 
 
 class LossWeights(Section):
@@ -131,6 +161,9 @@ class Train(Section):
     warmup: int = Field(1500, ge=0, description="linear, iterations")
     power: float = Field(1.0, gt=0, description="of the poly decay")
     seed: int = 0
+    confidence: float = Field(
+        0.95, ge=0, le=1, description="pixels of clip_es below it don't count (0.95 after the CRF)"
+    )
     views: int | None = Field(None, ge=1, description="use only the first so many cached views; null: all")
     glm: Literal["attention", "max", "mean", "off"] = "attention"
     tau: float = Field(0.07, gt=0, description="InfoNCE's temperature (settled: CLIP's initial one)")
@@ -194,12 +227,17 @@ class Report(Section):
 class Config(Section):
     name: str = Field("demo", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     runs: str = "runs"
+    recipe: Literal["clip_teacher", "clip_es"] = Field(
+        "clip_teacher",
+        description="where labels come from: pixels of seen classes and clusters, or image tags",
+    )
     data: Data = Field(default_factory=Data)
     teacher: TeacherSection = Field(default_factory=TeacherSection)
     text: Text = Field(default_factory=Text)
     views: Views = Field(default_factory=Views)
     cache: CacheSection = Field(default_factory=CacheSection)
     cluster: Cluster = Field(default_factory=Cluster)
+    cams: Cams = Field(default_factory=Cams)
     student: Student = Field(default_factory=Student)
     train: Train = Field(default_factory=Train)
     eval: Eval = Field(default_factory=Eval)
@@ -210,6 +248,14 @@ class Config(Section):
         if self.teacher.pretrained and self.teacher.model.startswith(("local-dir:", "hf-hub:")):
             raise ValueError(
                 "teacher.pretrained must be null beside a local-dir: or hf-hub: model, which has its own"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _recipe(self) -> Config:
+        if self.student.classifier == "learned" and self.recipe == "clip_teacher":
+            raise ValueError(
+                "student.classifier learned knows its classes alone, and clip_teacher trains for unseen ones: use text"
             )
         return self
 
@@ -231,22 +277,32 @@ class Config(Section):
         return where if isinstance(where, Path) else self.run_path / "cache"
 
 
-# What each stage reads of the config, and what it builds on.
+# Which stage makes the labels that training reads.
+LABELS_FROM = {"clip_teacher": "cluster", "clip_es": "cams"}
+# What each stage reads of the config, and what it builds on; train's is cluster or cams, by recipe.
 STAGES: dict[str, tuple[tuple[str, ...], str | None]] = {
     "extract": (("data", "teacher", "text", "views", "cache"), None),  # and cluster, where tokens stream
     "cluster": (("data", "cluster"), "extract"),
+    "cams": (("data", "cams"), "extract"),
     "train": (("data", "student", "train"), "cluster"),
     "eval": (("data", "eval"), "train"),
     "report": (("report",), "eval"),
 }
 # Speed and bookkeeping, not content: changing these never re-runs a stage.
-NOT_CONTENT = {"teacher.device", "cluster.device", "eval.batch", "cache.path", "cache.max_bad"} | {
+NOT_CONTENT = {
+    "teacher.device",
+    "cluster.device",
+    "cams.device",
+    "eval.batch",
+    "cache.path",
+    "cache.max_bad",
+} | {
     f"train.{key}"
     for key in ("workers", "threads", "log_every", "keep", "compile", "tracker", "pictures_every")
 }
 # Options of a data set that only other stages see.
 DATA_NOT_FOR = {"extract": ("test_seed", "test", "unseen", "split"), "cluster": ("test_seed", "test")}
-DATA_NOT_FOR["train"] = DATA_NOT_FOR["cluster"]
+DATA_NOT_FOR["train"] = DATA_NOT_FOR["cams"] = DATA_NOT_FOR["cluster"]
 # Options of a data set that say how many samples there are, not what any of them is.
 HOW_MANY = ("train", "limit")
 
@@ -263,6 +319,8 @@ def config_fingerprint(config: Config, stage: str, apart_from: tuple[str, ...] =
     `apart_from` names options of the data set that are left out.
     """
     sections, upstream = STAGES[stage]
+    if stage == "train":
+        upstream = LABELS_FROM[config.recipe]
     if stage == "extract" and config.cache.tokens == "stream":
         sections = (*sections, "cluster")
     dumped = config.model_dump(mode="json", by_alias=True)

@@ -39,6 +39,10 @@ def _as_int8(tokens: Tensor) -> dict[str, Tensor]:
     return {"tokens": numbers, "token_scale": scale}
 
 
+def _as_mean(tokens: Tensor) -> dict[str, Tensor]:
+    return {"pooled": tokens.float().mean((1, 2)).to(torch.float16)}
+
+
 @dataclass(frozen=True)
 class Storage:
     """What leaves the device of dense tokens (B, h, w, C), as which arrays, of which unusual dtypes."""
@@ -54,6 +58,7 @@ STORAGE = {
     "float16": Storage(_as_float16),
     "int8": Storage(_as_int8, ("tokens", "token_scale"), {"tokens": "int8"}),
     STREAM: Storage(_as_float16, is_kept=False),
+    "pooled": Storage(_as_mean, ("pooled",)),
 }
 
 

@@ -81,6 +81,7 @@ def progress(what: str, total: int, *, done: int = 0, unit: str = "images") -> I
 MANIFESTS = {
     "extract": lambda config: place(config.cache_path) / "extract.manifest.json",
     "cluster": lambda config: place(config.cache_path) / "cluster.manifest.json",
+    "cams": lambda config: place(config.cache_path) / "cams.manifest.json",
     "train": lambda config: config.run_path / "train" / "train.manifest.json",
 }
 

@@ -81,6 +81,7 @@ class DataSet(ABC):
 
     name = "data"
     ignore = IGNORE
+    background: int | None = None  # the id of "background", where it is a class
 
     def __init__(
         self,
@@ -147,6 +148,17 @@ class DataSet(ABC):
         table = np.arange(256, dtype=np.uint8)
         table[list(self.unseen_ids)] = IGNORE
         return table[labels]
+
+    def tags(self, sample: Sample) -> tuple[int, ...]:
+        """The classes that an image holds, background left out: all that CLIP-ES is told of it.
+
+        Here they are read off the mask; a data set with lists of its own overrides this.
+        Raises: DataError without a mask.
+        """
+        labels = self.labels(sample)
+        if labels is None:
+            raise DataError(f"{self.name}: image {sample.id} has no mask to read its image-level labels off.")
+        return tuple(int(i) for i in np.unique(labels) if i not in (IGNORE, self.background))
 
     def stamps(self, samples: Sequence[Sample], what: str = "images") -> list[str]:
         """The stamp of each sample's image, or of its "labels"."""

@@ -1,9 +1,9 @@
 """The arrays of a cache, as data: what a stage may write and what any reader may rely on.
 
 Axes: N samples, V views, C channels, h and w tokens of a view, g_h and g_w tokens of an image at its own size,
-H and W its pixels, K classes, K_max classes of one image, K_c centres, box x0, y0, x1, y1 in source pixels. An array over N is cut into shards of 64 samples, the unit of writing and of resume;
-the others are a single file. No datum ever equals a fill value, so that a row that nobody wrote
-can't pass for data.
+H and W its pixels, K classes, K_max classes of one image, K_c centres, box x0, y0, x1, y1 in source pixels.
+An array over N is cut into shards of 64 samples, the unit of writing and of resume; the others are a
+single file. No datum ever equals a fill value, so that a row that nobody wrote can't pass for data.
 """
 
 from __future__ import annotations

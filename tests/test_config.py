@@ -22,7 +22,8 @@ def changed(key: str, value: object) -> list[str]:
         ("teacher.image_size", 256, list(STAGES)),
         ("eval.gamma", 2.0, ["eval", "report"]),
         ("data.test_seed", 9, ["eval", "report"]),
-        ("data.unseen", "[bee]", ["cluster", "train", "eval", "report"]),
+        ("data.unseen", "[bee]", ["cluster", "cams", "train", "eval", "report"]),
+        ("cams.sinkhorn", 2, ["cams"]),
         ("train.workers", 3, []),
         ("teacher.device", "cpu", []),
         ("cache.path", "/tmp/x", []),
@@ -31,6 +32,14 @@ def changed(key: str, value: object) -> list[str]:
 )
 def test_a_key_changes_the_stages_that_read_it_and_those_below(key, value, stages):
     assert changed(key, value) == stages
+
+
+def test_the_recipe_says_which_labels_training_reads():
+    settings = {"recipe": "clip_es"}
+    before, after = prints(**settings), prints(**settings, **{"cams.sinkhorn": 2, "cluster.threshold": 0.7})
+    changed_stages = [stage for stage in STAGES if before[stage] != after[stage]]
+    assert changed_stages == ["cluster", "cams", "train", "eval", "report"]
+    assert prints()["train"] != prints(**settings)["train"]
 
 
 def test_facts_and_upstream_enter_the_fingerprint():

@@ -24,14 +24,14 @@ from cache.ledger import Ledger, lock, refuse_if_locked
 from cache.store import Store
 from cache.verify import read_recorded
 from pipeline.batches import data_of
-from pipeline.config import Config, config_fingerprint, digest, fingerprint
+from pipeline.config import Config, ConfigError, config_fingerprint, digest, fingerprint
 from pipeline.engine import map_shards
 from pipeline.ops.quantise import dequantised
 from pipeline.pseudo import IGNORED, cluster_tokens, device_name, num_centres, sum_of, written_arrays
 from pipeline.rows import cached_samples, check_unchanged, made_from, samples_of, span
 from pipeline.tracking import finish, found_manifest, progress, record_shard, required_manifest, say
 
-STREAM = "stream"
+STREAM, POOLED = "stream", "pooled"
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,13 @@ class Job:
 def cluster(config: Config, *, workers: int = 0, scheduler: str | None = None) -> dict[str, Any]:
     """Runs the stage to its end, or finds it there; returns the manifest with its summary.
 
-    Raises: MissingCache, StaleCache, CorruptShard, DataError.
+    Raises: MissingCache, StaleCache, CorruptShard, DataError, ConfigError.
     """
+    if config.cache.tokens == POOLED:
+        raise ConfigError(
+            "cache.tokens pooled keeps no dense tokens to cluster: set it to float16, int8 or stream, or train with "
+            "recipe clip_es, which needs none."
+        )
     above = required_manifest(config, "extract")
     manifest = found_manifest(config, "cluster")
     if manifest is None:

@@ -58,7 +58,10 @@ def test_what_is_not_finite_shows_in_the_scale():
         assert not torch.isfinite(quantised(torch.tensor([[1.0, bad]]))[1]).any()
 
 
-@pytest.mark.parametrize("tokens", list(STORAGE))
+CLUSTERED = [tokens for tokens in STORAGE if tokens != "pooled"]
+
+
+@pytest.mark.parametrize("tokens", CLUSTERED)
 def test_bytes_per_view_at_vit_b16(tokens, tmp_path):
     """Random values, which no codec makes smaller; 16 images of 4 views."""
     num, sizes = 16, {"N": 16, "V": 4, "C": 512, "h": 32, "w": 32, "K": 171}
@@ -90,7 +93,7 @@ def made(tmp_path_factory):
 
     os.chdir(ROOT)
     folder, configs = tmp_path_factory.mktemp("runs"), {}
-    for tokens in STORAGE:
+    for tokens in CLUSTERED:
         config = load(
             ROOT / "config" / "demo.yaml",
             [f"runs={folder}", f"name={tokens}", f"cache.tokens={tokens}", *SMALL],
@@ -207,3 +210,16 @@ def test_a_killed_streaming_extract_resumes(made, tmp_path):
     for stage in ("extract", "cluster"):
         manifests = [(c.cache_path / f"{stage}.manifest.json").read_bytes() for c in (config, made[STREAM])]
         assert manifests[0] == manifests[1]
+
+
+def test_pooled_tokens_are_the_mean_and_cannot_be_clustered(made, tmp_path):
+    from pipeline.config import ConfigError, load
+
+    settings = [f"runs={tmp_path}", "name=pooled", "cache.tokens=pooled", *SMALL]
+    config = load(ROOT / "config" / "demo.yaml", settings)
+    extract(config)
+    assert not Store.open(config.cache_path).has("tokens")
+    mean = array(made["float16"], "tokens").astype(np.float32).mean((2, 3))
+    assert np.abs(array(config, "pooled").astype(np.float32) - mean).max() < 5e-3
+    with pytest.raises(ConfigError, match="pooled keeps no dense tokens"):
+        cluster(config)

@@ -18,6 +18,7 @@ from pipeline import train as stage
 from pipeline.batches import CachedViews, data_of, held_out
 from pipeline.checkpoint import Checkpoint, latest_checkpoint, load_student, save_checkpoint
 from pipeline.config import Config
+from pipeline.data.base import DataError
 from pipeline.train import TrainError, train
 from pipeline.validation import Best, seen_miou
 from tests.conftest import ROOT, TINY, forget_accelerator, is_one_line_error
@@ -45,6 +46,15 @@ def curve(config):
 
 def same(one, two):
     return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in two)
+
+
+def test_only_the_first_views_are_used_when_asked_for(run_of):
+    config = run_of("views", "train.views=1")
+    views = CachedViews(config, data_of(config))
+    cached = int(views.store.attributes["views"]["num"])
+    assert views.num_views == 1 < cached
+    with pytest.raises(DataError, match=f"train.views is {cached + 1}.* holds {cached} views"):
+        CachedViews(run_of("views", f"train.views={cached + 1}"), data_of(config))
 
 
 # --- exactness -----------------------------------------------------------------------------------

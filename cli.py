@@ -126,6 +126,20 @@ def predict(
 
 
 @app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="a run folder or a checkpoint")],
+    out: Annotated[Path, typer.Option(help="the file to write")] = Path("student.onnx"),
+    size: Annotated[
+        int | None, typer.Option(help="fix height and width, for students that need it; default: any")
+    ] = None,
+) -> None:
+    """Write the student as ONNX: any images, any classes (text features are an input), no CLIP."""
+    from pipeline import export as stage
+
+    stage.export(run, out, size)
+
+
+@app.command()
 def inspect(
     run: Annotated[Path, typer.Argument(help="a run folder")],
     image: Annotated[str | None, typer.Option("--image", help="only this sample")] = None,

@@ -21,7 +21,7 @@ DOORS = {
     "segmentation_models_pytorch": {"pipeline/models/student.py"},
     "dask": {"pipeline/engine.py"},
 }
-STAGES = ("extract", "cluster", "train", "evaluate", "predict", "report", "verify")
+STAGES = ("extract", "cluster", "train", "evaluate", "export", "predict", "report", "verify")
 FLOOR_3 = (
     "batches",
     "checkpoint",

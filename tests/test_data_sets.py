@@ -223,3 +223,50 @@ def test_class_orders_agree_with_real_text_features():
     for one, other in (("wall-concrete", "wall-stone"), ("window-blind", "window-other"), ("stone", "rock")):
         i, j = COCO_STUFF_CLASSES.index(one), COCO_STUFF_CLASSES.index(other)
         assert (cosine[i] > cosine[i, j]).sum() <= 1  # only itself is nearer
+
+
+def test_cityscapes_in_both_forms_of_its_masks(tmp_path):
+    root = tmp_path / "cityscapes"
+    for city in ("ulm", "bonn"):
+        save_image(root / "leftImg8bit" / "val" / city / f"{city}_1_leftImg8bit.png")
+        save_mask(root / "gtFine" / "val" / city / f"{city}_1_gtFine_labelIds.png", (7, 33, 0, 29))
+    data = open_data_set("cityscapes", root=str(root))
+    first, second = data.samples("test")
+    assert (first.id, second.id) == ("bonn_1", "ulm_1")
+    assert data.labels(first).tolist() == [[0, 18, 255, 255]]  # road, bicycle, unlabelled, caravan
+    assert (data.classes[0], data.classes[18]) == ("road", "bicycle")
+    save_mask(root / "gtFine" / "val" / "ulm" / "ulm_1_gtFine_labelTrainIds.png", (0, 18, 255, 3))
+    half = open_data_set("cityscapes", root=str(root))
+    with pytest.raises(DataError, match=r"1 images have no mask: 'bonn_1'. .*conversion to labelTrainIds"):
+        half.samples("test")
+    save_mask(root / "gtFine" / "val" / "bonn" / "bonn_1_gtFine_labelTrainIds.png", (0, 18, 255, 19))
+    whole = open_data_set("cityscapes", root=str(root))
+    bonn, ulm = whole.samples("test")
+    assert whole.labels(ulm).tolist() == [[0, 18, 255, 3]]
+    with pytest.raises(DataError, match="label id 19 is none of cityscapes's 19 classes"):
+        whole.labels(bonn)
+
+
+def test_camvid(tmp_path):
+    root = tmp_path / "CamVid"
+    save_image(root / "test" / "a.png")
+    save_mask(root / "testannot" / "a.png", (0, 10, 11, 255))
+    data = open_data_set("camvid", root=str(root), unseen=["bicyclist"])
+    (sample,) = data.samples("test")
+    assert data.labels(sample).tolist() == [[0, 10, 255, 255]]
+    assert data.seen_labels(sample).tolist() == [[0, 255, 255, 255]]
+    save_mask(root / "testannot" / "a.png", (0, 10, 31, 255))
+    with pytest.raises(DataError, match=r"label id 31 .* reduced them from 32 classes"):
+        data.labels(sample)
+
+
+def test_ade20k(tmp_path):
+    root = tmp_path / "ADEChallengeData2016"
+    save_image(root / "images" / "validation" / "a.jpg")
+    save_mask(root / "annotations" / "validation" / "a.png", (0, 1, 150, 255))
+    data = open_data_set("ade20k", root=str(root))
+    (sample,) = data.samples("test")
+    assert data.labels(sample).tolist() == [[255, 0, 149, 255]]
+    assert (len(data.classes), data.classes[0], data.classes[149]) == (150, "wall", "flag")
+    with pytest.raises(DataError, match=r"training: no such folder. data.root must be ADEChallengeData2016"):
+        data.samples("train")

@@ -282,6 +282,9 @@ KINDS = {
     "coco_stuff": ("pipeline.data.coco_stuff", "CocoStuff"),
     "voc": ("pipeline.data.voc", "Voc"),
     "context": ("pipeline.data.context", "Context"),
+    "cityscapes": ("pipeline.data.street", "Cityscapes"),
+    "camvid": ("pipeline.data.street", "CamVid"),
+    "ade20k": ("pipeline.data.ade20k", "Ade20k"),
 }
 
 

@@ -71,6 +71,70 @@ COCO_STUFF_SPLITS: Splits = {
     """)
 }
 
+# Cityscapes' nineteen evaluated classes, their ids among the published 0-33, and colours. Source: labels.py of
+# cityscapesScripts.
+CITYSCAPES_CLASSES = _names("""
+    road, sidewalk, building, wall, fence, pole, traffic light, traffic sign, vegetation, terrain, sky, person,
+    rider, car, truck, bus, train, motorcycle, bicycle
+""")
+CITYSCAPES_RAW = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
+CITYSCAPES_PALETTE = (
+    (128, 64, 128),
+    (244, 35, 232),
+    (70, 70, 70),
+    (102, 102, 156),
+    (190, 153, 153),
+    (153, 153, 153),
+    (250, 170, 30),
+    (220, 220, 0),
+    (107, 142, 35),
+    (152, 251, 152),
+    (70, 130, 180),
+    (220, 20, 60),
+    (255, 0, 0),
+    (0, 0, 142),
+    (0, 0, 70),
+    (0, 60, 100),
+    (0, 80, 100),
+    (0, 0, 230),
+    (119, 11, 32),
+)
+
+# CamVid's eleven classes in the order of SegNet's masks, with the data set's own colours.
+CAMVID_CLASSES = _names("""
+    sky, building, pole, road, pavement, tree, sign symbol, fence, car, pedestrian, bicyclist
+""")
+CAMVID_PALETTE = (
+    (128, 128, 128),
+    (128, 0, 0),
+    (192, 192, 128),
+    (128, 64, 128),
+    (0, 0, 192),
+    (128, 128, 0),
+    (192, 128, 128),
+    (64, 64, 128),
+    (64, 0, 128),
+    (64, 64, 0),
+    (0, 128, 192),
+)
+
+# ADE20K's 150 classes of SceneParse150, ids 0-149 (raw 1-150). Order: mmseg's ADE20KDataset.
+ADE20K_CLASSES = _names("""
+    wall, building, sky, floor, tree, ceiling, road, bed, windowpane, grass, cabinet, sidewalk, person, earth,
+    door, table, mountain, plant, curtain, chair, car, water, painting, sofa, shelf, house, sea, mirror, rug,
+    field, armchair, seat, fence, desk, rock, wardrobe, lamp, bathtub, railing, cushion, base, box, column,
+    signboard, chest of drawers, counter, sand, sink, skyscraper, fireplace, refrigerator, grandstand, path,
+    stairs, runway, case, pool table, pillow, screen door, stairway, river, bridge, bookcase, blind,
+    coffee table, toilet, flower, book, hill, bench, countertop, stove, palm, kitchen island, computer,
+    swivel chair, boat, bar, arcade machine, hovel, bus, towel, light, truck, tower, chandelier, awning,
+    streetlight, booth, television receiver, airplane, dirt track, apparel, pole, land, bannister, escalator,
+    ottoman, bottle, buffet, poster, stage, van, ship, fountain, conveyer belt, canopy, washer, plaything,
+    swimming pool, stool, barrel, basket, waterfall, tent, bag, minibike, cradle, oven, ball, food, step, tank,
+    trade name, microwave, pot, animal, bicycle, lake, dishwasher, screen, blanket, sculpture, hood, sconce,
+    vase, traffic light, tray, ashcan, fan, pier, crt screen, plate, monitor, bulletin board, shower, radiator,
+    glass, clock, flag
+""")
+
 
 def bitwise_palette(num: int) -> np.ndarray:
     """(num, 3) uint8 distinct colours: entries 1..num <= 255 of VOC's colour map, so never black.

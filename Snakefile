@@ -2,11 +2,13 @@
 #   snakemake --cores all                                    the demo
 #   snakemake --cores all --configfile config/voc.yaml       any other run
 #   snakemake --cores all --config set="train.lr=1e-4"       the CLI's --set, several separated by spaces
+#   snakemake ablations --cores all                          Tables 3, 4 and 5, three seeds; --config quick=true: one
 # Outputs are the small manifests that a stage writes last; the Zarr folder and its ledger are not
 # declared, since Snakemake deletes declared outputs before a rerun, and the resume state with them.
 import sys
 
-from pipeline.config import contrast_runs, from_mapping, stage_triggers
+from pipeline.config import from_mapping
+from pipeline.variants import ABLATED, CONTRAST, run_names, stage_triggers, variant_runs
 
 
 if "name" not in config:
@@ -15,12 +17,13 @@ if "name" not in config:
 
 
 SETTINGS = str(config.pop("set", "")).split()
+QUICK = str(config.pop("quick", "")).lower() == "true"
 RUN = from_mapping(config, SETTINGS)
-RUNS = contrast_runs(RUN, SETTINGS)  # run name -> its settings; the run itself comes first
+RUNS = variant_runs(RUN, SETTINGS, quick=QUICK)  # run name -> its settings; the run itself comes first
 TRIGGERS = {run: stage_triggers(config, settings) for run, settings in RUNS.items()}
 # The user's settings are no params: a job runs again when its trigger changes, and for nothing else.
 SETS = " ".join(f"--set '{setting}'" for setting in SETTINGS)
-CONTRAST = {
+OWN = {
     run: " ".join(f"--set '{setting}'" for setting in settings[len(SETTINGS) :]) for run, settings in RUNS.items()
 }
 CACHE, OUT = RUN.manifest_folder.as_posix(), RUN.runs
@@ -38,6 +41,7 @@ wildcard_constraints:
 localrules:
     all,
     contrast,
+    ablations,
 
 
 rule all:
@@ -47,7 +51,12 @@ rule all:
 
 rule contrast:
     input:
-        expand("{out}/{run}/eval/metrics.json", out=OUT, run=list(RUNS)),
+        expand("{out}/{run}/eval/metrics.json", out=OUT, run=run_names(RUN, CONTRAST)),
+
+
+rule ablations:
+    input:
+        expand("{out}/{run}/eval/metrics.json", out=OUT, run=run_names(RUN, ABLATED, quick=QUICK)),
 
 
 rule extract:
@@ -86,7 +95,7 @@ rule train:
     output:
         f"{OUT}/{{run}}/train/train.manifest.json",
     params:
-        contrast=lambda wildcards: CONTRAST[wildcards.run],
+        own=lambda wildcards: OWN[wildcards.run],
         trigger=lambda wildcards: TRIGGERS[wildcards.run]["train"],
     log:
         f"{OUT}/{{run}}/logs/train.log",
@@ -94,7 +103,7 @@ rule train:
         "config/environment.yaml"
     threads: workflow.cores
     shell:
-        "cli train {params.contrast} --log {log}"
+        "cli train {params.own} --log {log}"
 
 
 rule eval:
@@ -103,7 +112,7 @@ rule eval:
     output:
         f"{OUT}/{{run}}/eval/metrics.json",
     params:
-        contrast=lambda wildcards: CONTRAST[wildcards.run],
+        own=lambda wildcards: OWN[wildcards.run],
         trigger=lambda wildcards: TRIGGERS[wildcards.run]["eval"],
     log:
         f"{OUT}/{{run}}/logs/eval.log",
@@ -111,7 +120,7 @@ rule eval:
         "config/environment.yaml"
     threads: workflow.cores
     shell:
-        "cli eval {params.contrast} --log {log}"
+        "cli eval {params.own} --log {log}"
 
 
 rule report:
@@ -120,7 +129,7 @@ rule report:
     output:
         f"{OUT}/{{run}}/report/index.html",
     params:
-        contrast=lambda wildcards: CONTRAST[wildcards.run],
+        own=lambda wildcards: OWN[wildcards.run],
         trigger=lambda wildcards: TRIGGERS[wildcards.run]["report"],
     log:
         f"{OUT}/{{run}}/logs/report.log",
@@ -128,4 +137,4 @@ rule report:
         "config/environment.yaml"
     threads: workflow.cores
     shell:
-        "cli report {params.contrast} --log {log}"
+        "cli report {params.own} --log {log}"

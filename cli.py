@@ -211,6 +211,22 @@ def contrast(
         keep_contrast(settings)
 
 
+@app.command()
+def ablations(
+    config: ConfigOption = DEFAULT,
+    set_: SetOption = [],  # noqa: B006
+    quick: Annotated[bool, typer.Option("--quick", help="those of `snakemake ... quick=true`")] = False,
+    keep: Annotated[bool, typer.Option("--keep", help="write docs/ablations.md and docs/results/")] = False,
+) -> None:
+    """Print the paper's Tables 3, 4 and 5 beside ours, and whether each contrast has the paper's sign."""
+    settings = _load(config, set_)
+    from pipeline.ablations import keep_tables, print_tables
+
+    print_tables(settings, quick=quick)
+    if keep:
+        keep_tables(settings, quick=quick)
+
+
 def main() -> None:
     from cache.errors import CacheError
     from pipeline.config import UserError

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.config import CONTRAST_SEEDS, CONTRASTS, Config, UserError, contrast_name
+from pipeline.config import Config, UserError
+from pipeline.variants import CONTRAST, QUICK_SEEDS, SEEDS, VARIANTS, run_name
 
 KEYS = ("pAcc", "mIoU_S", "mIoU_U", "hIoU")
 
@@ -51,18 +52,18 @@ def print_results(runs: Sequence[Path]) -> None:
 Results = dict[str, dict[int, dict[str, Any]]]  # by contrast and seed, the metrics
 
 
-def contrast_results(config: Config) -> Results:
-    """The metrics of every contrast run that was evaluated, in the order of CONTRASTS and of the seeds."""
+def results_of(config: Config, variants: Iterable[str] = CONTRAST, *, quick: bool = False) -> Results:
+    """The metrics of the variants' runs that were evaluated, in the order given and of the seeds."""
     found: Results = {}
-    for contrast in CONTRASTS:
-        for seed in CONTRAST_SEEDS:
-            run = Path(config.runs) / contrast_name(config, contrast, seed)
+    for variant in variants:
+        for seed in QUICK_SEEDS if quick else SEEDS:
+            run = Path(config.runs) / run_name(config, variant, seed, quick=quick)
             if (metrics := read_metrics(run / "eval" / "metrics.json")) is not None:
-                found.setdefault(contrast, {})[seed] = metrics
+                found.setdefault(variant, {})[seed] = metrics
     return found
 
 
-def _mean_and_spread(seeds: dict[int, dict[str, Any]], key: str) -> str:
+def mean_and_spread(seeds: dict[int, dict[str, Any]], key: str) -> str:
     values = [metrics[key] for metrics in seeds.values()]
     spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.1f}{spread}"
@@ -83,12 +84,12 @@ def lift_of_glm(results: Results) -> tuple[float, float] | None:
 
 def print_contrast(config: Config) -> None:
     """The contrast's table: means and standard deviations over the seeds that were run, and GLM's lift."""
-    results = contrast_results(config)
+    results = results_of(config)
     if not results:
         raise UserError(f"no contrast run of {config.name!r} is evaluated. Run `make demo-contrast` first.")
     table = Table("training", "seeds", "pAcc", "mIoU(S)", "mIoU(U)", "hIoU", title="mean ± std over seeds")
     for contrast, seeds in results.items():
-        table.add_row(contrast, str(len(seeds)), *(_mean_and_spread(seeds, key) for key in KEYS))
+        table.add_row(contrast, str(len(seeds)), *(mean_and_spread(seeds, key) for key in KEYS))
     out = Console(highlight=False, soft_wrap=True)
     out.print(table)
     if (found := lift_of_glm(results)) is not None:
@@ -101,11 +102,6 @@ def print_contrast(config: Config) -> None:
 
 KEPT, README, TEST_LOG = Path("docs/results"), Path("README.md"), Path("docs/test-log.md")
 BEGIN, END = "<!-- results: written by `cli.py contrast --keep` -->", "<!-- end of results -->"
-ROWS = {
-    "full": "full method",
-    "glm_off": "without GLM",
-    "seen_only": "seen labels only (no GLM, no potential objects)",
-}
 
 
 def keep_contrast(config: Config, root: Path = Path()) -> None:
@@ -113,7 +109,7 @@ def keep_contrast(config: Config, root: Path = Path()) -> None:
 
     Raises: UserError when nothing was evaluated, or README has no place for the section.
     """
-    results = contrast_results(config)
+    results = results_of(config)
     if not results:
         raise UserError(f"no contrast run of {config.name!r} is evaluated. Run `make demo-contrast` first.")
     readme, log = root / README, root / TEST_LOG
@@ -148,8 +144,8 @@ def results_section(results: Results) -> str:
         "|---|---|---|---|---|---|",
     ]
     for contrast, seeds in results.items():
-        cells = " | ".join(_mean_and_spread(seeds, key) for key in KEYS)
-        lines.append(f"| {ROWS[contrast]} | {len(seeds)} | {cells} |")
+        cells = " | ".join(mean_and_spread(seeds, key) for key in KEYS)
+        lines.append(f"| {VARIANTS[contrast].label} | {len(seeds)} | {cells} |")
     if 0 in results.get("full", {}):
         own = ", ".join(f"{key} {results['full'][0][key]:.1f}" for key in KEYS)
         lines += ["", f"    make demo             # the first seed: {own}"]
@@ -175,5 +171,5 @@ def _sweep(results: Results) -> list[str]:
     for contrast, parts in sweeps.items():
         means = [[statistics.mean(part[g][key] for part in parts) for key in KEYS[2:]] for g in gammas]
         cells = " | ".join(f"{unseen:.0f} / {both:.0f}" for unseen, both in means)
-        lines.append(f"| {ROWS[contrast]} | {cells} |")
+        lines.append(f"| {VARIANTS[contrast].label} | {cells} |")
     return lines

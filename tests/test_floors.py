@@ -23,6 +23,7 @@ DOORS = {
 }
 STAGES = ("extract", "cluster", "train", "evaluate", "export", "predict", "report", "verify")
 FLOOR_3 = (
+    "ablations",
     "batches",
     "checkpoint",
     "encode",
@@ -39,6 +40,7 @@ FLOOR_3 = (
     "tracking",
     "training",
     "validation",
+    "variants",
 )
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from pipeline.config import UserError, load
-from pipeline.results import BEGIN, END, contrast_results, keep_contrast, lift_of_glm, results_section
+from pipeline.results import BEGIN, END, keep_contrast, lift_of_glm, results_of, results_section
 
 MADE = {"date": "2026-01-02", "machine": "2 x a processor", "torch": "2.9", "revision": "abc"}
 
@@ -28,9 +28,9 @@ def test_the_lift_by_hand(config):
     # Full 42 and 38: mean 40, std sqrt(8) = 2.83. Without 20 and 22: mean 21. The lift is 19.
     for run, unseen in (("demo", 42), ("demo-full-1", 38), ("demo-glm_off-0", 20)):
         evaluated(config, run, unseen)
-    assert lift_of_glm(contrast_results(config)) is None  # one seed has no spread
+    assert lift_of_glm(results_of(config)) is None  # one seed has no spread
     evaluated(config, "demo-glm_off-2", 22)
-    results = contrast_results(config)
+    results = results_of(config)
     assert {name: list(seeds) for name, seeds in results.items()} == {"full": [0, 1], "glm_off": [0, 2]}
     assert lift_of_glm(results) == pytest.approx((19, 8**0.5))
     section = results_section(results)

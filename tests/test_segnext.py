@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from pipeline.config import Student
 from pipeline.models.segnext import (
     SIZES,
     MatrixDecomposition,
@@ -12,6 +13,7 @@ from pipeline.models.segnext import (
     _updated,
     published_names,
 )
+from pipeline.models.student import StudentError, build_student
 
 # Millions of parameters and GFLOPs (multiplications) at 512 x 512 and 150 classes, of the published table.
 PUBLISHED = {
@@ -105,3 +107,18 @@ def test_gradients_reach_the_first_layer():
     model = SegNext("mscan_t", 4)
     model(torch.rand(2, 3, 64, 64)).square().sum().backward()
     assert model.encoder.downs[0][0].weight.grad.abs().sum() > 0
+
+
+def test_segnext_is_a_student_like_any_other(tmp_path):
+    section = Student(arch="SegNeXt", encoder="mscan_t", encoder_weights=None)
+    student = build_student(section, 16).eval()
+    assert student(torch.zeros(1, 3, 64, 96)).shape == (1, 16, 16, 24)
+    theirs = {published_name(name): value for name, value in student.net.encoder.state_dict().items()}
+    torch.save({"state_dict": theirs | {"head.weight": torch.ones(1)}}, tmp_path / "mscan_t.pth")
+    again = build_student(section.model_copy(update={"weights": str(tmp_path / "mscan_t.pth")}), 16)
+    for name, value in student.net.encoder.state_dict().items():
+        assert torch.equal(value, again.net.encoder.state_dict()[name]), name
+    with pytest.raises(StudentError, match=r"mscan_x.*only mscan_t, mscan_s"):
+        build_student(section.model_copy(update={"encoder": "mscan_x"}), 16)
+    with pytest.raises(StudentError, match=r"published file into student\.weights"):
+        build_student(section.model_copy(update={"encoder_weights": "imagenet"}), 16)

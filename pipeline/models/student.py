@@ -6,20 +6,23 @@ Axes: B images, C = the teacher's channels, H = W = S / 4.
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import Any, cast
 
 import segmentation_models_pytorch as smp
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from pipeline.config import Student, UserError
+from pipeline.models.segnext import SegNext, published_names
 
 HEAD_STD = (
     0.01  # mmseg's init of its last layer; a longer R makes GLM's attention (eq. 1) a spike from the start
 )
 STRIDE = 4  # of the dense output; SegFormer's (method section 4)
 PARAMETERS_WITHOUT_DECAY = ("pos_embed", "position", "relative_position_bias_table")
+OWN_ARCHS: dict[str, Any] = {"segnext": SegNext}  # what segmentation_models_pytorch lacks
 
 
 class StudentError(UserError):
@@ -27,7 +30,7 @@ class StudentError(UserError):
 
 
 class DenseStudent(nn.Module):
-    """Any decoder of segmentation_models_pytorch with C output channels at stride 4.
+    """Any decoder of segmentation_models_pytorch, or one of our own, with C output channels at stride 4.
 
     Shapes: images (B, 3, S, S) float, normalised -> R (B, C, S/4, S/4).
     """
@@ -57,25 +60,16 @@ def build_student(section: Student, channels: int, *, pretrained: bool = True) -
 
     Raises: StudentError naming the arch, the encoder or the option that doesn't exist.
     """
-    archs = {name.lower(): arch for name, arch in vars(smp).items() if _is_arch(arch)}
+    archs = {name.lower(): arch for name, arch in vars(smp).items() if _is_arch(arch)} | OWN_ARCHS
     if section.arch.lower() not in archs:
         raise StudentError(
             f"student.arch {section.arch!r}: want one of {', '.join(a.__name__ for a in archs.values())}."
         )
-    options: dict[str, Any] = dict(section.options)
-    accepted = inspect.signature(archs[section.arch.lower()]).parameters
-    if "upsampling" in accepted:
-        options.setdefault("upsampling", 1)  # leave the logits on the decoder's own grid
+    build = _own_net if section.arch.lower() in OWN_ARCHS else _smp_net
     try:
-        net = smp.create_model(
-            section.arch,
-            encoder_name=section.encoder,
-            encoder_weights=section.encoder_weights if pretrained and section.weights is None else None,
-            classes=channels,
-            **options,
-        )
+        net = build(archs[section.arch.lower()], section, channels, pretrained and section.weights is None)
         if pretrained and section.weights is not None:
-            net.encoder.load_state_dict(torch.load(section.weights, map_location="cpu", weights_only=True))
+            _load_encoder(net, section.weights)
     except Exception as error:  # timm, smp, the hub and torch each raise their own
         what = " ".join(str(error).split())[:300]
         raise StudentError(
@@ -83,12 +77,47 @@ def build_student(section: Student, channels: int, *, pretrained: bool = True) -
             f"{what}. Offline, set student.encoder_weights to null or student.weights to a file."
         ) from None
     head = next(
-        layer for layer in reversed(list(net.segmentation_head.modules())) if isinstance(layer, nn.Conv2d)
+        layer
+        for layer in reversed(list(cast(nn.Module, net.segmentation_head).modules()))
+        if isinstance(layer, nn.Conv2d)
     )
     nn.init.normal_(head.weight, std=HEAD_STD)
     if head.bias is not None:
         nn.init.zeros_(head.bias)
     return DenseStudent(net, section.mean, section.std)
+
+
+def _smp_net(arch: Any, section: Student, channels: int, pretrained: bool) -> nn.Module:
+    options: dict[str, Any] = dict(section.options)
+    if "upsampling" in inspect.signature(arch).parameters:
+        options.setdefault("upsampling", 1)  # leave the logits on the decoder's own grid
+    return smp.create_model(
+        section.arch,
+        encoder_name=section.encoder,
+        encoder_weights=section.encoder_weights if pretrained else None,
+        classes=channels,
+        **options,
+    )
+
+
+def _own_net(arch: Any, section: Student, channels: int, pretrained: bool) -> nn.Module:
+    if pretrained and section.encoder_weights is not None:
+        raise StudentError(
+            f"no weights of {section.encoder!r} can be downloaded by name; put the published file into student.weights"
+        )
+    return arch(section.encoder, channels, **section.options)
+
+
+def _load_encoder(net: nn.Module, path: str) -> None:
+    """Encoder weights of a local file: safetensors or a state dict, MSCAN's under their published names."""
+    if path.endswith(".safetensors"):
+        state: dict[str, Any] = load_file(path)
+    else:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = dict(state.get("state_dict", state))
+    if isinstance(net, SegNext):
+        state = published_names(state)
+    cast(nn.Module, net.encoder).load_state_dict(state)
 
 
 def _is_arch(found: Any) -> bool:

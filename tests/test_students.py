@@ -1,0 +1,24 @@
+"""Students against what is published of them: parameters and cost at 512 x 512 with 150 classes."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from pipeline.config import Student
+from pipeline.models.student import build_student
+
+# encoder, decoder channels, millions of parameters, GFLOPs (multiplications); SegFormer's Table 1 and its configs.
+PUBLISHED = {"mit_b0": (256, 3.8, 8.4), "mit_b4": (768, 64.1, 95.7)}
+
+
+@pytest.mark.parametrize("encoder", PUBLISHED)
+def test_segformer_is_the_published_one(encoder):
+    channels, parameters, gflops = PUBLISHED[encoder]
+    options = {"decoder_segmentation_channels": channels}
+    student = build_student(Student(encoder=encoder, encoder_weights=None, options=options), 150).eval()
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        out = student.to("meta")(torch.empty(1, 3, 512, 512, device="meta"))
+    assert out.shape == (1, 150, 128, 128)
+    assert round(sum(p.numel() for p in student.parameters()) / 1e6, 1) == parameters
+    assert counter.get_total_flops() / 2e9 == pytest.approx(gflops, rel=0.01)

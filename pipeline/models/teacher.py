@@ -56,12 +56,12 @@ class Teacher:
         name: str,
         pretrained: str | None = None,
         *,
-        image_size: int,
+        image_size: int | None,
         quick_gelu: bool | None = None,
         precision: str = "fp32",
         device: str = "cpu",
     ) -> Teacher:
-        """Builds the model at `image_size`, positions interpolated as open_clip does, weights checked.
+        """Builds the model at `image_size` (None: its own), positions interpolated as open_clip does, weights checked.
 
         name: an open_clip model, `local-dir:folder` or `hf-hub:repo`; pretrained: a tag, a
         checkpoint file (safetensors, a state dict, or OpenAI's TorchScript archive) or None.
@@ -86,6 +86,7 @@ class Teacher:
             )
         visual.output_tokens = True
         patch = int(visual.patch_size[0])
+        image_size = image_size or int(visual.image_size[0])
         if image_size % patch:
             raise TeacherError(
                 f"teacher.image_size {image_size} is no multiple of the patch of {name!r}, {patch}."

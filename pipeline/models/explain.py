@@ -1,0 +1,112 @@
+"""The teacher asked why: activations, gradients and attention of one forward and one backward pass.
+
+Source: CLIP-ES, sections 3.1 and 3.3 (method section 11). The teacher is loaded at its own size; positions are
+interpolated bilinearly to each image's grid.
+
+Axes: B images of one size, K classes of an image at most, N background names, h x w token grid, L = h * w, D width,
+C joint space.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate, normalize
+
+from pipeline.models.teacher import Teacher
+
+
+@dataclass(frozen=True)
+class Explained:
+    """activations (B, L, D), gradients (K, B, L, D), attention (B, L, L) mean over heads and blocks, scores (B, K)."""
+
+    activations: Tensor
+    gradients: Tensor
+    attention: Tensor
+    scores: Tensor
+
+
+def explain(
+    teacher: Teacher, images: Tensor, foreground: Tensor, present: Tensor, background: Tensor, blocks: int
+) -> Explained:
+    """One forward of all blocks, and one backward through the last for every class of every image.
+
+    foreground holds the features of each image's own classes, `present` says which of the K places are used;
+    background features compete in every image's softmax. A class that isn't present has gradient 0.
+    Shapes: images (B, 3, H, W) uint8 RGB, sides multiples of the patch; foreground (B, K, C) and background (N, C)
+    unit norm, present (B, K) bool. Raises: ValueError for sides that are no multiple of the patch.
+    """
+    height, width = images.shape[2:]
+    if height % teacher.patch or width % teacher.patch:
+        raise ValueError(f"images of {height} x {width}: want multiples of the patch, {teacher.patch}.")
+    visual = teacher.model.visual
+    with torch.no_grad():
+        tokens = _embedded(teacher, images)
+        earlier, last = list(visual.transformer.resblocks[:-1]), visual.transformer.resblocks[-1]
+        attention = tokens.new_zeros(
+            len(images), tokens.shape[1] - 1, tokens.shape[1] - 1, dtype=torch.float32
+        )
+        for place, block in enumerate(earlier):
+            if place < len(earlier) + 1 - blocks:
+                tokens = block(tokens)
+                continue
+            mixed, weights = attended(block.attn, block.ln_1(tokens))
+            attention += weights
+            tokens = _finished(block, tokens, mixed)
+        activations = last.ln_1(tokens)
+    with torch.enable_grad():
+        entering = activations.detach().requires_grad_(True)
+        mixed, weights = attended(last.attn, entering)
+        leaving = visual.ln_post(_finished(last, tokens, mixed))
+        pooled = normalize((leaving[:, 1:].mean(1) @ visual.proj).float(), dim=-1)  # (B, C), patches only
+        scale = teacher.model.logit_scale.exp().float()
+        own = torch.einsum("bc,bkc->bk", pooled, foreground).masked_fill(~present, -torch.inf)
+        logits = scale * torch.cat([own, pooled @ background.T], dim=1)
+        scores = logits.softmax(1)[:, : foreground.shape[1]]  # (B, K)
+        wanted = torch.eye(scores.shape[1], device=scores.device)[:, None].expand(
+            -1, len(scores), -1
+        )  # (K, B, K)
+        (gradients,) = torch.autograd.grad(scores, entering, wanted * present, is_grads_batched=True)
+    attention = (attention + weights.detach()) / min(blocks, len(earlier) + 1)
+    return Explained(activations[:, 1:].float(), gradients[:, :, 1:].float(), attention, scores.detach())
+
+
+def attended(attn: Any, entering: Tensor) -> tuple[Tensor, Tensor]:
+    """A block's attention, written out so that its weights are seen.
+
+    Shapes: entering (B, 1 + L, D) -> mixed (B, 1 + L, D), weights (B, L, L) float32, heads averaged, patches only.
+    """
+    batch, length, width = entering.shape
+    joint = torch.nn.functional.linear(entering, attn.in_proj_weight, attn.in_proj_bias)
+    query, key, value = joint.view(batch, length, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
+    weights = (query * query.shape[-1] ** -0.5 @ key.transpose(-2, -1)).softmax(
+        -1
+    )  # (B, heads, 1 + L, 1 + L)
+    mixed = (weights @ value).transpose(1, 2).reshape(batch, length, width)
+    return attn.out_proj(mixed), weights.mean(1, dtype=torch.float32)[:, 1:, 1:].detach()
+
+
+def _finished(block: Any, tokens: Tensor, mixed: Tensor) -> Tensor:
+    """The rest of a block after its attention."""
+    tokens = tokens + block.ls_1(mixed)
+    return tokens + block.ls_2(block.mlp(block.ln_2(tokens)))
+
+
+def _embedded(teacher: Teacher, images: Tensor) -> Tensor:
+    """What enters the first block: (B, 3, H, W) uint8 -> (B, 1 + L, D)."""
+    visual, device = teacher.model.visual, teacher.device
+    mean = torch.tensor(teacher.mean, device=device).view(1, 3, 1, 1)
+    std = torch.tensor(teacher.std, device=device).view(1, 3, 1, 1)
+    pixels = ((images.to(device).float() / 255 - mean) / std).to(teacher.dtype)
+    patches = visual.conv1(pixels)  # (B, D, h, w)
+    side = int((len(visual.positional_embedding) - 1) ** 0.5)
+    of_cls, of_patches = visual.positional_embedding.float().split([1, side * side])
+    grid = of_patches.T.reshape(1, -1, side, side)
+    positions = interpolate(grid, patches.shape[2:], mode="bilinear", align_corners=False).flatten(2)[0].T
+    cls = (visual.class_embedding + of_cls[0].to(teacher.dtype)).expand(len(images), 1, -1)
+    return visual.ln_pre(
+        torch.cat([cls, patches.flatten(2).transpose(1, 2) + positions.to(teacher.dtype)], dim=1)
+    )

@@ -1,0 +1,56 @@
+"""From CAMs to labels: a background score, a class for every pixel, and how sure that is.
+
+Axes: n classes of one image, g_h x g_w its token grid, H x W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+
+def class_scores(cam: Tensor, size: tuple[int, int], power: float) -> Tensor:
+    """Scores of the background, then of each class, that sum to 1 at every pixel.
+
+    The background's is (1 - max CAM)^power before they are normalised, so that the sum is never zero: where all
+    CAMs are 0, it is 1. Shapes: cam (n, g_h, g_w) in 0..1 -> (1 + n, H, W).
+    Source: CLIP-ES, method section 11.
+    """
+    if len(cam):
+        maps = interpolate(cam[None].float(), size, mode="bilinear", align_corners=False)[0]  # (n, H, W)
+        highest = maps.amax(0, keepdim=True)
+    else:
+        maps = torch.zeros(0, *size, device=cam.device)
+        highest = torch.zeros(1, *size, device=cam.device)
+    scores = torch.cat([(1 - highest).clamp(min=0) ** power, maps])
+    return scores / scores.sum(0, keepdim=True)
+
+
+def mask_and_confidence(
+    cam: Tensor, classes: Sequence[int], background: int, size: tuple[int, int], power: float
+) -> tuple[Tensor, Tensor]:
+    """The class of every pixel, and its score. An image without classes is background, confidence 1.
+
+    Shapes: cam (n, g_h, g_w) in 0..1, n class ids -> ids (H, W) uint8, confidence (H, W) float32.
+    Raises: ValueError when there are not as many classes as maps.
+    """
+    if len(cam) != len(classes):
+        raise ValueError(f"{len(cam)} maps for {len(classes)} classes.")
+    confidence, best = class_scores(cam, size, power).max(0)
+    ids = torch.tensor([background, *classes], dtype=torch.uint8, device=cam.device)
+    return ids[best], confidence
+
+
+def thresholded(
+    cam: Tensor, classes: Sequence[int], background: int, size: tuple[int, int], threshold: float
+) -> Tensor:
+    """The class of every pixel when the background has one constant score: (n, g_h, g_w) -> (H, W) uint8."""
+    ids = torch.tensor([background, *classes], dtype=torch.uint8, device=cam.device)
+    constant = torch.full((1, *size), threshold, device=cam.device)
+    if not len(cam):
+        return ids[torch.zeros(size, dtype=torch.long, device=cam.device)]
+    maps = interpolate(cam[None].float(), size, mode="bilinear", align_corners=False)[0]
+    return ids[torch.cat([constant, maps]).argmax(0)]

@@ -77,6 +77,22 @@ def cluster(
 
 
 @app.command()
+def cams(
+    config: ConfigOption = DEFAULT,
+    set_: SetOption = [],  # noqa: B006
+    workers: WorkersOption = 0,
+    scheduler: SchedulerOption = None,
+    log: LogOption = None,
+) -> None:
+    """CLIP-ES: refined class activation maps from image-level labels, in place of cluster."""
+    settings = _load(config, set_, log)
+    from pipeline import cams as stage
+    from pipeline.seeds import print_summary
+
+    print_summary(stage.cams(settings, workers=workers, scheduler=scheduler)["summary"])
+
+
+@app.command()
 def train(
     config: ConfigOption = DEFAULT,
     set_: SetOption = [],  # noqa: B006

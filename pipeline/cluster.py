@@ -12,7 +12,6 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,18 +25,13 @@ from cache.verify import read_recorded
 from pipeline.batches import data_of
 from pipeline.config import Config, ConfigError, config_fingerprint, digest, fingerprint
 from pipeline.engine import map_shards
+from pipeline.labels import Job, done_shards, record_labels
 from pipeline.ops.quantise import dequantised
 from pipeline.pseudo import IGNORED, cluster_tokens, device_name, num_centres, sum_of, written_arrays
-from pipeline.rows import cached_samples, check_unchanged, made_from, samples_of, span
-from pipeline.tracking import finish, found_manifest, progress, record_shard, required_manifest, say
+from pipeline.rows import cached_samples, check_unchanged, made_from, samples_of
+from pipeline.tracking import finish, found_manifest, progress, required_manifest, say
 
 STREAM, POOLED = "stream", "pooled"
-
-
-@dataclass(frozen=True)
-class Job:
-    config: Config
-    fingerprint: str
 
 
 def cluster(config: Config, *, workers: int = 0, scheduler: str | None = None) -> dict[str, Any]:
@@ -73,7 +67,7 @@ def cluster(config: Config, *, workers: int = 0, scheduler: str | None = None) -
             centres = {"K_c": num_centres(config.cluster, store.sizes["h"])}
             store.add_arrays(written_arrays(config.cluster), centres, replace=True)
         ledger = Ledger(config.cache_path, "cluster")
-        done = _done(ledger, identity, store, stamps)
+        done = done_shards("cluster", identity, store, stamps)
         todo = [shard for shard in range(store.num_shards) if shard not in done]
         kept = sum(len(store.rows(shard)) for shard in done)
         if kept:
@@ -105,19 +99,6 @@ def cluster(config: Config, *, workers: int = 0, scheduler: str | None = None) -
     return manifest
 
 
-def _done(ledger: Ledger, fingerprint: str, store: Store, stamps: list[str]) -> set[int]:
-    """Shards whose record speaks of these rows, these labels and what extraction holds now."""
-    made, done = Ledger(store.path, "extract").entries(), set()
-    for shard, entry in ledger.entries_of(fingerprint).items():
-        if shard >= store.num_shards:
-            continue
-        rows = store.rows(shard)
-        now = (span(rows), stamps[rows.start : rows.stop], digest(made.get(shard, {}).get("digests")))
-        if (entry["rows"], entry.get("stamps"), entry.get("upstream")) == now:
-            done.add(shard)
-    return done
-
-
 def cluster_shard(job: Job, shard: int, *, tick: Any = None) -> int:
     """Makes, writes and records the pseudo labels of one shard; returns its row count."""
     began, config = time.time(), job.config
@@ -137,7 +118,7 @@ def cluster_shard(job: Job, shard: int, *, tick: Any = None) -> int:
         tick,
     )
     digests = {name: store.write_shard(name, shard, block) for name, block in blocks.items()}
-    _record(job, store, shard, {"digests": digests, "stats": stats}, began)
+    record_labels("cluster", job, store, shard, {"digests": digests, "stats": stats}, began)
     return len(rows)
 
 
@@ -161,19 +142,10 @@ def confirm_shard(job: Job, shard: int, *, tick: Any = None) -> int:
     for name, wanted in digests.items():
         if store.digest(name, shard) != wanted:
             raise damaged(store.data / name, name, shard, "it is not what extract has recorded")
-    _record(job, store, shard, {"digests": digests, "stats": made["stats"]}, began)
+    record_labels("cluster", job, store, shard, {"digests": digests, "stats": made["stats"]}, began)
     if tick:
         tick(len(rows))
     return len(rows)
-
-
-def _record(job: Job, store: Store, shard: int, made: dict[str, Any], began: float) -> None:
-    data, rows = data_of(job.config), store.rows(shard)
-    above = Ledger(job.config.cache_path, "extract").entry(shard) or {}
-    entry = {"rows": span(rows), "fingerprint": job.fingerprint, "quarantined": {}, **made}
-    entry["stamps"] = data.stamps(samples_of(data, store, rows), "labels")
-    entry["upstream"] = digest(above.get("digests"))
-    record_shard(job.config, "cluster", shard, entry, began)
 
 
 def summarise(parts: list[dict[str, Any]]) -> dict[str, Any]:

@@ -83,7 +83,7 @@ def extract(config: Config, *, workers: int = 0, scheduler: str | None = None) -
         save_config(config)
         if cached and len(samples) > len(cached):
             say(f"extract: {len(samples) - len(cached)} images are new, {len(cached)} keep their rows")
-        for stage in ("extract", "cluster"):  # from here on neither is complete
+        for stage in ("extract", "cluster", "cams"):  # from here on none is complete
             reopen(config, stage)
         store = _open_store(config, data, identity, samples)
         entries = ledger.entries_of(identity)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from cache.ledger import Ledger
 from cache.verify import Finding
 from cache.verify import verify as verify_cache
-from pipeline.config import Config, config_fingerprint
+from pipeline.config import LABELS_FROM, Config, config_fingerprint
 from pipeline.tracking import found_manifest, progress
 
 
@@ -14,10 +14,9 @@ def verify(config: Config) -> list[Finding]:
 
     Raises: MissingCache when there is none.
     """
-    manifests = {
-        stage: m for stage in ("extract", "cluster") if (m := found_manifest(config, stage)) is not None
-    }
-    recorded = sum(len(Ledger(config.cache_path, stage).entries()) for stage in ("extract", "cluster"))
+    stages = ("extract", LABELS_FROM[config.recipe])
+    manifests = {stage: m for stage in stages if (m := found_manifest(config, stage)) is not None}
+    recorded = sum(len(Ledger(config.cache_path, stage).entries()) for stage in stages)
     with progress("verify", recorded, unit="shards") as advance:
         findings = verify_cache(
             config.cache_path,

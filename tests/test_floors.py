@@ -21,7 +21,7 @@ DOORS = {
     "segmentation_models_pytorch": {"pipeline/models/student.py"},
     "dask": {"pipeline/engine.py"},
 }
-STAGES = ("extract", "cluster", "train", "evaluate", "export", "predict", "report", "verify")
+STAGES = ("extract", "cluster", "cams", "train", "evaluate", "export", "predict", "report", "verify")
 FLOOR_3 = (
     "ablations",
     "batches",
@@ -30,6 +30,7 @@ FLOOR_3 = (
     "engine",
     "inference",
     "journal",
+    "labels",
     "looking",
     "objective",
     "pictures",
@@ -37,6 +38,7 @@ FLOOR_3 = (
     "pseudo",
     "results",
     "rows",
+    "seeds",
     "tracking",
     "training",
     "validation",

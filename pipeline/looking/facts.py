@@ -19,7 +19,7 @@ from cache.store import Store
 from pipeline.config import Config, UserError
 from pipeline.tracking import found_manifest, run_config
 
-SHARD_STAGES = ("extract", "cluster")
+SHARD_STAGES = ("extract", "cluster", "cams")
 NOT_A_DIFFERENCE = ("name", "runs", "cache.", "report.")  # of two runs that are to be compared
 
 

@@ -1,0 +1,292 @@
+"""CLIP-ES's half of stage one: from image-level labels to refined class activation maps, in place of cluster.
+
+    python cli.py cams --config config/demo_clip_es.yaml
+    python cli.py cams --text "the man in red" --image photo.jpg --out refined.png
+
+CLIP itself runs here, since gradients are needed, on every image at its own size; a shard of images is one unit
+of work. Maps are kept on each image's own token grid. What becomes of them, background and threshold, is
+decided in training, so that sweeping these recomputes nothing.
+
+Axes: n rows of a shard, B images of one size, K classes in an image at most, g_h x g_w token grid.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from cache.ledger import Ledger, lock, refuse_if_locked
+from cache.store import Store
+from cache.verify import read_recorded
+from pipeline.batches import data_of
+from pipeline.config import Cams, Config, ConfigError, TeacherSection, config_fingerprint, digest, fingerprint
+from pipeline.data.base import DataError, DataSet, Sample
+from pipeline.data.words import background_names, fused_name
+from pipeline.encode import DECODE_THREADS, OK
+from pipeline.engine import map_shards
+from pipeline.labels import Job, done_shards, record_labels
+from pipeline.models.explain import explain
+from pipeline.models.teacher import Teacher
+from pipeline.ops.cam import activation_maps, affinity, box_masks, refined
+from pipeline.rows import cached_samples, samples_of
+from pipeline.seeds import add_seeds, new_stats, summarise
+from pipeline.tracking import finish, found_manifest, progress, required_manifest, say
+
+NO_CLASS = 255  # in cam_class: no further class in this image
+
+
+def cams(config: Config, *, workers: int = 0, scheduler: str | None = None) -> dict[str, Any]:
+    """Runs the stage to its end, or finds it there; returns the manifest with its summary.
+
+    Raises: MissingCache, StaleCache, CorruptShard, DataError, ConfigError (a data set without a background class).
+    """
+    above = required_manifest(config, "extract")
+    manifest = found_manifest(config, "cams")
+    if manifest is None:
+        refuse_if_locked(config.cache_path)  # below every mask is looked at
+    data = data_of(config)
+    if data.background is None:
+        raise ConfigError(
+            f"data.kind {config.data.kind!r} as configured has no background class, and CAMs compete with one: set "
+            "data.background."
+        )
+    names = {"background": background_names(config.cams.background), "classes": _words(config.cams, data)}
+    identity = fingerprint(config, "cams", above["fingerprint"], names)
+    store = Store.open(config.cache_path)
+    samples = cached_samples(data, store)
+    stamps = data.stamps(samples, "labels")
+    content = digest([identity, above["content"], stamps])
+    if manifest is not None and manifest.get("content") == content:
+        finish(config, "cams", manifest)
+        say(f"cams: nothing to do, {manifest['num_samples']} images have CAMs")
+        return manifest
+    with lock(config.cache_path, "cams"):
+        store = Store.open(config.cache_path)
+        store.add_arrays(written_arrays(config.cams), _axis_sizes(config, data), replace=True)
+        done = done_shards("cams", identity, store, stamps)
+        todo = [shard for shard in range(store.num_shards) if shard not in done]
+        kept = sum(len(store.rows(shard)) for shard in done)
+        if kept:
+            say(f"cams: resuming, {kept} of {store.num_samples} images are done")
+        with progress("cams", store.num_samples, done=kept) as advance:
+            local = not workers and not scheduler
+            work = functools.partial(cams_shard, Job(config, identity), tick=advance if local else None)
+            for rows in map_shards(work, todo, workers=workers, scheduler=scheduler):
+                if not local:
+                    advance(rows)
+        entries = [Ledger(config.cache_path, "cams").entry(shard) or {} for shard in range(store.num_shards)]
+        manifest = {
+            "stage": "cams",
+            "fingerprint": identity,
+            "content": content,
+            "config": config_fingerprint(config, "cams"),
+            "upstream": above["fingerprint"],
+            "num_samples": store.num_samples,
+            "num_shards": store.num_shards,
+            "summary": summarise([entry["stats"] for entry in entries]),
+            "digests": digest([entry["digests"] for entry in entries]),
+        }
+        store.update_attributes("cams", {"fingerprint": identity, **names, "power": config.cams.power})
+        finish(config, "cams", manifest)
+    return manifest
+
+
+def written_arrays(section: Cams) -> tuple[str, ...]:
+    """The arrays that this stage makes."""
+    return ("cam", "cam_class", "cam_shape", *(("cam_raw",) if section.debug else ()))
+
+
+def _axis_sizes(config: Config, data: DataSet) -> dict[str, int]:
+    """The grid of the largest image allowed, and room for every class: the rest is zeros."""
+    side = _limit(config.cams, explained_teacher(config.teacher, config.cams).patch)
+    return {"K_max": len(data.classes) - 1, "g_h": side, "g_w": side}
+
+
+def cams_shard(job: Job, shard: int, *, tick: Any = None) -> int:
+    """Makes, writes and records the CAMs of one shard; returns its row count."""
+    began, config = time.time(), job.config
+    data, store = data_of(config), Store.open(config.cache_path)
+    rows = store.rows(shard)
+    samples = samples_of(data, store, rows)
+    made = read_recorded(store, shard, {"extract": store.attributes["fingerprint"]}, ("status",))
+    blocks, stats = shard_maps(config, data, samples, made["status"] == OK, store, tick)
+    digests = {name: store.write_shard(name, shard, block) for name, block in blocks.items()}
+    record_labels("cams", job, store, shard, {"digests": digests, "stats": stats}, began)
+    return len(rows)
+
+
+def shard_maps(
+    config: Config,
+    data: DataSet,
+    samples: Sequence[Sample],
+    usable: np.ndarray,
+    store: Store,
+    tick: Any = None,
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The arrays of `written_arrays` for n samples, and counts for the summary. Rows that aren't usable stay unwritten.
+
+    Raises: DataError for a tag that is none of the data set's classes.
+    """
+    section, teacher = config.cams, explained_teacher(config.teacher, config.cams)
+    foreground, background = _text(config.teacher, section, _words(section, data))
+    blocks = {}
+    for name in written_arrays(section):
+        spec = store.spec(name)
+        blocks[name] = np.full((len(samples), *spec.shape(store.sizes)[1:]), spec.fill, spec.dtype)
+    stats = new_stats(len(data.classes))
+    tags = [_checked_tags(data, sample) if usable[row] else () for row, sample in enumerate(samples)]
+    for group, images in _same_sized(data, samples, usable, section, teacher.patch):
+        maps, raw = explained_maps(
+            teacher, section, images, [tags[row] for row in group], foreground, background
+        )
+        height, width = maps.shape[2:]
+        for place, row in enumerate(group):
+            num = len(tags[row])
+            for name, values in (("cam", maps), ("cam_raw", raw)):
+                if name in blocks:
+                    blocks[name][row] = 0
+                    blocks[name][row, :num, :height, :width] = values[place, :num].numpy()
+            blocks["cam_class"][row] = NO_CLASS
+            blocks["cam_class"][row, :num] = tags[row]
+            blocks["cam_shape"][row] = height, width
+            add_seeds(stats, data, samples[row], tags[row], raw[place, :num], maps[place, :num])
+            if tick:
+                tick(1)
+    if tick:
+        tick(int((~usable).sum()))
+    return blocks, {name: value.tolist() for name, value in stats.items()}
+
+
+def explained_maps(
+    teacher: Teacher,
+    section: Cams,
+    images: Tensor,
+    tags: Sequence[Sequence[int]],
+    foreground: Tensor,
+    background: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """CAMs of images of one size, refined by CAA and raw, zeros beyond an image's classes; on the CPU.
+
+    Shapes: images (B, 3, H, W) uint8, tags B lists of class ids, foreground (classes, C), background (N, C)
+    -> twice (B, K, g_h, g_w) float32.
+    """
+    most = max(max(map(len, tags)), 1)
+    chosen = torch.tensor([[*ids, *[0] * (most - len(ids))] for ids in tags])  # (B, K)
+    present = torch.arange(most) < torch.tensor([len(ids) for ids in tags])[:, None]
+    features, present = foreground[chosen.to(foreground.device)], present.to(foreground.device)
+    found = explain(teacher, images, features, present, background, section.blocks)
+    grid = (images.shape[2] // teacher.patch, images.shape[3] // teacher.patch)
+    raw = activation_maps(found.activations, found.gradients) * present[..., None]  # (B, K, L)
+    boxes = box_masks(raw.unflatten(2, grid), section.box_threshold).flatten(2)
+    maps = refined(raw, affinity(found.attention, section.sinkhorn), boxes)
+    return maps.unflatten(2, grid).cpu(), raw.unflatten(2, grid).cpu()
+
+
+def _checked_tags(data: DataSet, sample: Sample) -> tuple[int, ...]:
+    tags = data.tags(sample)
+    strange = [tag for tag in tags if not 0 <= tag < len(data.classes) or tag == data.background]
+    if strange:
+        raise DataError(
+            f"{data.name}: image {sample.id} has the label {strange[0]}, which is none of its "
+            f"{len(data.classes) - 1} foreground classes. Correct its list of labels."
+        )
+    return tuple(tags)
+
+
+def _same_sized(
+    data: DataSet, samples: Sequence[Sample], usable: np.ndarray, section: Cams, patch: int
+) -> Iterator[tuple[list[int], Tensor]]:
+    """Rows and their images (B, 3, H, W) uint8, at most `batch` at once, all of one size."""
+    waiting: dict[tuple[int, int], list[tuple[int, Tensor]]] = {}
+    rows = [row for row in range(len(samples)) if usable[row]]
+    load = functools.partial(_fitted, data, section, patch)
+    with ThreadPoolExecutor(DECODE_THREADS) as pool:
+        for row, image in zip(rows, pool.map(load, [samples[row] for row in rows]), strict=True):
+            size = (image.shape[1], image.shape[2])
+            waiting.setdefault(size, []).append((row, image))
+            if len(waiting[size]) == section.batch:
+                yield _stacked(waiting.pop(size))
+    for group in waiting.values():
+        yield _stacked(group)
+
+
+def _stacked(group: list[tuple[int, Tensor]]) -> tuple[list[int], Tensor]:
+    return [row for row, _ in group], torch.stack([image for _, image in group])
+
+
+def _fitted(data: DataSet, section: Cams, patch: int, sample: Sample) -> Tensor:
+    return fitted(data.image(sample), section, patch)
+
+
+def fitted(image: np.ndarray, section: Cams, patch: int) -> Tensor:
+    """An image at its own size, at most max_side long, each side rounded up to a multiple of the patch.
+
+    Shapes: (H, W, 3) uint8 -> (3, H', W') uint8. Source: method section 11.
+    """
+    height, width = image.shape[:2]
+    scale = min(1.0, _limit(section, patch) * patch / max(height, width))
+    sides = [max(-(-round(side * scale) // patch), 1) * patch for side in (height, width)]
+    pixels = torch.from_numpy(image).permute(2, 0, 1)[None].float()
+    if sides != [height, width]:
+        pixels = interpolate(pixels, sides, mode="bilinear", align_corners=False, antialias=True)
+    return pixels[0].round().clamp(0, 255).to(torch.uint8)
+
+
+def _limit(section: Cams, patch: int) -> int:
+    """The largest side in patches."""
+    return max(section.max_side // patch, 1)
+
+
+def _words(section: Cams, data: DataSet) -> tuple[str, ...]:
+    return tuple(fused_name(section.synonyms, name) for name in data.classes)
+
+
+@functools.lru_cache(maxsize=1)
+def _loaded(section: TeacherSection, device: str, precision: str) -> Teacher:
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return Teacher.load(
+        section.model,
+        section.pretrained,
+        image_size=None,  # its own: every image has its own positions, interpolated once
+        quick_gelu=section.quick_gelu,
+        precision=precision,
+        device=device,
+    )
+
+
+def explained_teacher(section: TeacherSection, cams: Cams) -> Teacher:
+    """The run's teacher at its own size, loaded once a process."""
+    return _loaded(section, cams.device, cams.precision)
+
+
+def _text(section: TeacherSection, cams: Cams, words: tuple[str, ...]) -> tuple[Tensor, Tensor]:
+    """Features of the classes' words (K, C) and of the background's names (N, C), unit norm, on the device."""
+    return _encoded(
+        section, cams.device, cams.precision, cams.template, words, background_names(cams.background)
+    )
+
+
+@functools.lru_cache(maxsize=2)
+def _encoded(
+    section: TeacherSection,
+    device: str,
+    precision: str,
+    template: str,
+    words: tuple[str, ...],
+    background: tuple[str, ...],
+) -> tuple[Tensor, Tensor]:
+    teacher = _loaded(section, device, precision)
+    if template.count("{}") != 1:
+        raise ConfigError(f"cams.template {template!r}: want exactly one {{}} for the name.")
+    features = teacher.encode_text([[template.replace("{}", name)] for name in (*words, *background)])
+    features = features.to(teacher.device)
+    return features[: len(words)], features[len(words) :]

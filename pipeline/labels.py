@@ -1,0 +1,48 @@
+"""What the stages share that make labels for training, cluster and cams: which shards are done, and their records.
+
+A shard is done while its record speaks of these rows, of these labels, and of what extraction holds now.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cache.ledger import Ledger
+from cache.store import Store
+from pipeline.batches import data_of
+from pipeline.config import Config, digest
+from pipeline.rows import samples_of, span
+from pipeline.tracking import record_shard
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker needs to make a shard; small and picklable."""
+
+    config: Config
+    fingerprint: str
+
+
+def done_shards(stage: str, fingerprint: str, store: Store, stamps: Sequence[str]) -> set[int]:
+    """The shards of a stage that need not be made again; `stamps` are those of all labels, by row."""
+    made, done = Ledger(store.path, "extract").entries(), set()
+    for shard, entry in Ledger(store.path, stage).entries_of(fingerprint).items():
+        if shard >= store.num_shards:
+            continue
+        rows = store.rows(shard)
+        now = (span(rows), list(stamps[rows.start : rows.stop]), digest(made.get(shard, {}).get("digests")))
+        if (entry["rows"], entry.get("stamps"), entry.get("upstream")) == now:
+            done.add(shard)
+    return done
+
+
+def record_labels(stage: str, job: Job, store: Store, shard: int, made: dict[str, Any], began: float) -> None:
+    """Records a shard of labels with what it was made from."""
+    data, rows = data_of(job.config), store.rows(shard)
+    above = Ledger(job.config.cache_path, "extract").entry(shard) or {}
+    entry = {"rows": span(rows), "fingerprint": job.fingerprint, "quarantined": {}, **made}
+    entry["stamps"] = data.stamps(samples_of(data, store, rows), "labels")
+    entry["upstream"] = digest(above.get("digests"))
+    record_shard(job.config, stage, shard, entry, began)

@@ -17,7 +17,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from pipeline.data.base import DataError, DataSet, Sample
+from pipeline.data.base import DataError, DataSet, Sample, check_names
 
 Colour = tuple[int, int, int]
 Pattern = Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -75,6 +75,7 @@ PALETTE = np.array(
     + [(235, 240, 255), (110, 110, 125), (180, 170, 190), (40, 40, 60)],
     dtype=np.uint8,
 )
+BACKGROUND, BACKGROUND_COLOUR = "background", np.zeros((1, 3), np.uint8)
 
 SHADOW_REACH = 1.45  # in radii from a thing's centre: nothing of it is drawn beyond
 
@@ -230,7 +231,8 @@ class DemoDataSet(DataSet):
     """The procedural world as a data set: `train` scenes of `seed`, `test` scenes of `test_seed`.
 
     Nothing is on disk: a sample's image is its index. Rendered scenes stay in memory (64 KiB each).
-    Raises: DataError when a number is out of range or the two seeds coincide.
+    `background` names classes that are one class "background", id 0, of a world in which all others are seen.
+    Raises: DataError when a number is out of range, the two seeds coincide, or a background name is no class.
     """
 
     name = "demo"
@@ -243,8 +245,9 @@ class DemoDataSet(DataSet):
         train: int = 512,
         test: int = 128,
         size: int = 128,
-        unseen: Sequence[str] = UNSEEN,
+        unseen: Sequence[str] | None = None,
         radius: tuple[float, float] = (0.15, 0.26),
+        background: Sequence[str] = (),
     ) -> None:
         if seed == test_seed:
             raise DataError(
@@ -254,7 +257,17 @@ class DemoDataSet(DataSet):
             raise DataError(
                 f"demo data: train={train}, test={test}, size={size}; want at least 1, 1 and 32 pixels."
             )
-        super().__init__(classes=CLASSES, unseen=unseen, palette=PALETTE)
+        background = check_names("demo: background", background, CLASSES)
+        kept = [place for place, name in enumerate(CLASSES) if name not in background]
+        first = [BACKGROUND] if background else []
+        self.table = np.zeros(256, np.uint8)  # from the world's ids to the data set's
+        self.table[kept] = np.arange(len(first), len(first) + len(kept))
+        super().__init__(
+            classes=[*first, *(CLASSES[place] for place in kept)],
+            unseen=unseen if unseen is not None else () if background else UNSEEN,
+            palette=np.concatenate([BACKGROUND_COLOUR[: len(first)], PALETTE[kept]]),
+        )
+        self.background = 0 if background else None
         self.seeds, self.counts, self.size = (
             {"train": seed, "test": test_seed},
             {"train": train, "test": test},
@@ -278,7 +291,7 @@ class DemoDataSet(DataSet):
         return self.render(sample.image).image
 
     def labels(self, sample: Sample) -> np.ndarray:
-        return self.render(sample.image).labels
+        return self.table[self.render(sample.image).labels]
 
     def stamp(self, sample: Sample) -> str:
         return f"{sample.image}@{self.size}:{self.radius}"

@@ -21,7 +21,7 @@ DOORS = {
     "segmentation_models_pytorch": {"pipeline/models/student.py"},
     "dask": {"pipeline/engine.py"},
 }
-STAGES = ("extract", "cluster", "cams", "train", "evaluate", "export", "predict", "report", "verify")
+STAGES = ("extract", "cluster", "cams", "train", "evaluate", "export", "predict", "refer", "report", "verify")
 FLOOR_3 = (
     "ablations",
     "batches",
@@ -32,6 +32,7 @@ FLOOR_3 = (
     "journal",
     "labels",
     "looking",
+    "maps",
     "objective",
     "pictures",
     "processes",

@@ -29,6 +29,7 @@ FLOOR_3 = (
     "engine",
     "inference",
     "journal",
+    "loading",
     "looking",
     "objective",
     "pictures",

@@ -45,16 +45,16 @@ PHOTOGRAPHS = (
 CASES = {"b0": (PHOTOGRAPHS, 48), "demo": ((), 288)}  # settings, steps: two epochs, three
 
 
-def photographs(folder: Path) -> None:
+def photographs(folder: Path, num_test: int = 1, num_classes: int = NUM_CLASSES) -> None:
     """Noise of several sizes as JPEGs, masks of bands with a share of 255, and their dataset.yaml."""
     rng, (width, height) = np.random.default_rng(0), SIDES
-    names = ", ".join(f"class{i}" for i in range(NUM_CLASSES))
+    names = ", ".join(f"class{i}" for i in range(num_classes))
     parts = ("train", "test")
     (folder / "dataset.yaml").write_text(
         f"classes: [{names}]\nunseen: [class0]\n"
         + "".join(f'{part}: {{images: "{part}/*.jpg", masks: "{part}/*.png"}}\n' for part in parts)
     )
-    for part, num in zip(parts, (NUM_IMAGES, 1), strict=True):
+    for part, num in zip(parts, (NUM_IMAGES, num_test), strict=True):
         (folder / part).mkdir()
         for index in range(num):
             total = np.zeros((height, width, 3))
@@ -63,7 +63,7 @@ def photographs(folder: Path) -> None:
                 total += noise.repeat(grain, 0).repeat(grain, 1)[:height, :width]
             image = (128 + total).clip(0, 255).astype(np.uint8)
             Image.fromarray(image).save(folder / part / f"{index:04d}.jpg", quality=90)
-            bands = rng.integers(0, NUM_CLASSES, (height // 32, width // 32)).astype(np.uint8)
+            bands = rng.integers(0, num_classes, (height // 32, width // 32)).astype(np.uint8)
             bands[rng.random(bands.shape) < 0.25] = 255
             Image.fromarray(bands.repeat(32, 0).repeat(32, 1)).save(folder / part / f"{index:04d}.png")
 

@@ -31,6 +31,7 @@ FLOOR_3 = (
     "inference",
     "journal",
     "labels",
+    "loading",
     "looking",
     "maps",
     "objective",

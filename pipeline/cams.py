@@ -32,7 +32,8 @@ from pipeline.data.words import background_names, fused_name
 from pipeline.encode import DECODE_THREADS, OK
 from pipeline.engine import map_shards
 from pipeline.labels import Job, done_shards, record_labels
-from pipeline.maps import explained_maps, explained_teacher, fitted, limit, text_features
+from pipeline.maps import explained_maps, explained_teacher, fitted, text_features
+from pipeline.ops.masks import fitted_size
 from pipeline.rows import cached_samples, samples_of
 from pipeline.seeds import add_seeds, new_stats, summarise
 from pipeline.tracking import finish, found_manifest, progress, required_manifest, say
@@ -103,7 +104,8 @@ def written_arrays(section: Cams) -> tuple[str, ...]:
 
 def _axis_sizes(config: Config, data: DataSet) -> dict[str, int]:
     """The grid of the largest image allowed, and room for every class: the rest is zeros."""
-    side = limit(config.cams, explained_teacher(config.teacher, config.cams).patch)
+    patch = explained_teacher(config.teacher, config.cams).patch
+    side = fitted_size(config.cams.max_side, config.cams.max_side, config.cams.max_side, patch)[0] // patch
     return {"K_max": len(data.classes) - 1, "g_h": side, "g_w": side}
 
 

@@ -103,8 +103,8 @@ class Tagged:
         if self.config.cams.refine != "none":
             mask, sure = (self.store.read_rows(name, [row])[0] for name in ("mask", "confidence"))
             height, width = (int(np.flatnonzero((mask != IGNORE).any(axis)).max()) + 1 for axis in (1, 0))
-            fitted = [resized(part[:height, :width], (size[1], size[0])) for part in (mask, sure)]
-            return fitted[0], fitted[1].astype(np.float32) / (100 * PER_PERCENT)
+            mask, sure = (resized(part[:height, :width], (size[1], size[0])).copy() for part in (mask, sure))
+            return mask, sure.astype(np.float32) / (100 * PER_PERCENT)
         tags, maps = self._maps(row, "cam")
         background = self.data.background or 0
         ids, sure = mask_and_confidence(

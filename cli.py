@@ -82,10 +82,23 @@ def cams(
     set_: SetOption = [],  # noqa: B006
     workers: WorkersOption = 0,
     scheduler: SchedulerOption = None,
+    text: Annotated[
+        list[str], typer.Option("--text", help="find this in --image, instead; may be repeated")
+    ] = [],  # noqa: B006
+    image: Annotated[Path | None, typer.Option("--image", help="the image that --text is about")] = None,
+    out: Annotated[Path, typer.Option(help="the picture that --text writes")] = Path("refined.png"),
     log: LogOption = None,
 ) -> None:
-    """CLIP-ES: refined class activation maps from image-level labels, in place of cluster."""
+    """CLIP-ES: refined class activation maps from image-level labels, in place of cluster; or of free text."""
     settings = _load(config, set_, log)
+    if text or image:
+        from pipeline.config import ConfigError
+        from pipeline.refer import refer
+
+        if not text or image is None:
+            raise ConfigError("--text and --image belong together: what to look for, and where.")
+        refer(settings, text, image, out)
+        return
     from pipeline import cams as stage
     from pipeline.seeds import print_summary
 

@@ -18,12 +18,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from cache.store import Store
 from cache.verify import check_whole, read_recorded
 from pipeline.config import Config
 from pipeline.data.base import DataError, DataSet, Sample, open_data_set
+from pipeline.loading import Kept, loader_processes, made_ahead
 from pipeline.ops.views import replay_image, replay_labels, view_of
 from pipeline.rows import cached_samples
 from pipeline.tracking import required_manifest
@@ -94,6 +95,7 @@ class CachedViews(Dataset):
         self.size = int(self.store.attributes["teacher"]["image_size"])
         self.mean_colour = np.array(self.store.attributes["mean_colour"], np.uint8)
         self.num_views = self._views_used(int(self.store.attributes["views"]["num"]))
+        self.replayed = Kept(int(config.train.views_in_memory_gb * 1e9))
         self.kept, status = self._checked()
         usable = [int(row) for row in np.flatnonzero(status == 0)]
         if not usable:
@@ -163,7 +165,14 @@ class CachedViews(Dataset):
         )
 
     def replay(self, sample: Sample, box: np.ndarray) -> tuple[Tensor, Tensor]:
-        """A view as extraction saw it, and the seen labels under it: (3, S, S) uint8, (S, S) uint8."""
+        """A view as extraction saw it, and the seen labels under it: (3, S, S) uint8, (S, S) uint8.
+
+        Not to be written into: it is kept for the next epochs while there is room.
+        """
+        image, labels = self.replayed.get((sample.id, box.tobytes()), lambda: self._replay(sample, box))
+        return image, labels
+
+    def _replay(self, sample: Sample, box: np.ndarray) -> tuple[Tensor, Tensor]:
         image, labels = self.data.image(sample), self.data.seen_labels(sample)
         if labels is None:
             labels = np.full(image.shape[:2], IGNORE, np.uint8)
@@ -201,13 +210,25 @@ def training_batches(
 ) -> Iterator[dict[str, Tensor]]:
     """The batches of iterations start..stop-1, this process's places of each."""
     train = views.config.train
-    plan = Plan(views.rows, train.batch, train.seed)
+    places = _Batches(Plan(views.rows, train.batch, train.seed), start, stop, process, num_processes)
+    num_bytes = len(views.rows) * views.num_views * 4 * views.size**2  # three colours and the labels
+    fits = num_bytes <= views.replayed.room_bytes
+    workers = loader_processes(train.workers, num_processes, fits=fits)
+    has_gpu = torch.cuda.is_available()
+    if workers == 0:
+
+        def batch(places: list[Place]) -> dict[str, Tensor]:
+            made: dict[str, Tensor] = default_collate([views[place] for place in places])
+            return {name: value.pin_memory() for name, value in made.items()} if has_gpu else made
+
+        return made_ahead(places, batch)
+    views.replayed = Kept(views.replayed.room_bytes // workers)  # each keeps its own
     loader: DataLoader = DataLoader(
         views,
-        batch_sampler=_Batches(plan, start, stop, process, num_processes),
-        num_workers=train.workers,
-        multiprocessing_context="spawn" if train.workers else None,  # a forked zarr reader can deadlock
-        pin_memory=torch.cuda.is_available(),
+        batch_sampler=places,
+        num_workers=workers,
+        multiprocessing_context="spawn",  # a forked zarr reader can deadlock
+        pin_memory=has_gpu,
     )
     return iter(loader)
 

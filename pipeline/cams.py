@@ -21,21 +21,18 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
 
 from cache.ledger import Ledger, lock, refuse_if_locked
 from cache.store import Store
 from cache.verify import read_recorded
 from pipeline.batches import data_of
-from pipeline.config import Cams, Config, ConfigError, TeacherSection, config_fingerprint, digest, fingerprint
+from pipeline.config import Cams, Config, ConfigError, config_fingerprint, digest, fingerprint
 from pipeline.data.base import DataError, DataSet, Sample
 from pipeline.data.words import background_names, fused_name
 from pipeline.encode import DECODE_THREADS, OK
 from pipeline.engine import map_shards
 from pipeline.labels import Job, done_shards, record_labels
-from pipeline.models.explain import explain
-from pipeline.models.teacher import Teacher
-from pipeline.ops.cam import activation_maps, affinity, box_masks, refined
+from pipeline.maps import explained_maps, explained_teacher, fitted, limit, text_features
 from pipeline.rows import cached_samples, samples_of
 from pipeline.seeds import add_seeds, new_stats, summarise
 from pipeline.tracking import finish, found_manifest, progress, required_manifest, say
@@ -106,7 +103,7 @@ def written_arrays(section: Cams) -> tuple[str, ...]:
 
 def _axis_sizes(config: Config, data: DataSet) -> dict[str, int]:
     """The grid of the largest image allowed, and room for every class: the rest is zeros."""
-    side = _limit(config.cams, explained_teacher(config.teacher, config.cams).patch)
+    side = limit(config.cams, explained_teacher(config.teacher, config.cams).patch)
     return {"K_max": len(data.classes) - 1, "g_h": side, "g_w": side}
 
 
@@ -136,7 +133,7 @@ def shard_maps(
     Raises: DataError for a tag that is none of the data set's classes.
     """
     section, teacher = config.cams, explained_teacher(config.teacher, config.cams)
-    foreground, background = _text(config.teacher, section, _words(section, data))
+    foreground, background = text_features(config.teacher, section, _words(section, data))
     blocks = {}
     for name in written_arrays(section):
         spec = store.spec(name)
@@ -163,31 +160,6 @@ def shard_maps(
     if tick:
         tick(int((~usable).sum()))
     return blocks, {name: value.tolist() for name, value in stats.items()}
-
-
-def explained_maps(
-    teacher: Teacher,
-    section: Cams,
-    images: Tensor,
-    tags: Sequence[Sequence[int]],
-    foreground: Tensor,
-    background: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """CAMs of images of one size, refined by CAA and raw, zeros beyond an image's classes; on the CPU.
-
-    Shapes: images (B, 3, H, W) uint8, tags B lists of class ids, foreground (classes, C), background (N, C)
-    -> twice (B, K, g_h, g_w) float32.
-    """
-    most = max(max(map(len, tags)), 1)
-    chosen = torch.tensor([[*ids, *[0] * (most - len(ids))] for ids in tags])  # (B, K)
-    present = torch.arange(most) < torch.tensor([len(ids) for ids in tags])[:, None]
-    features, present = foreground[chosen.to(foreground.device)], present.to(foreground.device)
-    found = explain(teacher, images, features, present, background, section.blocks)
-    grid = (images.shape[2] // teacher.patch, images.shape[3] // teacher.patch)
-    raw = activation_maps(found.activations, found.gradients) * present[..., None]  # (B, K, L)
-    boxes = box_masks(raw.unflatten(2, grid), section.box_threshold).flatten(2)
-    maps = refined(raw, affinity(found.attention, section.sinkhorn), boxes)
-    return maps.unflatten(2, grid).cpu(), raw.unflatten(2, grid).cpu()
 
 
 def _checked_tags(data: DataSet, sample: Sample) -> tuple[int, ...]:
@@ -226,69 +198,5 @@ def _fitted(data: DataSet, section: Cams, patch: int, sample: Sample) -> Tensor:
     return fitted(data.image(sample), section, patch)
 
 
-def fitted(image: np.ndarray, section: Cams, patch: int) -> Tensor:
-    """An image at its own size, at most max_side long, each side rounded up to a multiple of the patch.
-
-    Shapes: (H, W, 3) uint8 -> (3, H', W') uint8. Source: method section 11.
-    """
-    height, width = image.shape[:2]
-    scale = min(1.0, _limit(section, patch) * patch / max(height, width))
-    sides = [max(-(-round(side * scale) // patch), 1) * patch for side in (height, width)]
-    pixels = torch.from_numpy(image).permute(2, 0, 1)[None].float()
-    if sides != [height, width]:
-        pixels = interpolate(pixels, sides, mode="bilinear", align_corners=False, antialias=True)
-    return pixels[0].round().clamp(0, 255).to(torch.uint8)
-
-
-def _limit(section: Cams, patch: int) -> int:
-    """The largest side in patches."""
-    return max(section.max_side // patch, 1)
-
-
 def _words(section: Cams, data: DataSet) -> tuple[str, ...]:
     return tuple(fused_name(section.synonyms, name) for name in data.classes)
-
-
-@functools.lru_cache(maxsize=1)
-def _loaded(section: TeacherSection, device: str, precision: str) -> Teacher:
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Teacher.load(
-        section.model,
-        section.pretrained,
-        image_size=None,  # its own: every image has its own positions, interpolated once
-        quick_gelu=section.quick_gelu,
-        precision=precision,
-        device=device,
-    )
-
-
-def explained_teacher(section: TeacherSection, cams: Cams) -> Teacher:
-    """The run's teacher at its own size, loaded once a process."""
-    return _loaded(section, cams.device, cams.precision)
-
-
-def _text(section: TeacherSection, cams: Cams, words: tuple[str, ...]) -> tuple[Tensor, Tensor]:
-    """Features of the classes' words (K, C) and of the background's names (N, C), unit norm, on the device."""
-    return _encoded(
-        section, cams.device, cams.precision, cams.template, words, background_names(cams.background)
-    )
-
-
-@functools.lru_cache(maxsize=2)
-def _encoded(
-    section: TeacherSection,
-    device: str,
-    precision: str,
-    template: str,
-    words: tuple[str, ...],
-    background: tuple[str, ...],
-) -> tuple[Tensor, Tensor]:
-    teacher = _loaded(section, device, precision)
-    if template.count("{}") != 1:
-        raise ConfigError(f"cams.template {template!r}: want exactly one {{}} for the name.")
-    features = teacher.encode_text([[template.replace("{}", name)] for name in (*words, *background)])
-    features = features.clone().to(
-        teacher.device
-    )  # made in inference mode, and used where gradients are taken
-    return features[: len(words)], features[len(words) :]

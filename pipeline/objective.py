@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from pipeline.config import Train
-from pipeline.models.glm import ClsBank, pooled
+from pipeline.models.glm import ClsBank, pooled_and_dense
 from pipeline.ops import losses
 
 
@@ -42,14 +42,15 @@ def loss_terms(
     """
     weights, terms = section.weights, {}
     if section.glm != "off":
-        terms["global"] = weights.glm * _global_term(section, learner, dense, batch, accelerator)
+        value, dense = _global_term(section, learner, dense, batch, accelerator)
+        terms["global"] = weights.glm * value
     ids, owners, num_potential = losses.combined_labels(
         _on_grid(batch["labels"], dense, section), batch["pseudo"], learner.seen_ids, section.potential
     )
     if section.loss_grid == "full":
         dense = interpolate(dense, ids.shape[1:], mode="bilinear", align_corners=False)
     num_seen = len(learner.text_seen)
-    means, present = losses.centroids(dense, ids, num_seen + num_potential)
+    means, present, dense = losses.centroids_and_features(dense, ids, num_seen + num_potential)
     generated = learner.vla(means[present], batch["cls"])  # (M, C), seen ones first
     if section.generate:
         terms["generate"] = weights.generate * losses.generate_loss(generated, learner.text_seen, present)
@@ -72,8 +73,8 @@ def loss_terms(
 
 def _global_term(
     section: Train, learner: Learner, dense: Tensor, batch: dict[str, Tensor], accelerator: Accelerator | None
-) -> Tensor:
-    """Eq. 3, and then the push: the current tokens are never in the bank of their own loss."""
+) -> tuple[Tensor, Tensor]:
+    """Eq. 3, and then the push: the current tokens are never in the bank of their own loss. Hands `dense` on."""
     cls, samples = batch["cls"], batch["sample"]
     bank, bank_samples = learner.bank.entries()
     others, other_samples, all_cls, all_samples = bank, bank_samples, cls, samples
@@ -83,9 +84,10 @@ def _global_term(
         mine[accelerator.process_index * len(cls) : (accelerator.process_index + 1) * len(cls)] = True
         others = torch.cat([bank, all_cls[~mine]])
         other_samples = torch.cat([bank_samples, all_samples[~mine]])
-    loss = losses.infonce(cls, pooled(cls, dense, section.glm), others, other_samples, samples, section.tau)
+    predicted, dense = pooled_and_dense(cls, dense, section.glm)
+    loss = losses.infonce(cls, predicted, others, other_samples, samples, section.tau)
     learner.bank.push(all_cls, all_samples)
-    return loss
+    return loss, dense
 
 
 def _on_grid(labels: Tensor, dense: Tensor, section: Train) -> Tensor:

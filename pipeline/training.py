@@ -107,7 +107,8 @@ def new_run(config: Config, accelerator: Accelerator, identity: str, cache: str 
             lr=section.lr,
             head_lr_factor=section.head_lr_factor,
             decay=section.weight_decay,
-        )
+        ),
+        fused=True,  # one pass over the moments; a third of the time on the CPU
     )
     checkpoint = Checkpoint(
         config, identity, data.classes, data.unseen, text, cache=cache, revision=revision()

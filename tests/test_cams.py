@@ -10,11 +10,13 @@ from PIL import Image
 
 from cache.ledger import Ledger
 from cache.store import Store
-from pipeline.cams import cams, explained_maps, explained_teacher, fitted
+from pipeline.cams import _words, cams
 from pipeline.config import Cams, ConfigError, load
 from pipeline.data.base import DataError
 from pipeline.data.words import background_names, fused_name
 from pipeline.extract import extract
+from pipeline.maps import explained_maps, explained_teacher, fitted, text_features
+from pipeline.refer import refer
 from pipeline.seeds import BACKGROUNDS, add_seeds, new_stats, summarise
 from pipeline.verify import verify
 from tests.conftest import ROOT, is_one_line_error
@@ -78,12 +80,11 @@ def test_what_is_written(made):
 def test_a_row_does_not_depend_on_its_neighbours(made):
     """Maps of one image alone are those of its batch, in float16's precision."""
     from pipeline.batches import data_of
-    from pipeline.cams import _text, _words
 
     config, _ = made
     data, section = data_of(config), config.cams
     teacher = explained_teacher(config.teacher, section)
-    words = _text(config.teacher, section, _words(section, data))
+    words = text_features(config.teacher, section, _words(section, data))
     sample = data.samples("train")[5]
     image = fitted(data.image(sample), section, teacher.patch)
     maps, raw = explained_maps(teacher, section, image[None], [data.tags(sample)], *words)
@@ -211,6 +212,33 @@ def test_own_size():
     assert fitted(image[:5, :3], Cams(), 16).shape == (3, 16, 16)
     exact = np.random.default_rng(0).integers(0, 256, (32, 48, 3), np.uint8)
     assert torch.equal(fitted(exact, Cams(), 16), torch.from_numpy(exact).permute(2, 0, 1))
+
+
+# --- free text ------------------------------------------------------------------------------------
+
+
+def test_free_text_finds_the_thing_it_names(made, run_cli, tmp_path):
+    """Scenes with one thing: its map is twice as hot on the thing as beside it, in most (chance: next to none)."""
+    from pipeline.batches import data_of
+
+    data, hotter = data_of(made[0]), []
+    scenes = [s for s in data.samples("train") if len(data.tags(s)) == 1][:12]
+    for sample in scenes:
+        image, name = tmp_path / f"{sample.id}.png", data.classes[data.tags(sample)[0]]
+        Image.fromarray(data.image(sample)).save(image)
+        (found,) = refer(made[0], [name], image, tmp_path / "found.png")
+        is_thing = data.labels(sample) > 0
+        assert found.shape == is_thing.shape
+        hotter.append(found[is_thing].mean() > 2 * found[~is_thing].mean())
+    assert sum(hotter) >= 9
+    sets = [word for setting in SETTINGS for word in ("--set", setting)]
+    texts = ("--text", name, "--text", "zebra")
+    done = run_cli("cams", *sets, *texts, "--image", image, "--out", tmp_path / "out" / "found.png")
+    assert done.returncode == 0, done.stderr
+    assert Image.open(tmp_path / "out" / "found.png").width == 3 * 384
+    for wrong, word in ((("--image", tmp_path / "no.png"), "no such image"), ((), "--image")):
+        assert is_one_line_error(run_cli("cams", *sets, *texts, *wrong), word)
+    assert is_one_line_error(run_cli("cams", *sets, "--text", " ", "--image", image), "want words")
 
 
 # --- seeds ---------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ DOORS = {
     "dask": {"pipeline/engine.py"},
     "pydensecrf": {"pipeline/crf.py"},
 }
-STAGES = ("extract", "cluster", "cams", "train", "evaluate", "export", "predict", "report", "verify")
+STAGES = ("extract", "cluster", "cams", "train", "evaluate", "export", "predict", "refer", "report", "verify")
 FLOOR_3 = (
     "ablations",
     "batches",
@@ -33,7 +33,9 @@ FLOOR_3 = (
     "inference",
     "journal",
     "labels",
+    "loading",
     "looking",
+    "maps",
     "objective",
     "pictures",
     "processes",

@@ -1,0 +1,109 @@
+"""Images in, refined class activation maps out: CLIP-ES's computation for the stage and for free text.
+
+Axes: B images of one size, K classes in an image at most, N background names, C joint space, g_h x g_w token grid.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from pipeline.config import Cams, ConfigError, TeacherSection
+from pipeline.data.words import background_names
+from pipeline.models.explain import explain
+from pipeline.models.teacher import Teacher
+from pipeline.ops.cam import activation_maps, affinity, box_masks, refined
+
+
+def explained_maps(
+    teacher: Teacher,
+    section: Cams,
+    images: Tensor,
+    tags: Sequence[Sequence[int]],
+    foreground: Tensor,
+    background: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """CAMs of images of one size, refined by CAA and raw, zeros beyond an image's classes; on the CPU.
+
+    Shapes: images (B, 3, H, W) uint8, tags B lists of class ids, foreground (classes, C), background (N, C)
+    -> twice (B, K, g_h, g_w) float32.
+    """
+    most = max(max(map(len, tags)), 1)
+    chosen = torch.tensor([[*ids, *[0] * (most - len(ids))] for ids in tags])  # (B, K)
+    present = torch.arange(most) < torch.tensor([len(ids) for ids in tags])[:, None]
+    features, present = foreground[chosen.to(foreground.device)], present.to(foreground.device)
+    found = explain(teacher, images, features, present, background, section.blocks)
+    grid = (images.shape[2] // teacher.patch, images.shape[3] // teacher.patch)
+    raw = activation_maps(found.activations, found.gradients) * present[..., None]  # (B, K, L)
+    boxes = box_masks(raw.unflatten(2, grid), section.box_threshold).flatten(2)
+    maps = refined(raw, affinity(found.attention, section.sinkhorn), boxes)
+    return maps.unflatten(2, grid).cpu(), raw.unflatten(2, grid).cpu()
+
+
+def fitted(image: np.ndarray, section: Cams, patch: int) -> Tensor:
+    """An image at its own size, at most max_side long, each side rounded up to a multiple of the patch.
+
+    Shapes: (H, W, 3) uint8 -> (3, H', W') uint8. Source: method section 11.
+    """
+    height, width = image.shape[:2]
+    scale = min(1.0, limit(section, patch) * patch / max(height, width))
+    sides = [max(-(-round(side * scale) // patch), 1) * patch for side in (height, width)]
+    pixels = torch.from_numpy(image).permute(2, 0, 1)[None].float()
+    if sides != [height, width]:
+        pixels = interpolate(pixels, sides, mode="bilinear", align_corners=False, antialias=True)
+    return pixels[0].round().clamp(0, 255).to(torch.uint8)
+
+
+def limit(section: Cams, patch: int) -> int:
+    """The largest side in patches."""
+    return max(section.max_side // patch, 1)
+
+
+@functools.lru_cache(maxsize=1)
+def _loaded(section: TeacherSection, device: str, precision: str) -> Teacher:
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return Teacher.load(
+        section.model,
+        section.pretrained,
+        image_size=None,  # its own: every image has its own positions, interpolated once
+        quick_gelu=section.quick_gelu,
+        precision=precision,
+        device=device,
+    )
+
+
+def explained_teacher(section: TeacherSection, cams: Cams) -> Teacher:
+    """The run's teacher at its own size, loaded once a process."""
+    return _loaded(section, cams.device, cams.precision)
+
+
+def text_features(section: TeacherSection, cams: Cams, words: tuple[str, ...]) -> tuple[Tensor, Tensor]:
+    """Features of the classes' words (K, C) and of the background's names (N, C), unit norm, on the device."""
+    return _encoded(
+        section, cams.device, cams.precision, cams.template, words, background_names(cams.background)
+    )
+
+
+@functools.lru_cache(maxsize=2)
+def _encoded(
+    section: TeacherSection,
+    device: str,
+    precision: str,
+    template: str,
+    words: tuple[str, ...],
+    background: tuple[str, ...],
+) -> tuple[Tensor, Tensor]:
+    teacher = _loaded(section, device, precision)
+    if template.count("{}") != 1:
+        raise ConfigError(f"cams.template {template!r}: want exactly one {{}} for the name.")
+    features = teacher.encode_text([[template.replace("{}", name)] for name in (*words, *background)])
+    features = features.clone().to(
+        teacher.device
+    )  # made in inference mode, and used where gradients are taken
+    return features[: len(words)], features[len(words) :]

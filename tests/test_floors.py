@@ -20,12 +20,14 @@ DOORS = {
     "timm": {"pipeline/models/student.py"},
     "segmentation_models_pytorch": {"pipeline/models/student.py"},
     "dask": {"pipeline/engine.py"},
+    "pydensecrf": {"pipeline/crf.py"},
 }
 STAGES = ("extract", "cluster", "cams", "train", "evaluate", "export", "predict", "refer", "report", "verify")
 FLOOR_3 = (
     "ablations",
     "batches",
     "checkpoint",
+    "crf",
     "encode",
     "engine",
     "inference",

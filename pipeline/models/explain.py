@@ -32,7 +32,7 @@ class Explained:
 def explain(
     teacher: Teacher, images: Tensor, foreground: Tensor, present: Tensor, background: Tensor, blocks: int
 ) -> Explained:
-    """One forward of all blocks, and one backward through the last for every class of every image.
+    """One forward of all blocks, and a backward through the last for each of the K places, all images at once.
 
     foreground holds the features of each image's own classes, `present` says which of the K places are used;
     background features compete in every image's softmax. A class that isn't present has gradient 0.

@@ -92,7 +92,8 @@ def main() -> None:
                 for views in kept:
                     dense = student(views)
                     if classifier is not None:
-                        torch.matmul(dense.permute(0, 2, 3, 1), classifier)
+                        for features in dense:
+                            torch.mm(features.flatten(1).T, classifier)
                 if device == "cuda":
                     torch.cuda.synchronize()
 

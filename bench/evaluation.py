@@ -5,8 +5,9 @@
 
 Ours: images and masks read and squashed by the stage's own thread, the student, logits, the best classes at the image's
 own size, the confusion matrices of nine gammas. Bare: the student on the same squashed images in memory, in the same
-batches. Weights are random; a logit map of noise has more classes in contention than a trained student's, so each
-case is also measured with features made smooth (averaged over 9 x 9 grid points), which lie nearer to one.
+batches; and the same with the logits, its product with the text features, which every segmenter's head contains.
+Weights are random. Images of noise are the worst case: nearly every class is in contention everywhere. Images of
+large flat blocks lie nearer to what a trained student makes of photographs.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import interleaved  # makes the project importable
 import loader
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipeline.config import Eval, load
 from pipeline.data.base import DataSet, open_data_set
@@ -32,26 +33,17 @@ CASES = {  # side, channels, seen and unseen classes, images
     "b0": (512, 512, 156, 15, 8),
     "demo": (128, 256, 15, 5, 64),
 }
+IMAGES = {"noise": loader.GRAINS, "flat": (64, 160)}  # grains of the noise that a JPEG shows, pixels
 
 
-class Smoothed(nn.Module):
-    """A student whose features are averaged over neighbours, on both sides of the comparison."""
-
-    def __init__(self, student: nn.Module) -> None:
-        super().__init__()
-        self.student = student
-
-    def forward(self, images: Tensor) -> Tensor:
-        return F.avg_pool2d(self.student(images), 9, 1, 4, count_include_pad=False)
-
-
-def data_set(case: str, folder: Path, num: int) -> DataSet:
+def data_set(case: str, folder: Path, num: int, grains: tuple[int, ...]) -> DataSet:
     if case == "demo":
         data = open_data_set("demo", train=1, test=num)
         for sample in data.samples("test"):
             data.image(sample)  # rendered here, and kept
         return data
-    loader.photographs(folder, num_test=num, num_classes=171)
+    folder.mkdir()
+    loader.photographs(folder, num_train=1, num_test=num, num_classes=171, grains=grains)
     return open_data_set("folder", root=str(folder))
 
 
@@ -74,37 +66,47 @@ def main() -> None:
     text = F.normalize(torch.randn(num_seen + num_unseen, channels), dim=1)
     seen, unseen = list(range(num_seen)), list(range(num_seen, len(text)))
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    interleaved.heading(
+        f"evaluation: {chosen.case}, batch {section.batch}, {torch.get_num_threads()} threads, {device}"
+    )
+    student = student.to(device)
+    images = {"scenes": ()} if chosen.case == "demo" else IMAGES
     with tempfile.TemporaryDirectory() as temporary:
-        data = data_set(chosen.case, Path(temporary), num)
-        samples = data.samples("test")
-        kept = [
-            torch.stack([item.view for item in loaded(data, group, size)]).to(device)
-            for group in batched(samples, section.batch)
-        ]
-        interleaved.heading(
-            f"evaluation: {chosen.case}, batch {section.batch}, {torch.get_num_threads()} threads, {device}"
-        )
-        for name, net in (("noise", student), ("smooth", Smoothed(student))):
-            net = net.to(device)
+        for name, grains in images.items():
+            data = data_set(chosen.case, Path(temporary, name), num, grains)
+            samples = data.samples("test")
+            kept = [
+                torch.stack([item.view for item in loaded(data, group, size)]).to(device)
+                for group in batched(samples, section.batch)
+            ]
 
-            def ours(net: nn.Module = net) -> None:
+            def ours(data: DataSet = data) -> None:
                 swept = SweptConfusion(len(text), section.gamma_sweep, IGNORE)
-                groups = batched(samples, section.batch)
+                groups = batched(data.samples("test"), section.batch)
                 for group in made_ahead(groups, lambda group: loaded(data, group, size)):
-                    for best, truth in predictions(net, text, group, size, section, seen, unseen):
+                    for best, truth in predictions(student, text, group, size, section, seen, unseen):
                         swept.update(truth, *best)
 
             @torch.inference_mode()
-            def bare(net: nn.Module = net) -> None:
+            def bare(kept: list[Tensor] = kept, classifier: Tensor | None = None) -> None:
                 for views in kept:
-                    net(views)
+                    dense = student(views)
+                    if classifier is not None:
+                        for features in dense:
+                            torch.mm(features.flatten(1).T, classifier)
                 if device == "cuda":
                     torch.cuda.synchronize()
 
-            seconds = interleaved.medians({"ours": ours, "bare": bare}, chosen.rounds)
+            def with_logits(kept: list[Tensor] = kept) -> None:
+                bare(kept, text.T.to(device))
+
+            sides = {"ours": ours, "bare": bare, "with logits": with_logits}
+            seconds = interleaved.medians(sides, chosen.rounds)
             speeds = ", ".join(f"{side} {num / taken:.2f}" for side, taken in seconds.items())
             print(f"  {name}: images/s {speeds}")
             interleaved.verdict("ours / bare", seconds["bare"] / seconds["ours"], 0.9, at_most=False)
+            ratio = seconds["with logits"] / seconds["ours"]
+            interleaved.verdict("ours / bare with logits", ratio, 0.9, at_most=False)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,8 @@ from pipeline.train import _step
 from pipeline.training import new_run, open_accelerator, prepare
 
 ROOT = Path(__file__).resolve().parents[1]
-SIDES, NUM_CLASSES, NUM_IMAGES = (640, 480), 20, 48  # COCO's usual image; a class a band of the mask
+SIDES, NUM_CLASSES, NUM_IMAGES = (640, 480), 20, 48  # COCO's usual image
+GRAINS = (1, 4, 16, 64)  # sides of the noise's grains, pixels
 PHOTOGRAPHS = (
     "data={kind: folder, root: FOLDER}",
     "teacher.image_size=512",
@@ -45,8 +46,14 @@ PHOTOGRAPHS = (
 CASES = {"b0": (PHOTOGRAPHS, 48), "demo": ((), 288)}  # settings, steps: two epochs, three
 
 
-def photographs(folder: Path, num_test: int = 1, num_classes: int = NUM_CLASSES) -> None:
-    """Noise of several sizes as JPEGs, masks of bands with a share of 255, and their dataset.yaml."""
+def photographs(
+    folder: Path,
+    num_train: int = NUM_IMAGES,
+    num_test: int = 1,
+    num_classes: int = NUM_CLASSES,
+    grains: tuple[int, ...] = GRAINS,
+) -> None:
+    """Noise of several sizes as JPEGs, masks of blocks with a quarter of 255, and their dataset.yaml."""
     rng, (width, height) = np.random.default_rng(0), SIDES
     names = ", ".join(f"class{i}" for i in range(num_classes))
     parts = ("train", "test")
@@ -54,11 +61,11 @@ def photographs(folder: Path, num_test: int = 1, num_classes: int = NUM_CLASSES)
         f"classes: [{names}]\nunseen: [class0]\n"
         + "".join(f'{part}: {{images: "{part}/*.jpg", masks: "{part}/*.png"}}\n' for part in parts)
     )
-    for part, num in zip(parts, (NUM_IMAGES, num_test), strict=True):
+    for part, num in zip(parts, (num_train, num_test), strict=True):
         (folder / part).mkdir()
         for index in range(num):
             total = np.zeros((height, width, 3))
-            for grain in (1, 4, 16, 64):
+            for grain in grains:
                 noise = rng.normal(0, 6 * grain**0.5, (height // grain + 1, width // grain + 1, 3))
                 total += noise.repeat(grain, 0).repeat(grain, 1)[:height, :width]
             image = (128 + total).clip(0, 255).astype(np.uint8)

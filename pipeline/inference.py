@@ -59,13 +59,14 @@ def best_classes(
     Shapes: text (K, C), views (B, 3, S, S) uint8, sizes: the images' own (H, W) -> B times `Best`, on the CPU.
     """
     device = next(student.parameters()).device
-    dense = student(views.to(device)).float().permute(0, 2, 3, 1)  # (B, h, w, C)
+    dense = student(views.to(device)).float()  # (B, C, h, w)
     found = []
     for image, size in zip(dense, sizes, strict=True):
         groups = []
         for ids in (seen, unseen):
             if ids:
-                value, place = best_enlarged(image @ text[ids].T.to(device), size)
+                scores = torch.mm(image.flatten(1).T, text[ids].T.to(device))  # (h w, K), without a copy
+                value, place = best_enlarged(scores.unflatten(0, image.shape[1:]), size)
                 groups.append((value, torch.tensor(ids, device=device)[place]))
             else:
                 value = torch.full(size, -torch.inf, device=device)

@@ -8,13 +8,14 @@ import time
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from pipeline import processes
 from pipeline.batches import Plan, _Batches, training_batches
-from pipeline.config import UserError
+from pipeline.config import UserError, load
 from pipeline.models.glm import pooled
 from pipeline.ops import losses
-from tests.conftest import ROOT, is_one_line_error
+from tests.conftest import ROOT, TINY, is_one_line_error
 
 SETTINGS = (
     "train.processes=2",
@@ -46,7 +47,7 @@ def step(self, *args, **kwargs):
     return real_step(self, *args, **kwargs)
 
 def batches(views, **where):
-    for i, batch in enumerate(real_batches(views, **where)):
+    for i, batch in enumerate(real_batches(views, **where), where["start"]):
         if rank == 1 and i == 2 and fault == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         if rank == 1 and i == 2 and fault == "nan":
@@ -71,22 +72,25 @@ def spoiled(batch, rank, iteration):
     return batch
 
 
-@pytest.fixture
-def two(cached_demo, tiny, tmp_path, monkeypatch):
-    """Starts the worker in two processes; returns the config and the folder of what it kept."""
-    (tmp_path / "worker.py").write_text(textwrap.dedent(WORKER))
-    monkeypatch.chdir(ROOT)
-
-    def start(name, fault="none", *settings):
-        config = tiny(f"name={name}", f"cache.path={cached_demo}", *SETTINGS, *settings)
-        raw = json.dumps(config.model_dump(mode="json", by_alias=True))
-        out = tmp_path / name
-        out.mkdir()
-        monkeypatch.setattr(sys, "argv", [str(tmp_path / "worker.py"), raw, str(out), fault])
+def start_two(folder, cache, name, fault="none", *settings, out=None):
+    """Starts the worker in two processes; returns the config and the folder of what they kept."""
+    worker, out = folder / "worker.py", folder / (out or name)
+    worker.write_text(textwrap.dedent(WORKER))
+    out.mkdir()
+    wanted = [f"runs={folder}/runs", *TINY, f"name={name}", f"cache.path={cache}", *SETTINGS, *settings]
+    config = load(ROOT / "config" / "demo.yaml", wanted)
+    raw = json.dumps(config.model_dump(mode="json", by_alias=True))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.chdir(ROOT)
+        patched.setattr(sys, "argv", [str(worker), raw, str(out), fault])
         processes.start(2)
-        return config, out
+    return config, out
 
-    return start
+
+@pytest.fixture(scope="module")
+def whole(cached_demo, tmp_path_factory):
+    """Three iterations of two processes that nobody disturbs."""
+    return start_two(tmp_path_factory.mktemp("whole"), cached_demo, "two")
 
 
 def reference_terms(section, learner, dense, batches, bank, bank_samples):
@@ -123,8 +127,8 @@ def reference_terms(section, learner, dense, batches, bank, bank_samples):
     return totals
 
 
-def test_two_processes_are_the_one_process_reference(two):
-    config, out = two("two")
+def test_two_processes_are_the_one_process_reference(whole):
+    config, out = whole
     section = config.train
     kept = [[torch.load(out / f"{rank}-{i}.pt", weights_only=True) for i in range(3)] for rank in (0, 1)]
     from pipeline.training import new_run, open_accelerator
@@ -162,16 +166,34 @@ def test_two_processes_are_the_one_process_reference(two):
         bank_samples += [batch["sample"] for batch in batches]
 
 
-def test_a_process_that_dies_ends_the_other(two):
+def test_a_process_that_dies_ends_the_other_and_the_same_command_resumes(whole, cached_demo, tmp_path):
+    """SIGKILL of the second one before its third iteration; resumed, losses and weights to the last bit."""
     began = time.monotonic()
     with pytest.raises(UserError, match=r"process 1 of 2 was ended by signal 9.*resumes"):
-        two("killed", "kill")
+        start_two(tmp_path, cached_demo, "killed", "kill", "train.checkpoint_every=1")
     assert time.monotonic() - began < 60, "the other one waited for its peer"
+    config, out = start_two(
+        tmp_path, cached_demo, "killed", "none", "train.checkpoint_every=1", out="resumed"
+    )
+    assert len(list(out.glob("0-*.pt"))) < 3, "it began anew"
+    found, wanted = (
+        [
+            {name: value for name, value in json.loads(line).items() if not name.startswith("time/")}
+            for line in (run.run_path / "train" / "losses.jsonl").read_text().splitlines()
+        ]
+        for run in (config, whole[0])
+    )
+    assert found == wanted
+    student, undisturbed = (
+        load_file(run.run_path / "train" / "student.safetensors") for run in (config, whole[0])
+    )
+    assert student.keys() == undisturbed.keys()
+    assert all(torch.equal(student[name], undisturbed[name]) for name in undisturbed)
 
 
-def test_the_one_that_failed_says_why(two, capfd):
-    with pytest.raises(SystemExit) as stop:
-        two("not-finite", "nan", "train.vla=original")  # an adapter that DDP has nothing to do with
+def test_the_one_that_failed_says_why(cached_demo, tmp_path, capfd):
+    with pytest.raises(SystemExit) as stop:  # an adapter that DDP has nothing to do with
+        start_two(tmp_path, cached_demo, "not-finite", "nan", "train.vla=original")
     said = capfd.readouterr().err
     assert stop.value.code == 2
     errors = [line for line in said.splitlines() if line.startswith("error: ")]

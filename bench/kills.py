@@ -14,7 +14,6 @@ content that of an uninterrupted run, is any row missing, is any in two records?
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import os
 import random
 import shutil
@@ -31,7 +30,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from rich.console import Console
 from rich.table import Table
 
-from bench.small_run import ROOT, content_digest, rows_missing, small_arguments, small_config
+from bench.small_run import ROOT, content_digest, forkserver, rows_missing, small_arguments, small_config
 from cache.errors import CacheError, MissingCache
 from cache.ledger import Ledger
 from cache.schema import SHARD
@@ -42,7 +41,6 @@ from pipeline.config import Config
 STAGES = ("extract", "cluster")
 MOST_SHOWN = 20  # faults listed
 IN_FLIGHT = 1  # shards that a run in one process works on at a time
-PRELOADED = ["cli", "pipeline.extract", "pipeline.cluster", "pipeline.data.demo", "pipeline.ops.kmeans_faiss"]
 
 
 @dataclass
@@ -96,11 +94,7 @@ class Starter:
     def __init__(self, folder: Path, settings: tuple[str, ...]) -> None:
         self.settings = settings
         folder.mkdir(parents=True, exist_ok=True)
-        self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(PRELOADED)
-        nothing = self.context.Process(target=os.getpid)  # the server starts and imports now, not in a run
-        nothing.start()
-        nothing.join()
+        self.context = forkserver()
         self.trace, self.log = folder / "trace", folder / "log"
 
     def run(self, stage: str, where: Path, *, kill_after_s: float | None) -> tuple[bool, float]:

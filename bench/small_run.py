@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
+import os
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +33,19 @@ SETTINGS = (
     "train.precision=fp32",
     "student.encoder=tu-resnet10t",
 )
+
+PRELOADED = ["cli", "distributed.nanny", "pipeline.extract", "pipeline.cluster", "pipeline.data.demo"]
+PRELOADED += ["pipeline.ops.kmeans_faiss"]
+
+
+def forkserver() -> multiprocessing.context.ForkServerContext:
+    """Processes start in a moment, since the server that they are forked off has imported torch already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    nothing = context.Process(target=os.getpid)  # the server starts and imports now, not in a run
+    nothing.start()
+    nothing.join()
+    return context
 
 
 def small_arguments(folder: Path, *settings: str) -> list[str]:

@@ -1,17 +1,25 @@
 """Shards to workers: the only door to dask.
 
 `workers=0` runs in this process; the function and its results are the same either way. Results
-are small; progress and resume live in the cache's ledger, never here.
+are small; progress and resume live in the cache's ledger, never here. A worker that dies is replaced and
+its shards go to another; what ends a run is one line, and the same command goes on from the ledger.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
+from contextlib import ExitStack
 from typing import Any
+
+from pipeline.config import UserError
 
 WINDOW_PER_WORKER = 2  # shards in flight a worker: one at work, one waiting
 RETRIES = 2
+
+
+class EngineError(UserError):
+    """The cluster can't do the work; the message says what happened and how to go on."""
 
 
 def map_shards(
@@ -20,29 +28,53 @@ def map_shards(
     """Yields work(shard) for each shard, in the order of completion.
 
     Tasks must be idempotent: dask repeats finished ones after losing a worker. At most
-    WINDOW_PER_WORKER shards a worker are in flight.
+    WINDOW_PER_WORKER shards a worker are in flight; workers that join later are given theirs.
+    Raises: EngineError for a scheduler that can't be reached or is lost, or a shard that ends every worker.
     """
     if not workers and not scheduler:
         yield from map(work, shards)
         return
     from dask.distributed import Client, LocalCluster, as_completed
+    from distributed.client import FutureCancelledError
+    from distributed.comm import CommClosedError
+    from distributed.scheduler import KilledWorker
 
-    cluster = (
-        None if scheduler else LocalCluster(n_workers=workers, threads_per_worker=1, dashboard_address=None)
-    )
-    try:
-        with Client(scheduler or cluster) as client:
-            window = WINDOW_PER_WORKER * max(len(client.scheduler_info(n_workers=-1)["workers"]), 1)
-            waiting = iter(shards)
-            flight = as_completed(
-                [client.submit(work, shard, pure=False, retries=RETRIES) for shard in islice(waiting, window)]
-            )
+    logging.getLogger("distributed.client").setLevel(logging.CRITICAL)  # what it says is said below, once
+    with ExitStack() as stack:
+        if not scheduler:
+            cluster = LocalCluster(n_workers=workers, threads_per_worker=1, dashboard_address=None)
+            scheduler = stack.enter_context(cluster).scheduler_address
+        try:
+            client = stack.enter_context(Client(scheduler))
+        except (OSError, ValueError) as error:  # ValueError: not an address
+            raise EngineError(
+                f"--scheduler {scheduler}: can't be reached ({' '.join(str(error).split())}). Start it with `dask "
+                "scheduler`, or correct the address (tcp://host:port)."
+            ) from None
+        waiting, flight = iter(shards), as_completed()
+
+        def fill() -> None:
+            present = len(client.scheduler_info(n_workers=-1)["workers"])
+            for _ in range(max(WINDOW_PER_WORKER * present, 1) - flight.count()):
+                shard = next(waiting, None)
+                if shard is None:
+                    return
+                flight.add(client.submit(work, shard, pure=False, retries=RETRIES))
+
+        try:
+            fill()
             for future in flight:
                 yield future.result()
                 future.release()
-                for shard in waiting:
-                    flight.add(client.submit(work, shard, pure=False, retries=RETRIES))
-                    break
-    finally:
-        if cluster is not None:
-            cluster.close()
+                fill()
+        except KilledWorker as error:
+            raise EngineError(
+                f"a shard has ended {error.allowed_failures + 1} workers in a row, the last was "
+                f"{error.last_worker.address}: memory may be short (fewer --workers, a smaller teacher.batch), or read "
+                "that worker's log. What is recorded stays; the same command resumes."
+            ) from None
+        except (FutureCancelledError, CommClosedError):
+            raise EngineError(
+                f"the connection to the scheduler {scheduler} was lost, it has ended or can't be reached. What is "
+                "recorded stays; start a scheduler and workers again, then the same command resumes."
+            ) from None

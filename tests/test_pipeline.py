@@ -143,18 +143,6 @@ def test_a_killed_extract_resumes_and_ends_with_the_same_bytes(finished, tmp_pat
     assert json.loads(manifest.read_text()) == json.loads((whole / "extract.manifest.json").read_text())
 
 
-def test_two_workers_make_the_same_cache(finished, tiny, tmp_path):
-    from pipeline.cluster import cluster
-    from pipeline.extract import extract
-
-    config = tiny("name=two")
-    extract(config, workers=2)
-    cluster(config, workers=2)
-    whole = finished[0] / "demo" / "cache"
-    for stage in ("extract", "cluster"):
-        assert digests(config.cache_path, stage) == digests(whole, stage)
-
-
 def test_resumed_training_is_the_uninterrupted_one(finished, tmp_path, run_cli):
     """From the checkpoint of iteration 3 on: the same losses and, bitwise, the same student."""
     import shutil

@@ -142,7 +142,7 @@ def test_a_card_shows_maps_mask_confidence_and_truth(run):
     assert ((used == 255) == (sure < 75)).all()
     assert (used[:, [0, -1]] == mask[:, [0, -1]]).all()
     assert np.array_equal(shown["truth"], data.labels(data.samples("train")[0]))
-    assert card.notes == (f"{seven}, {three}", f"{round(100 * (sure >= 75).mean())} % surer than 0.75")
+    assert card.notes == (f"{seven}, {three}", f"{round(100 * (sure >= 75).mean())} % at 0.75 or surer")
     truth = shown["truth"]
     assert card.accuracy == pytest.approx(100 * (mask == truth).mean())
     ids = np.union1d(np.unique(mask), np.unique(truth))
@@ -156,7 +156,7 @@ def test_an_image_without_a_class_is_background(run):
     assert [panel.title for panel in card.panels] == ["image", "mask", "confidence", "trained on", "truth"]
     assert (card.panels[1].pixels == 0).all()
     assert (card.panels[2].pixels == 100).all()
-    assert card.notes == ("no class", "100 % surer than 0.75")
+    assert card.notes == ("no class", "100 % at 0.75 or surer")
 
 
 def test_refined_masks_are_shown_as_they_were_refined(tmp_path):

@@ -56,9 +56,9 @@ class Tagged:
         image, truth = self.data.image(sample), self.data.labels(sample)
         shown, notes, scores, classes = [photo(image)], [], None, [np.zeros(0, np.uint8)]
         if has_labels:
-            tags, maps = self._maps(row, "cam")
+            tags, maps = self.maps(row, "cam")
             names = [self.data.classes[tag] for tag in tags]
-            raw = self._maps(row, "cam_raw")[1] if self.store.has("cam_raw") else None
+            raw = self.maps(row, "cam_raw")[1] if self.store.has("cam_raw") else None
             for k, name in enumerate(names):
                 if raw is not None:
                     shown.append(percent_panel(f"{name}: CAM", raw[k]))
@@ -73,7 +73,7 @@ class Tagged:
             ]
             notes = [
                 f"{', '.join(names) or 'no class'}",
-                f"{100 * (sure >= least).mean():.0f} % surer than {least:g}",
+                f"{100 * (sure >= least).mean():.0f} % at {least:g} or surer",
             ]
             classes.append(mask)
             scores = None if truth is None else scores_of(mask, truth, len(self.data.classes))
@@ -87,7 +87,7 @@ class Tagged:
         x0, y0, x1, y1 = (int(v) for v in self.store.read_rows("view", [row])[0][0])  # view 0 is the image
         return self.mask(row, (y1 - y0, x1 - x0))[0], self.data.palette
 
-    def _maps(self, row: int, name: str) -> tuple[list[int], np.ndarray]:
+    def maps(self, row: int, name: str) -> tuple[list[int], np.ndarray]:
         """The image's classes and their maps (n, g_h, g_w) float32, without what is beyond them."""
         classes = self.store.read_rows("cam_class", [row])[0]
         height, width = (int(side) for side in self.store.read_rows("cam_shape", [row])[0])
@@ -105,7 +105,7 @@ class Tagged:
             height, width = (int(np.flatnonzero((mask != IGNORE).any(axis)).max()) + 1 for axis in (1, 0))
             mask, sure = (resized(part[:height, :width], (size[1], size[0])).copy() for part in (mask, sure))
             return mask, sure.astype(np.float32) / (100 * PER_PERCENT)
-        tags, maps = self._maps(row, "cam")
+        tags, maps = self.maps(row, "cam")
         background = self.data.background or 0
         ids, sure = mask_and_confidence(
             torch.from_numpy(maps), tags, background, size, self.config.cams.power

@@ -18,19 +18,27 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from cache.store import Store
 from cache.verify import check_whole, read_recorded
-from pipeline.config import Config
+from pipeline.config import LABELS_FROM, Config
 from pipeline.data.base import DataError, DataSet, Sample, open_data_set
 from pipeline.loading import Kept, loader_processes, made_ahead
+from pipeline.ops.masks import fitted_size, mask_and_confidence
 from pipeline.ops.views import replay_image, replay_labels, view_of
 from pipeline.rows import cached_samples
 from pipeline.tracking import required_manifest
 
 IGNORE = 255  # label of a pixel without annotation
-SMALL_ARRAYS = ("view", "cls", "pseudo")  # about 2 KiB a view at C = 512
+# What training reads, by recipe. Views, CLS tokens and pseudo labels are about 2 KiB a view at C = 512.
+READ = {
+    "clip_teacher": ("view", "cls", "pseudo"),
+    "clip_es": ("view", "cls", "cam", "cam_class", "cam_shape"),
+}
+REFINED = ("view", "cls", "mask", "confidence")  # clip_es, with cams.refine
+FULL_CONFIDENCE = 200  # of the array `confidence`
 KEEP_BYTES = 1 << 28  # up to this they are read once and kept: 130,000 views, and no checksum a step
 
 # mmseg's PhotoMetricDistortion: brightness +-32 of 255, contrast and saturation 0.5-1.5, hue +-18 of 180.
@@ -84,14 +92,22 @@ class CachedViews(Dataset):
     """Training items: a cached view replayed on its image and labels, with its CLS token and pseudo labels.
 
     Item: image (3, S, S) uint8, labels (S, S) uint8 (unseen and unannotated 255), pseudo (h, w) uint8,
-    cls (C,) float32, sample int64 (the row, for GLM's mask).
-    Raises: StaleCache when the cache's samples aren't the data set's.
+    cls (C,) float32, sample int64 (the row, for GLM's mask). In recipe clip_es the labels are those of the
+    refined CAMs, 255 where they are less sure than train.confidence, and pseudo is a single 0.
+    Raises: StaleCache when the cache's samples aren't the data set's, DataError (clip_es with unseen classes).
     """
 
     def __init__(self, config: Config, data: DataSet) -> None:
         self.config, self.data = config, data
         self.store = Store.open(config.cache_path)
         self.samples = cached_samples(data, self.store)
+        self.row_of = {sample.id: row for row, sample in enumerate(self.samples)}
+        self.arrays = REFINED if self.is_tagged and config.cams.refine != "none" else READ[config.recipe]
+        if self.is_tagged and data.unseen:
+            raise DataError(
+                f"recipe clip_es learns every class from its tags, and data.unseen names {', '.join(data.unseen)}. "
+                "Leave data.unseen empty."
+            )
         self.size = int(self.store.attributes["teacher"]["image_size"])
         self.mean_colour = np.array(self.store.attributes["mean_colour"], np.uint8)
         self.num_views = self._views_used(int(self.store.attributes["views"]["num"]))
@@ -109,6 +125,11 @@ class CachedViews(Dataset):
                 "parts need one. Choose another fraction."
             )
 
+    @property
+    def is_tagged(self) -> bool:
+        """Whether labels come from image-level labels (clip_es)."""
+        return self.config.recipe == "clip_es"
+
     def _views_used(self, cached: int) -> int:
         wanted = self.config.train.views or cached
         if wanted > cached:
@@ -123,13 +144,16 @@ class CachedViews(Dataset):
 
         Raises: CorruptShard, StaleCache: training never begins on a cache that was tampered with.
         """
-        above = {stage: required_manifest(self.config, stage) for stage in ("extract", "cluster")}
+        above = {
+            stage: required_manifest(self.config, stage)
+            for stage in ("extract", LABELS_FROM[self.config.recipe])
+        }
         check_whole(self.store, above["extract"])
         fingerprints = {stage: str(manifest["fingerprint"]) for stage, manifest in above.items()}
-        keep = sum(self.store.size_bytes(name) for name in SMALL_ARRAYS) <= KEEP_BYTES
-        found: dict[str, list[np.ndarray]] = {name: [] for name in (*SMALL_ARRAYS * keep, "status")}
+        keep = sum(self.store.size_bytes(name) for name in self.arrays) <= KEEP_BYTES
+        found: dict[str, list[np.ndarray]] = {name: [] for name in (*self.arrays * keep, "status")}
         for shard in range(self.store.num_shards):
-            blocks = read_recorded(self.store, shard, fingerprints, (*SMALL_ARRAYS, "status"))
+            blocks = read_recorded(self.store, shard, fingerprints, (*self.arrays, "status"))
             for name, parts in found.items():
                 parts.append(blocks[name])
         whole = {name: np.concatenate(parts) for name, parts in found.items()}
@@ -142,7 +166,7 @@ class CachedViews(Dataset):
         sample, train = self.samples[place.row], self.config.train
         view = view_of(sample.id, place.epoch, self.num_views)
         image, labels = self.replay(sample, self._row("view", place.row)[view])
-        pseudo = torch.from_numpy(self._row("pseudo", place.row)[view])
+        pseudo = self._pseudo(place.row, view)
         rng = np.random.Generator(
             np.random.Philox(key=[train.seed, (place.iteration << 20) + place.position])
         )
@@ -156,8 +180,14 @@ class CachedViews(Dataset):
     def whole(self, row: int) -> dict[str, Tensor]:
         """View 0 of a row as it is, neither flipped nor distorted: image, labels, pseudo, cls."""
         image, labels = self.replay(self.samples[row], self._row("view", row)[0])
-        pseudo, cls = (torch.from_numpy(self._row(name, row)[0]) for name in ("pseudo", "cls"))
-        return {"image": image, "labels": labels, "pseudo": pseudo, "cls": cls.float()}
+        cls = torch.from_numpy(self._row("cls", row)[0])
+        return {"image": image, "labels": labels, "pseudo": self._pseudo(row, 0), "cls": cls.float()}
+
+    def _pseudo(self, row: int, view: int) -> Tensor:
+        """(h, w) uint8; a single 0, all annotated, where labels are CAMs."""
+        if self.is_tagged:
+            return torch.zeros(1, 1, dtype=torch.uint8)
+        return torch.from_numpy(self._row("pseudo", row)[view])
 
     def _row(self, array: str, row: int) -> np.ndarray:
         return (
@@ -173,10 +203,37 @@ class CachedViews(Dataset):
         return image, labels
 
     def _replay(self, sample: Sample, box: np.ndarray) -> tuple[Tensor, Tensor]:
-        image, labels = self.data.image(sample), self.data.seen_labels(sample)
+        image = self.data.image(sample)
+        labels = self._from_cams(sample, image.shape[:2]) if self.is_tagged else self.data.seen_labels(sample)
         if labels is None:
             labels = np.full(image.shape[:2], IGNORE, np.uint8)
         return replay_image(image, box, self.size, self.mean_colour), replay_labels(labels, box, self.size)
+
+    def _from_cams(self, sample: Sample, size: tuple[int, ...]) -> np.ndarray:
+        """The classes of an image's pixels by its CAMs, 255 below train.confidence: (H, W) uint8.
+
+        Source: CLIP-ES's confidence-guided loss (method section 11).
+        """
+        row, background = self.row_of[sample.id], self.data.background
+        assert background is not None  # the cams stage has refused others
+        if "mask" in self.arrays:
+            mask, confidence = (self._unpadded(name, row, size) for name in ("mask", "confidence"))
+            sure = confidence.float() / FULL_CONFIDENCE
+        else:
+            height, width = self._row("cam_shape", row)
+            classes = [int(i) for i in self._row("cam_class", row) if i != IGNORE]
+            cam = torch.from_numpy(self._row("cam", row)[: len(classes), :height, :width])
+            mask, sure = mask_and_confidence(
+                cam, classes, background, (size[0], size[1]), self.config.cams.power
+            )
+        return mask.where(sure >= self.config.train.confidence, IGNORE).numpy()
+
+    def _unpadded(self, name: str, row: int, size: tuple[int, ...]) -> Tensor:
+        """A map that was refined at pixels, in the image's own size by nearest: (H, W) uint8."""
+        patch = int(self.store.attributes["teacher"]["patch"])
+        height, width = fitted_size(size[0], size[1], self.config.cams.max_side, patch)
+        kept = torch.from_numpy(self._row(name, row)[:height, :width])
+        return interpolate(kept[None, None].float(), size[:2], mode="nearest-exact")[0, 0].to(torch.uint8)
 
 
 def held_out(sample: str, seed: int, fraction: float) -> bool:

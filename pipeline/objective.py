@@ -17,6 +17,8 @@ from pipeline.config import Train
 from pipeline.models.glm import ClsBank, pooled_and_dense
 from pipeline.ops import losses
 
+IGNORED_LABEL = 255  # of a label map
+
 
 @dataclass
 class Learner:
@@ -69,6 +71,32 @@ def loss_terms(
         focal, dice = losses.focal_and_dice(nel_logits, nel_ids, num_masks, nel_planes)
         terms |= {"focal": weights.focal * focal, "dice": weights.dice * dice}
     return terms, {"potential": float(num_potential), "seen": float(num_seen_present)}
+
+
+def closed_set_terms(
+    section: Train,
+    learner: Learner,
+    dense: Tensor,
+    batch: dict[str, Tensor],
+    accelerator: Accelerator | None = None,
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """CLIP-ES's confidence-guided loss: cross-entropy over all classes, on the pixels that CAMs are sure of.
+
+    Shapes: dense (B, C, H, W); batch: labels (B, S, S) uint8, 255 where they aren't sure.
+    Source: method section 11.
+    """
+    ids = _on_grid(batch["labels"], dense, section).long()
+    if section.loss_grid == "full":
+        dense = interpolate(dense, ids.shape[1:], mode="bilinear", align_corners=False)
+    table = ids.new_full((256,), losses.IGNORE)
+    table[learner.seen_ids] = torch.arange(len(learner.seen_ids), device=ids.device)
+    logits = losses.logits(dense, learner.text_seen, learner.text_seen[:0])
+    share = float((ids != IGNORED_LABEL).float().mean())
+    return {"ce": section.weights.ce * losses.cross_entropy(logits, table[ids])}, {"labelled": share}
+
+
+# By recipe: what a batch costs.
+OBJECTIVES = {"clip_teacher": loss_terms, "clip_es": closed_set_terms}
 
 
 def _global_term(

@@ -32,9 +32,9 @@ from torch import Tensor
 from cache.ledger import write_manifest
 from pipeline.batches import CachedViews, training_batches
 from pipeline.checkpoint import save_checkpoint, save_student
-from pipeline.config import Config, config_fingerprint, fingerprint
+from pipeline.config import LABELS_FROM, Config, config_fingerprint, fingerprint
 from pipeline.journal import Clock, Curve, note, peak_memory_bytes
-from pipeline.objective import loss_terms
+from pipeline.objective import OBJECTIVES
 from pipeline.pictures import pictures, show
 from pipeline.processes import LOST_S, end_with_parent
 from pipeline.tracking import (
@@ -74,7 +74,7 @@ def train(config: Config) -> dict[str, Any]:
     finite, a process that is gone, a batch that doesn't divide, a tracker that isn't there).
     """
     end_with_parent()
-    above = required_manifest(config, "cluster")
+    above = required_manifest(config, LABELS_FROM[config.recipe])
     identity = fingerprint(config, "train", above["content"], {})
     manifest = found_manifest(config, "train")
     accelerator = open_accelerator(config)
@@ -180,7 +180,7 @@ def _step(
     with accelerator.autocast():
         dense = learner.student(images)  # (B, C, H, W)
     clock.mark("forward")
-    terms, counts = loss_terms(section, learner, dense, batch, accelerator)
+    terms, counts = OBJECTIVES[run.config.recipe](section, learner, dense, batch, accelerator)
     stacked = torch.stack(list(terms.values()))
     values = dict(zip(terms, stacked.tolist(), strict=True))
     clock.mark("losses")
@@ -243,7 +243,7 @@ def plan(config: Config) -> None:
 
     Several processes: one process's share of each batch.
     """
-    above = required_manifest(config, "cluster")
+    above = required_manifest(config, LABELS_FROM[config.recipe])
     section, num = config.train, config.train.processes or 1
     run = new_run(config, open_accelerator(config, tracks=False), "", above["content"])
     prepare(run)

@@ -88,11 +88,16 @@ def new_run(config: Config, accelerator: Accelerator, identity: str, cache: str 
     views = CachedViews(config, data)
     channels = int(views.store.sizes["C"])
     text = torch.from_numpy(views.store.read_whole("text"))
+    if (
+        config.student.classifier == "learned"
+    ):  # a channel a class: its table is the identity, for eval and export too
+        channels, text = len(data.classes), torch.eye(len(data.classes))
+    vla, bank = (section.vla, section.bank) if config.recipe == "clip_teacher" else ("original", 0)
     seen = torch.tensor(list(data.seen_ids))
     learner = Learner(
         student=build_student(config.student, channels),
-        vla=VisualLanguageAdapter(channels, section.vla),
-        bank=ClsBank(section.bank, section.batch, channels),
+        vla=VisualLanguageAdapter(channels, vla),
+        bank=ClsBank(bank, section.batch, channels),
         text_seen=text[seen],
         seen_ids=seen,
     )

@@ -22,7 +22,6 @@ HEAD_STD = (
 )
 STRIDE = 4  # of the dense output; SegFormer's (method section 4)
 PARAMETERS_WITHOUT_DECAY = ("pos_embed", "position", "relative_position_bias_table")
-OWN_ARCHS: dict[str, Any] = {"segnext": SegNext}  # what segmentation_models_pytorch lacks
 
 
 class StudentError(UserError):
@@ -53,6 +52,33 @@ class DenseStudent(nn.Module):
             if dense.shape[2:] == size
             else interpolate(dense, size, mode="bilinear", align_corners=False)
         )
+
+
+class DeepLabV2(nn.Module):
+    """CLIP-ES's student: a dilated encoder at stride 8, and four dilated convolutions that add up.
+
+    Shapes: images (B, 3, S, S) -> (B, C, S/8, S/8).
+    Source: Chen et al., DeepLab (2016, arXiv 1606.00915), the large field of view (ASPP-L).
+    """
+
+    def __init__(self, encoder: str, classes: int, weights: str | None = None) -> None:
+        super().__init__()
+        self.encoder = smp.encoders.get_encoder(encoder, weights=weights, output_stride=8)
+        width = self.encoder.out_channels[-1]
+        self.segmentation_head = nn.ModuleList(
+            nn.Conv2d(width, classes, 3, padding=rate, dilation=rate) for rate in ASPP_RATES
+        )
+        for branch in self.segmentation_head:
+            nn.init.normal_(cast(nn.Conv2d, branch).weight, std=HEAD_STD)
+
+    def forward(self, images: Tensor) -> Tensor:
+        deepest = self.encoder(images)[-1]
+        return sum((branch(deepest) for branch in self.segmentation_head), start=torch.zeros(()))
+
+
+ASPP_RATES = (6, 12, 18, 24)  # ASPP-L's
+# What segmentation_models_pytorch lacks.
+OWN_ARCHS: dict[str, Any] = {"segnext": SegNext, "deeplabv2": DeepLabV2}
 
 
 def build_student(section: Student, channels: int, *, pretrained: bool = True) -> DenseStudent:
@@ -101,6 +127,8 @@ def _smp_net(arch: Any, section: Student, channels: int, pretrained: bool) -> nn
 
 
 def _own_net(arch: Any, section: Student, channels: int, pretrained: bool) -> nn.Module:
+    if arch is DeepLabV2:
+        return arch(section.encoder, channels, section.encoder_weights if pretrained else None)
     if pretrained and section.encoder_weights is not None:
         raise StudentError(
             f"no weights of {section.encoder!r} can be downloaded by name; put the published file into student.weights"

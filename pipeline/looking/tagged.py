@@ -9,17 +9,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from cache.store import Store
+from pipeline.batches import mask_from_cams
 from pipeline.config import Config
 from pipeline.data.base import DataSet, Sample
 from pipeline.looking.gallery import IGNORE, Card, present, scores_of
-from pipeline.looking.panels import Panel, class_panel, photo, resized
-from pipeline.ops.masks import mask_and_confidence
+from pipeline.looking.panels import Panel, class_panel, photo
 
 NO_CLASS = 255  # in cam_class: no further class in this image
-PER_PERCENT = 2  # in `confidence`, which holds 200 times the score
 # Ends and middle of cividis, which looks alike to those who see all colours and to the colour-blind: Nunez,
 # Anderton and Renslow, "Optimizing colormaps with consideration for color vision deficiency", 2018.
 _LOW, _MIDDLE, _HIGH = (0, 34, 78), (125, 124, 120), (254, 232, 56)
@@ -96,18 +94,10 @@ class Tagged:
         return tags, maps.astype(np.float32)
 
     def mask(self, row: int, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-        """Class ids and their scores from 0 to 1 at the image's size, (H, W) each.
+        """Class ids and their scores from 0 to 1 at the image's size, (H, W) each: those that training reads."""
 
-        As `cams` refined them; where it didn't, from the maps.
-        """
-        if self.config.cams.refine != "none":
-            mask, sure = (self.store.read_rows(name, [row])[0] for name in ("mask", "confidence"))
-            height, width = (int(np.flatnonzero((mask != IGNORE).any(axis)).max()) + 1 for axis in (1, 0))
-            mask, sure = (resized(part[:height, :width], (size[1], size[0])).copy() for part in (mask, sure))
-            return mask, sure.astype(np.float32) / (100 * PER_PERCENT)
-        tags, maps = self.maps(row, "cam")
-        background = self.data.background or 0
-        ids, sure = mask_and_confidence(
-            torch.from_numpy(maps), tags, background, size, self.config.cams.power
-        )
-        return ids.numpy(), sure.numpy()
+        def read(name: str) -> np.ndarray:
+            return self.store.read_rows(name, [row])[0]
+
+        mask, sure = mask_from_cams(self.config, self.data, self.store, read, size)
+        return mask.numpy(), sure.numpy()

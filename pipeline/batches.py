@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -214,26 +214,32 @@ class CachedViews(Dataset):
 
         Source: CLIP-ES's confidence-guided loss (method section 11).
         """
-        row, background = self.row_of[sample.id], self.data.background
-        assert background is not None  # the cams stage has refused others
-        if "mask" in self.arrays:
-            mask, confidence = (self._unpadded(name, row, size) for name in ("mask", "confidence"))
-            sure = confidence.float() / FULL_CONFIDENCE
-        else:
-            height, width = self._row("cam_shape", row)
-            classes = [int(i) for i in self._row("cam_class", row) if i != IGNORE]
-            cam = torch.from_numpy(self._row("cam", row)[: len(classes), :height, :width])
-            mask, sure = mask_and_confidence(
-                cam, classes, background, (size[0], size[1]), self.config.cams.power
-            )
+        row = self.row_of[sample.id]
+        mask, sure = mask_from_cams(
+            self.config, self.data, self.store, lambda name: self._row(name, row), size
+        )
         return mask.where(sure >= self.config.train.confidence, IGNORE).numpy()
 
-    def _unpadded(self, name: str, row: int, size: tuple[int, ...]) -> Tensor:
-        """A map that was refined at pixels, in the image's own size by nearest: (H, W) uint8."""
-        patch = int(self.store.attributes["teacher"]["patch"])
-        height, width = fitted_size(size[0], size[1], self.config.cams.max_side, patch)
-        kept = torch.from_numpy(self._row(name, row)[:height, :width])
-        return interpolate(kept[None, None].float(), size[:2], mode="nearest-exact")[0, 0].to(torch.uint8)
+
+def mask_from_cams(
+    config: Config, data: DataSet, store: Store, read: Callable[[str], np.ndarray], size: tuple[int, ...]
+) -> tuple[Tensor, Tensor]:
+    """The class of an image's pixels and its score, as `cams` refined them, or else from the maps.
+
+    `read` gives the image's row of an array. Shapes: -> (H, W) uint8 and (H, W) float32, 0 to 1, `size` (H, W).
+    """
+    height, width = int(size[0]), int(size[1])
+    if config.cams.refine != "none":
+        patch = int(store.attributes["teacher"]["patch"])
+        rows, columns = fitted_size(height, width, config.cams.max_side, patch)
+        kept = torch.from_numpy(np.stack([read(name)[:rows, :columns] for name in ("mask", "confidence")]))
+        mask, confidence = interpolate(kept[None].float(), (height, width), mode="nearest-exact")[0]
+        return mask.to(torch.uint8), confidence / FULL_CONFIDENCE
+    assert data.background is not None  # the cams stage has refused others
+    rows, columns = read("cam_shape")
+    classes = [int(i) for i in read("cam_class") if i != IGNORE]
+    cam = torch.from_numpy(read("cam")[: len(classes), :rows, :columns])
+    return mask_and_confidence(cam, classes, data.background, (height, width), config.cams.power)
 
 
 def held_out(sample: str, seed: int, fraction: float) -> bool:

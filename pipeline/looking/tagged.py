@@ -9,17 +9,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from cache.store import Store
+from pipeline.batches import mask_from_cams
 from pipeline.config import Config
 from pipeline.data.base import DataSet, Sample
 from pipeline.looking.gallery import IGNORE, Card, present, scores_of
-from pipeline.looking.panels import Panel, class_panel, photo, resized
-from pipeline.ops.masks import mask_and_confidence
+from pipeline.looking.panels import Panel, class_panel, photo
 
 NO_CLASS = 255  # in cam_class: no further class in this image
-PER_PERCENT = 2  # in `confidence`, which holds 200 times the score
 # Ends and middle of cividis, which looks alike to those who see all colours and to the colour-blind: Nunez,
 # Anderton and Renslow, "Optimizing colormaps with consideration for color vision deficiency", 2018.
 _LOW, _MIDDLE, _HIGH = (0, 34, 78), (125, 124, 120), (254, 232, 56)
@@ -56,9 +54,9 @@ class Tagged:
         image, truth = self.data.image(sample), self.data.labels(sample)
         shown, notes, scores, classes = [photo(image)], [], None, [np.zeros(0, np.uint8)]
         if has_labels:
-            tags, maps = self._maps(row, "cam")
+            tags, maps = self.maps(row, "cam")
             names = [self.data.classes[tag] for tag in tags]
-            raw = self._maps(row, "cam_raw")[1] if self.store.has("cam_raw") else None
+            raw = self.maps(row, "cam_raw")[1] if self.store.has("cam_raw") else None
             for k, name in enumerate(names):
                 if raw is not None:
                     shown.append(percent_panel(f"{name}: CAM", raw[k]))
@@ -73,7 +71,7 @@ class Tagged:
             ]
             notes = [
                 f"{', '.join(names) or 'no class'}",
-                f"{100 * (sure >= least).mean():.0f} % surer than {least:g}",
+                f"{100 * (sure >= least).mean():.0f} % at {least:g} or surer",
             ]
             classes.append(mask)
             scores = None if truth is None else scores_of(mask, truth, len(self.data.classes))
@@ -87,7 +85,7 @@ class Tagged:
         x0, y0, x1, y1 = (int(v) for v in self.store.read_rows("view", [row])[0][0])  # view 0 is the image
         return self.mask(row, (y1 - y0, x1 - x0))[0], self.data.palette
 
-    def _maps(self, row: int, name: str) -> tuple[list[int], np.ndarray]:
+    def maps(self, row: int, name: str) -> tuple[list[int], np.ndarray]:
         """The image's classes and their maps (n, g_h, g_w) float32, without what is beyond them."""
         classes = self.store.read_rows("cam_class", [row])[0]
         height, width = (int(side) for side in self.store.read_rows("cam_shape", [row])[0])
@@ -96,18 +94,10 @@ class Tagged:
         return tags, maps.astype(np.float32)
 
     def mask(self, row: int, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-        """Class ids and their scores from 0 to 1 at the image's size, (H, W) each.
+        """Class ids and their scores from 0 to 1 at the image's size, (H, W) each: those that training reads."""
 
-        As `cams` refined them; where it didn't, from the maps.
-        """
-        if self.config.cams.refine != "none":
-            mask, sure = (self.store.read_rows(name, [row])[0] for name in ("mask", "confidence"))
-            height, width = (int(np.flatnonzero((mask != IGNORE).any(axis)).max()) + 1 for axis in (1, 0))
-            mask, sure = (resized(part[:height, :width], (size[1], size[0])).copy() for part in (mask, sure))
-            return mask, sure.astype(np.float32) / (100 * PER_PERCENT)
-        tags, maps = self._maps(row, "cam")
-        background = self.data.background or 0
-        ids, sure = mask_and_confidence(
-            torch.from_numpy(maps), tags, background, size, self.config.cams.power
-        )
-        return ids.numpy(), sure.numpy()
+        def read(name: str) -> np.ndarray:
+            return self.store.read_rows(name, [row])[0]
+
+        mask, sure = mask_from_cams(self.config, self.data, self.store, read, size)
+        return mask.numpy(), sure.numpy()

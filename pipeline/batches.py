@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -22,15 +23,18 @@ from torch.utils.data import DataLoader, Dataset
 
 from cache.store import Store
 from cache.verify import check_whole, read_recorded
-from pipeline.config import Config
+from pipeline.config import LABELS_FROM, Config
 from pipeline.data.base import DataError, DataSet, Sample, open_data_set
 from pipeline.ops.views import replay_image, replay_labels, view_of
 from pipeline.rows import cached_samples
+from pipeline.targets import targets_of
 from pipeline.tracking import required_manifest
 
 IGNORE = 255  # label of a pixel without annotation
-SMALL_ARRAYS = ("view", "cls", "pseudo")  # about 2 KiB a view at C = 512
-KEEP_BYTES = 1 << 28  # up to this they are read once and kept: 130,000 views, and no checksum a step
+FLIPPED = ("image", "labels", "pseudo")  # of an item: its maps
+# Up to this all that is read of the cache is read once and kept, and no checksum a step: CLIPTeacher's boxes, CLS
+# tokens and pseudo labels are about 2 KiB a view at C = 512, so 130,000 views.
+KEEP_BYTES = 1 << 28
 
 # mmseg's PhotoMetricDistortion: brightness +-32 of 255, contrast and saturation 0.5-1.5, hue +-18 of 180.
 BRIGHTNESS, CONTRAST, SATURATION, HUE = 32.0, (0.5, 1.5), (0.5, 1.5), 18 / 180
@@ -80,17 +84,20 @@ class Place:
 
 
 class CachedViews(Dataset):
-    """Training items: a cached view replayed on its image and labels, with its CLS token and pseudo labels.
+    """Training items: a cached view replayed on its image and labels, with what the recipe has of the view beside.
 
-    Item: image (3, S, S) uint8, labels (S, S) uint8 (unseen and unannotated 255), pseudo (h, w) uint8,
-    cls (C,) float32, sample int64 (the row, for GLM's mask).
-    Raises: StaleCache when the cache's samples aren't the data set's.
+    Item: image (3, S, S) uint8, labels (S, S) uint8 (unseen, unannotated and not confident 255), sample int64 (the
+    row, for GLM's mask); in clip_teacher pseudo (h, w) uint8 and cls (C,) float32.
+    Raises: StaleCache when the cache's samples aren't the data set's; DataError as `targets_of`.
     """
 
     def __init__(self, config: Config, data: DataSet) -> None:
         self.config, self.data = config, data
         self.store = Store.open(config.cache_path)
         self.samples = cached_samples(data, self.store)
+        self.row_of = {sample.id: row for row, sample in enumerate(self.samples)}
+        self.targets = targets_of(config, data)
+        self.arrays = ("view", *self.targets.arrays)
         self.size = int(self.store.attributes["teacher"]["image_size"])
         self.mean_colour = np.array(self.store.attributes["mean_colour"], np.uint8)
         self.num_views = self._views_used(int(self.store.attributes["views"]["num"]))
@@ -117,17 +124,20 @@ class CachedViews(Dataset):
         return wanted
 
     def _checked(self) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """The small arrays, when they are small enough to keep, and `status`, shard by shard as recorded.
+        """What is read of the cache, when it is small enough to keep, and `status`, shard by shard as recorded.
 
         Raises: CorruptShard, StaleCache: training never begins on a cache that was tampered with.
         """
-        above = {stage: required_manifest(self.config, stage) for stage in ("extract", "cluster")}
+        stages = ("extract", LABELS_FROM[self.config.recipe])
+        above = {stage: required_manifest(self.config, stage) for stage in stages}
         check_whole(self.store, above["extract"])
         fingerprints = {stage: str(manifest["fingerprint"]) for stage, manifest in above.items()}
-        keep = sum(self.store.size_bytes(name) for name in SMALL_ARRAYS) <= KEEP_BYTES
-        found: dict[str, list[np.ndarray]] = {name: [] for name in (*SMALL_ARRAYS * keep, "status")}
+        specs = [self.store.spec(name) for name in self.arrays]
+        sizes = [math.prod(s.shape(self.store.sizes)) * np.dtype(s.dtype).itemsize for s in specs]
+        keep = sum(sizes) <= KEEP_BYTES
+        found: dict[str, list[np.ndarray]] = {name: [] for name in (*self.arrays * keep, "status")}
         for shard in range(self.store.num_shards):
-            blocks = read_recorded(self.store, shard, fingerprints, (*SMALL_ARRAYS, "status"))
+            blocks = read_recorded(self.store, shard, fingerprints, (*self.arrays, "status"))
             for name, parts in found.items():
                 parts.append(blocks[name])
         whole = {name: np.concatenate(parts) for name, parts in found.items()}
@@ -137,25 +147,27 @@ class CachedViews(Dataset):
         return len(self.rows)
 
     def __getitem__(self, place: Place) -> dict[str, Any]:
-        sample, train = self.samples[place.row], self.config.train
-        view = view_of(sample.id, place.epoch, self.num_views)
-        image, labels = self.replay(sample, self._row("view", place.row)[view])
-        pseudo = torch.from_numpy(self._row("pseudo", place.row)[view])
+        train, view = self.config.train, view_of(self.samples[place.row].id, place.epoch, self.num_views)
+        item = self._item(place.row, view)
         rng = np.random.Generator(
             np.random.Philox(key=[train.seed, (place.iteration << 20) + place.position])
         )
         if rng.random() < train.flip:
-            image, labels, pseudo = image.flip(-1), labels.flip(-1), pseudo.flip(-1)
+            item |= {name: item[name].flip(-1) for name in FLIPPED if name in item}
         if train.photometric:
-            image = distorted(image, rng)
-        cls = torch.from_numpy(self._row("cls", place.row)[view]).float()
-        return {"image": image, "labels": labels, "pseudo": pseudo, "cls": cls, "sample": place.row}
+            item["image"] = distorted(item["image"], rng)
+        return item | {"sample": place.row}
 
     def whole(self, row: int) -> dict[str, Tensor]:
-        """View 0 of a row as it is, neither flipped nor distorted: image, labels, pseudo, cls."""
-        image, labels = self.replay(self.samples[row], self._row("view", row)[0])
-        pseudo, cls = (torch.from_numpy(self._row(name, row)[0]) for name in ("pseudo", "cls"))
-        return {"image": image, "labels": labels, "pseudo": pseudo, "cls": cls.float()}
+        """View 0 of a row as it is, neither flipped nor distorted: an item without `sample`."""
+        return self._item(row, 0)
+
+    def _item(self, row: int, view: int) -> dict[str, Tensor]:
+        image, labels = self.replay(self.samples[row], self._row("view", row)[view])
+        beside = {name: torch.from_numpy(self._row(name, row)[view]) for name in self.targets.by_view}
+        if "cls" in beside:
+            beside["cls"] = beside["cls"].float()
+        return {"image": image, "labels": labels, **beside}
 
     def _row(self, array: str, row: int) -> np.ndarray:
         return (
@@ -163,8 +175,9 @@ class CachedViews(Dataset):
         )
 
     def replay(self, sample: Sample, box: np.ndarray) -> tuple[Tensor, Tensor]:
-        """A view as extraction saw it, and the seen labels under it: (3, S, S) uint8, (S, S) uint8."""
-        image, labels = self.data.image(sample), self.data.seen_labels(sample)
+        """A view as extraction saw it, and the labels under it: (3, S, S) uint8, (S, S) uint8."""
+        image, cached = self.data.image(sample), functools.partial(self._row, row=self.row_of[sample.id])
+        labels = self.targets.labels(self.config, self.data, sample, cached, (image.shape[0], image.shape[1]))
         if labels is None:
             labels = np.full(image.shape[:2], IGNORE, np.uint8)
         return replay_image(image, box, self.size, self.mean_colour), replay_labels(labels, box, self.size)

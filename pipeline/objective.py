@@ -1,4 +1,6 @@
-"""What training minimises: the terms of eq. 11-12 for one batch, from the parts that learn or remember.
+"""What training minimises: the terms of one batch by recipe, from the parts that learn or remember.
+
+clip_teacher: eq. 11-12 of CLIPTeacher. clip_es: cross-entropy alone, on the pixels whose mask is confident.
 
 Axes: B images, C channels, H x W loss grid, S seen classes, P potential objects, K = S + P.
 """
@@ -25,8 +27,9 @@ class Learner:
     student: Any  # DenseStudent, or accelerate's wrapper of it
     vla: nn.Module
     bank: ClsBank
-    text_seen: Tensor  # (S, C), unit norm
+    text_seen: Tensor  # (S, C): T_seen, unit norm, or the classifier that a closed-set student learns
     seen_ids: Tensor  # (S,)
+    recipe: str = "clip_teacher"
 
 
 def loss_terms(
@@ -36,7 +39,44 @@ def loss_terms(
     batch: dict[str, Tensor],
     accelerator: Accelerator | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Every weighted term of eq. 11-12 for one batch, and counts worth a curve. Pushes into the CLS bank.
+    """Every weighted term of the learner's recipe for one batch, and counts worth a curve.
+
+    Shapes: dense (B, C, H, W); batch: labels (B, S, S) uint8, and what the recipe's function takes.
+    """
+    return TERMS[learner.recipe](section, learner, dense, batch, accelerator)
+
+
+def confident_terms(
+    section: Train,
+    learner: Learner,
+    dense: Tensor,
+    batch: dict[str, Tensor],
+    accelerator: Accelerator | None = None,
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """CLIP-ES's confidence-guided loss: cross-entropy over all classes, on the pixels that have a label.
+
+    Shapes: dense (B, C, H, W); batch: labels (B, S, S) uint8, 255 where the mask isn't confident.
+    Source: CLIP-ES section 3.4; method section 11.
+    """
+    ids, _, _ = losses.combined_labels(
+        _on_grid(batch["labels"], dense, section), batch["labels"], learner.seen_ids, potential=False
+    )
+    if section.loss_grid == "full":
+        dense = interpolate(dense, ids.shape[1:], mode="bilinear", align_corners=False)
+    # In the place of generated features, since those have a gradient and text features have none.
+    logits = losses.logits(dense, learner.text_seen[:0], learner.text_seen)  # (B, S, H, W)
+    confident = float((ids != losses.IGNORE).float().mean())
+    return {"ce": section.weights.ce * losses.cross_entropy(logits, ids)}, {"confident": confident}
+
+
+def clip_teacher_terms(
+    section: Train,
+    learner: Learner,
+    dense: Tensor,
+    batch: dict[str, Tensor],
+    accelerator: Accelerator | None = None,
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Every weighted term of eq. 11-12 for one batch. Pushes into the CLS bank.
 
     Shapes: dense (B, C, H, W); batch: labels (B, S, S) uint8, pseudo (B, h, w), cls (B, C), sample (B,).
     """
@@ -93,3 +133,6 @@ def _on_grid(labels: Tensor, dense: Tensor, section: Train) -> Tensor:
     if section.loss_grid == "full":
         return labels
     return interpolate(labels[:, None].float(), dense.shape[2:], mode="nearest-exact")[:, 0].to(labels.dtype)
+
+
+TERMS = {"clip_teacher": clip_teacher_terms, "clip_es": confident_terms}

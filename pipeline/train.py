@@ -5,8 +5,8 @@
     accelerate launch --multi_gpu --num_processes 2 cli.py train ...         the same, started by accelerate
 
 The teacher isn't here: CLS tokens, pseudo labels and view boxes come from the cache, images and
-seen labels from the data set. The student is handed T_seen alone; the text table of all classes
-only travels into the checkpoint, for `eval` and `predict`.
+seen labels from the data set; in clip_es all labels come from the cache. The student is handed T_seen alone;
+the text table of all classes only travels into the checkpoint, for `eval` and `predict`.
 
 Whatever iteration t draws (its images, their flips and colours, the student's dropout) is a function
 of (seed, t): a resumed run goes on as the uninterrupted one would have.
@@ -32,7 +32,7 @@ from torch import Tensor
 from cache.ledger import write_manifest
 from pipeline.batches import CachedViews, training_batches
 from pipeline.checkpoint import save_checkpoint, save_student
-from pipeline.config import Config, config_fingerprint, fingerprint
+from pipeline.config import LABELS_FROM, Config, config_fingerprint, fingerprint
 from pipeline.journal import Clock, Curve, note, peak_memory_bytes
 from pipeline.objective import loss_terms
 from pipeline.pictures import pictures, show
@@ -74,7 +74,7 @@ def train(config: Config) -> dict[str, Any]:
     finite, a process that is gone, a batch that doesn't divide, a tracker that isn't there).
     """
     end_with_parent()
-    above = required_manifest(config, "cluster")
+    above = required_manifest(config, LABELS_FROM[config.recipe])
     identity = fingerprint(config, "train", above["content"], {})
     manifest = found_manifest(config, "train")
     accelerator = open_accelerator(config)
@@ -243,7 +243,7 @@ def plan(config: Config) -> None:
 
     Several processes: one process's share of each batch.
     """
-    above = required_manifest(config, "cluster")
+    above = required_manifest(config, LABELS_FROM[config.recipe])
     section, num = config.train, config.train.processes or 1
     run = new_run(config, open_accelerator(config, tracks=False), "", above["content"])
     prepare(run)

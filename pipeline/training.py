@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import set_seed
+from torch import nn
 
 from pipeline.batches import CachedViews, data_of, training_batches
 from pipeline.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint
@@ -89,12 +90,15 @@ def new_run(config: Config, accelerator: Accelerator, identity: str, cache: str 
     channels = int(views.store.sizes["C"])
     text = torch.from_numpy(views.store.read_whole("text"))
     seen = torch.tensor(list(data.seen_ids))
+    student = build_student(config.student, channels, num_classes=len(data.classes))
+    has_teacher = config.recipe == "clip_teacher"  # clip_es has neither adapter nor bank
     learner = Learner(
-        student=build_student(config.student, channels),
-        vla=VisualLanguageAdapter(channels, section.vla),
-        bank=ClsBank(section.bank, section.batch, channels),
-        text_seen=text[seen],
+        student=student,
+        vla=VisualLanguageAdapter(channels, section.vla) if has_teacher else nn.Identity(),
+        bank=ClsBank(section.bank if has_teacher else 0, section.batch, channels),
+        text_seen=text[seen] if student.classifier is None else student.classifier,
         seen_ids=seen,
+        recipe=config.recipe,
     )
     if section.channels_last:
         learner.student.to(memory_format=torch.channels_last)
@@ -139,6 +143,7 @@ def prepare(run: Run) -> None:
     learner.student, run.optimiser = run.accelerator.prepare(learner.student, run.optimiser)
     if any(parameter.requires_grad for parameter in learner.vla.parameters()):  # DDP wants one
         learner.vla = run.accelerator.prepare(learner.vla)
+    # A learned classifier went there with the student, in place: this then gives back the same parameter.
     learner.text_seen, learner.seen_ids = learner.text_seen.to(device), learner.seen_ids.to(device)
     learner.bank.to(device)
     learner.student.train()

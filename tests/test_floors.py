@@ -40,6 +40,7 @@ FLOOR_3 = (
     "results",
     "rows",
     "seeds",
+    "targets",
     "tracking",
     "training",
     "validation",

@@ -6,6 +6,7 @@ Axes: B images, C = the teacher's channels, H = W = S / 4.
 from __future__ import annotations
 
 import inspect
+from math import sqrt
 from typing import Any, cast
 
 import segmentation_models_pytorch as smp
@@ -32,15 +33,23 @@ class StudentError(UserError):
 class DenseStudent(nn.Module):
     """Any decoder of segmentation_models_pytorch, or one of our own, with C output channels at stride 4.
 
+    `classifier` (K, C), where there is one, is what R is multiplied with in place of text features. It has no bias:
+    the head's own gives every class one, its inner product with the class's row.
     Shapes: images (B, 3, S, S) float, normalised -> R (B, C, S/4, S/4).
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, net: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    def __init__(
+        self,
+        net: nn.Module,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        classifier: nn.Parameter | None = None,
+    ) -> None:
         super().__init__()
-        self.net = net
+        self.net, self.classifier = net, classifier
         self.register_buffer("mean", 255 * torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", 255 * torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 
@@ -55,10 +64,12 @@ class DenseStudent(nn.Module):
         )
 
 
-def build_student(section: Student, channels: int, *, pretrained: bool = True) -> DenseStudent:
+def build_student(
+    section: Student, channels: int, *, num_classes: int | None = None, pretrained: bool = True
+) -> DenseStudent:
     """Builds encoder and decoder by name; `pretrained=False` skips all weights (a checkpoint follows).
 
-    Raises: StudentError naming the arch, the encoder or the option that doesn't exist.
+    `num_classes` is asked for by a learned classifier alone. Raises: StudentError naming the arch, the encoder or the option that doesn't exist.
     """
     archs = {name.lower(): arch for name, arch in vars(smp).items() if _is_arch(arch)} | OWN_ARCHS
     if section.arch.lower() not in archs:
@@ -84,7 +95,13 @@ def build_student(section: Student, channels: int, *, pretrained: bool = True) -
     nn.init.normal_(head.weight, std=HEAD_STD)
     if head.bias is not None:
         nn.init.zeros_(head.bias)
-    return DenseStudent(net, section.mean, section.std)
+    classifier = None
+    if section.classifier == "learned":
+        if num_classes is None:
+            raise StudentError("student.classifier learned: how many classes there are has to be given.")
+        # Rows of about unit norm, as text features have.
+        classifier = nn.Parameter(torch.randn(num_classes, channels) / sqrt(channels))
+    return DenseStudent(net, section.mean, section.std, classifier)
 
 
 def _smp_net(arch: Any, section: Student, channels: int, pretrained: bool) -> nn.Module:

@@ -44,7 +44,9 @@ class Checkpoint:
     identity: str
     classes: tuple[str, ...]
     unseen: tuple[str, ...]
-    text: Tensor  # (K, C) unit norm, all classes; of a loaded closed-set student the classifier that it learned
+    text: (
+        Tensor  # (K, C) unit norm, all classes; of a loaded closed-set student the classifier that it learned
+    )
     cache: str | None = None  # fingerprint of the cache it was trained from
     revision: str | None = None  # of the code that trained it, see tracking.revision
 

@@ -63,7 +63,9 @@ def labels_of_masks(
     """The refined mask, to the nearest pixel of the image; not confident ones are ignored."""
     mask, confidence = cached("mask"), cached("confidence")
     is_image = mask != BEYOND
-    rows, columns = (_nearest(int(is_image.any(axis).sum()), side) for axis, side in zip((1, 0), size, strict=True))
+    rows, columns = (
+        _nearest(int(is_image.any(axis).sum()), side) for axis, side in zip((1, 0), size, strict=True)
+    )
     at = np.ix_(rows, columns)
     return np.where(confidence[at] >= CERTAIN * config.train.confidence, mask[at], IGNORE).astype(np.uint8)
 
@@ -75,7 +77,9 @@ def _nearest(found: int, wanted: int) -> np.ndarray:
 
 def _background(data: DataSet) -> int:
     if data.background is None:
-        raise DataError(f"{data.name}: has no background class, and clip_es's masks have one: set data.background.")
+        raise DataError(
+            f"{data.name}: has no background class, and clip_es's masks have one: set data.background."
+        )
     return data.background
 
 
@@ -85,8 +89,8 @@ def targets_of(config: Config, data: DataSet) -> Targets:
         _background(data)
         if data.unseen:
             raise DataError(
-                f"{data.name}: {', '.join(data.unseen[:3])} are unseen, and clip_es learns every class from the images' "
-                "labels: set data.unseen to []."
+                f"{data.name}: {', '.join(data.unseen[:3])} are unseen, and clip_es learns all classes from images' labels: "
+                "set data.unseen to []."
             )
     key = "masks" if config.recipe == "clip_es" and config.cams.refine != "none" else config.recipe
     return TARGETS[key]

@@ -21,7 +21,19 @@ DOORS = {
     "segmentation_models_pytorch": {"pipeline/models/student.py"},
     "dask": {"pipeline/engine.py"},
 }
-STAGES = ("extract", "cluster", "cams", "train", "evaluate", "export", "predict", "refer", "report", "verify")
+STAGES = (
+    "extract",
+    "cluster",
+    "cams",
+    "train",
+    "evaluate",
+    "export",
+    "predict",
+    "prompts",
+    "refer",
+    "report",
+    "verify",
+)
 FLOOR_3 = (
     "ablations",
     "batches",

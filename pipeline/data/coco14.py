@@ -71,7 +71,9 @@ class Coco14(FileDataSet):
         else:
             ids = [_number(name) for name in read_ids(self.root / chosen)]
             refuse_repeated(ids, str(self.root / chosen))
-            refuse_missing(ids, images, "listed images are not there", self.root / chosen, "Complete the download.")
+            refuse_missing(
+                ids, images, "listed images are not there", self.root / chosen, "Complete the download."
+            )
         todo = f"Complete the masks, or name the images that have one in data.{part}_list."
         refuse_missing(ids, masks, f"images of {year} have no mask", self.root, todo)
         return [Sample(i, images[i], masks[i]) for i in ids]
@@ -83,7 +85,9 @@ class Coco14(FileDataSet):
                 found = files_by_id(self.root / name, ending)
                 is_shared = not name.endswith(year) and ending == ".jpg"  # both parts lie in it
                 return {_number(i): path for i, path in found.items() if not is_shared or year in i}
-        raise DataError(f"{self.root}: has no folder {' nor '.join(folders)}. data.root must hold one of them.")
+        raise DataError(
+            f"{self.root}: has no folder {' nor '.join(folders)}. data.root must hold one of them."
+        )
 
     def tags(self, sample: Sample) -> tuple[int, ...]:
         if self.tags_from == "masks":

@@ -69,7 +69,8 @@ def build_student(
 ) -> DenseStudent:
     """Builds encoder and decoder by name; `pretrained=False` skips all weights (a checkpoint follows).
 
-    `num_classes` is asked for by a learned classifier alone. Raises: StudentError naming the arch, the encoder or the option that doesn't exist.
+    `num_classes` is asked for by a learned classifier alone.
+    Raises: StudentError naming the arch, the encoder or the option that doesn't exist.
     """
     archs = {name.lower(): arch for name, arch in vars(smp).items() if _is_arch(arch)} | OWN_ARCHS
     if section.arch.lower() not in archs:

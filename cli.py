@@ -194,7 +194,7 @@ def inspect(
         Path | None, typer.Option("--png", help="write the panels as one PNG instead of the report")
     ] = None,
     export: Annotated[
-        Path | None, typer.Option("--export", help="write pseudo labels as indexed PNGs")
+        Path | None, typer.Option("--export", help="write pseudo labels, or CLIP-ES's masks, as indexed PNGs")
     ] = None,
     shard: Annotated[
         int | None, typer.Option("--shard", help="print one shard instead: samples, sizes, checksums, origin")

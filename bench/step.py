@@ -76,8 +76,9 @@ class Bench:
         )
         rates = {"lr": 1e-6, "head_lr_factor": 10.0, "decay": 0.01}
         groups = parameter_groups(student, self.learner.vla, **rates)
-        self.optimiser = torch.optim.AdamW(groups)
-        self.floor_optimiser = torch.optim.AdamW(parameter_groups(student, torch.nn.Identity(), **rates))
+        self.optimiser = torch.optim.AdamW(groups, fused=True)
+        floor_groups = parameter_groups(student, torch.nn.Identity(), **rates)
+        self.floor_optimiser = torch.optim.AdamW(floor_groups, fused=True)
         self.batch = {k: v.to(self.device) for k, v in self._batch(side, channels, seen).items()}
 
     def _batch(self, side: int, channels: int, seen: int) -> dict[str, Tensor]:

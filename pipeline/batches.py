@@ -19,22 +19,28 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.nn.functional import interpolate
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from cache.store import Store
 from cache.verify import check_whole, read_recorded
 from pipeline.config import LABELS_FROM, Config
 from pipeline.data.base import DataError, DataSet, Sample, open_data_set
+from pipeline.loading import Kept, loader_processes, made_ahead
+from pipeline.ops.masks import fitted_size, mask_and_confidence
 from pipeline.ops.views import replay_image, replay_labels, view_of
 from pipeline.rows import cached_samples
-from pipeline.targets import targets_of
 from pipeline.tracking import required_manifest
 
 IGNORE = 255  # label of a pixel without annotation
-FLIPPED = ("image", "labels", "pseudo")  # of an item: its maps
-# Up to this all that is read of the cache is read once and kept, and no checksum a step: CLIPTeacher's boxes, CLS
-# tokens and pseudo labels are about 2 KiB a view at C = 512, so 130,000 views.
-KEEP_BYTES = 1 << 28
+# What training reads, by recipe. Views, CLS tokens and pseudo labels are about 2 KiB a view at C = 512.
+READ = {
+    "clip_teacher": ("view", "cls", "pseudo"),
+    "clip_es": ("view", "cls", "cam", "cam_class", "cam_shape"),
+}
+REFINED = ("view", "cls", "mask", "confidence")  # clip_es, with cams.refine
+FULL_CONFIDENCE = 200  # of the array `confidence`
+KEEP_BYTES = 1 << 28  # up to this they are read once and kept: 130,000 views, and no checksum a step
 
 # mmseg's PhotoMetricDistortion: brightness +-32 of 255, contrast and saturation 0.5-1.5, hue +-18 of 180.
 BRIGHTNESS, CONTRAST, SATURATION, HUE = 32.0, (0.5, 1.5), (0.5, 1.5), 18 / 180
@@ -84,11 +90,12 @@ class Place:
 
 
 class CachedViews(Dataset):
-    """Training items: a cached view replayed on its image and labels, with what the recipe has of the view beside.
+    """Training items: a cached view replayed on its image and labels, with its CLS token and pseudo labels.
 
-    Item: image (3, S, S) uint8, labels (S, S) uint8 (unseen, unannotated and not confident 255), sample int64 (the
-    row, for GLM's mask); in clip_teacher pseudo (h, w) uint8 and cls (C,) float32.
-    Raises: StaleCache when the cache's samples aren't the data set's; DataError as `targets_of`.
+    Item: image (3, S, S) uint8, labels (S, S) uint8 (unseen and unannotated 255), pseudo (h, w) uint8,
+    cls (C,) float32, sample int64 (the row, for GLM's mask). In recipe clip_es the labels are those of the
+    refined CAMs, 255 where they are less sure than train.confidence, and pseudo is a single 0.
+    Raises: StaleCache when the cache's samples aren't the data set's, DataError (clip_es with unseen classes).
     """
 
     def __init__(self, config: Config, data: DataSet) -> None:
@@ -96,11 +103,16 @@ class CachedViews(Dataset):
         self.store = Store.open(config.cache_path)
         self.samples = cached_samples(data, self.store)
         self.row_of = {sample.id: row for row, sample in enumerate(self.samples)}
-        self.targets = targets_of(config, data)
-        self.arrays = ("view", *self.targets.arrays)
+        self.arrays = REFINED if self.is_tagged and config.cams.refine != "none" else READ[config.recipe]
+        if self.is_tagged and data.unseen:
+            raise DataError(
+                f"recipe clip_es learns every class from its tags, and data.unseen names {', '.join(data.unseen)}. "
+                "Leave data.unseen empty."
+            )
         self.size = int(self.store.attributes["teacher"]["image_size"])
         self.mean_colour = np.array(self.store.attributes["mean_colour"], np.uint8)
         self.num_views = self._views_used(int(self.store.attributes["views"]["num"]))
+        self.replayed = Kept(int(config.train.views_in_memory_gb * 1e9))
         self.kept, status = self._checked()
         usable = [int(row) for row in np.flatnonzero(status == 0)]
         if not usable:
@@ -114,6 +126,11 @@ class CachedViews(Dataset):
                 "parts need one. Choose another fraction."
             )
 
+    @property
+    def is_tagged(self) -> bool:
+        """Whether labels come from image-level labels (clip_es)."""
+        return self.config.recipe == "clip_es"
+
     def _views_used(self, cached: int) -> int:
         wanted = self.config.train.views or cached
         if wanted > cached:
@@ -124,17 +141,17 @@ class CachedViews(Dataset):
         return wanted
 
     def _checked(self) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """What is read of the cache, when it is small enough to keep, and `status`, shard by shard as recorded.
+        """The small arrays, when they are small enough to keep, and `status`, shard by shard as recorded.
 
         Raises: CorruptShard, StaleCache: training never begins on a cache that was tampered with.
         """
-        stages = ("extract", LABELS_FROM[self.config.recipe])
-        above = {stage: required_manifest(self.config, stage) for stage in stages}
+        above = {
+            stage: required_manifest(self.config, stage)
+            for stage in ("extract", LABELS_FROM[self.config.recipe])
+        }
         check_whole(self.store, above["extract"])
         fingerprints = {stage: str(manifest["fingerprint"]) for stage, manifest in above.items()}
-        specs = [self.store.spec(name) for name in self.arrays]
-        sizes = [math.prod(s.shape(self.store.sizes)) * np.dtype(s.dtype).itemsize for s in specs]
-        keep = sum(sizes) <= KEEP_BYTES
+        keep = sum(map(self._memory_bytes, self.arrays)) <= KEEP_BYTES
         found: dict[str, list[np.ndarray]] = {name: [] for name in (*self.arrays * keep, "status")}
         for shard in range(self.store.num_shards):
             blocks = read_recorded(self.store, shard, fingerprints, (*self.arrays, "status"))
@@ -143,31 +160,40 @@ class CachedViews(Dataset):
         whole = {name: np.concatenate(parts) for name, parts in found.items()}
         return whole, whole.pop("status")
 
+    def _memory_bytes(self, array: str) -> int:
+        """Of all its rows, decoded: on the disk the zeros of padded CAMs take next to nothing."""
+        spec = self.store.spec(array)
+        return math.prod(spec.shape(self.store.sizes)) * np.dtype(spec.dtype).itemsize
+
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, place: Place) -> dict[str, Any]:
-        train, view = self.config.train, view_of(self.samples[place.row].id, place.epoch, self.num_views)
-        item = self._item(place.row, view)
+        sample, train = self.samples[place.row], self.config.train
+        view = view_of(sample.id, place.epoch, self.num_views)
+        image, labels = self.replay(sample, self._row("view", place.row)[view])
+        pseudo = self._pseudo(place.row, view)
         rng = np.random.Generator(
             np.random.Philox(key=[train.seed, (place.iteration << 20) + place.position])
         )
         if rng.random() < train.flip:
-            item |= {name: item[name].flip(-1) for name in FLIPPED if name in item}
+            image, labels, pseudo = image.flip(-1), labels.flip(-1), pseudo.flip(-1)
         if train.photometric:
-            item["image"] = distorted(item["image"], rng)
-        return item | {"sample": place.row}
+            image = distorted(image, rng)
+        cls = torch.from_numpy(self._row("cls", place.row)[view]).float()
+        return {"image": image, "labels": labels, "pseudo": pseudo, "cls": cls, "sample": place.row}
 
     def whole(self, row: int) -> dict[str, Tensor]:
-        """View 0 of a row as it is, neither flipped nor distorted: an item without `sample`."""
-        return self._item(row, 0)
+        """View 0 of a row as it is, neither flipped nor distorted: image, labels, pseudo, cls."""
+        image, labels = self.replay(self.samples[row], self._row("view", row)[0])
+        cls = torch.from_numpy(self._row("cls", row)[0])
+        return {"image": image, "labels": labels, "pseudo": self._pseudo(row, 0), "cls": cls.float()}
 
-    def _item(self, row: int, view: int) -> dict[str, Tensor]:
-        image, labels = self.replay(self.samples[row], self._row("view", row)[view])
-        beside = {name: torch.from_numpy(self._row(name, row)[view]) for name in self.targets.by_view}
-        if "cls" in beside:
-            beside["cls"] = beside["cls"].float()
-        return {"image": image, "labels": labels, **beside}
+    def _pseudo(self, row: int, view: int) -> Tensor:
+        """(h, w) uint8; a single 0, all annotated, where labels are CAMs."""
+        if self.is_tagged:
+            return torch.zeros(1, 1, dtype=torch.uint8)
+        return torch.from_numpy(self._row("pseudo", row)[view])
 
     def _row(self, array: str, row: int) -> np.ndarray:
         return (
@@ -175,12 +201,45 @@ class CachedViews(Dataset):
         )
 
     def replay(self, sample: Sample, box: np.ndarray) -> tuple[Tensor, Tensor]:
-        """A view as extraction saw it, and the labels under it: (3, S, S) uint8, (S, S) uint8."""
-        image, cached = self.data.image(sample), functools.partial(self._row, row=self.row_of[sample.id])
-        labels = self.targets.labels(self.config, self.data, sample, cached, (image.shape[0], image.shape[1]))
+        """A view as extraction saw it, and the seen labels under it: (3, S, S) uint8, (S, S) uint8.
+
+        Not to be written into: it is kept for the next epochs while there is room.
+        """
+        image, labels = self.replayed.get((sample.id, box.tobytes()), lambda: self._replay(sample, box))
+        return image, labels
+
+    def _replay(self, sample: Sample, box: np.ndarray) -> tuple[Tensor, Tensor]:
+        image = self.data.image(sample)
+        labels = self._from_cams(sample, image.shape[:2]) if self.is_tagged else self.data.seen_labels(sample)
         if labels is None:
             labels = np.full(image.shape[:2], IGNORE, np.uint8)
         return replay_image(image, box, self.size, self.mean_colour), replay_labels(labels, box, self.size)
+
+    def _from_cams(self, sample: Sample, size: tuple[int, ...]) -> np.ndarray:
+        """The classes of an image's pixels by its CAMs, 255 below train.confidence: (H, W) uint8.
+
+        Source: CLIP-ES's confidence-guided loss (method section 11).
+        """
+        row, background = self.row_of[sample.id], self.data.background
+        assert background is not None  # the cams stage has refused others
+        if "mask" in self.arrays:
+            mask, confidence = (self._unpadded(name, row, size) for name in ("mask", "confidence"))
+            sure = confidence.float() / FULL_CONFIDENCE
+        else:
+            height, width = self._row("cam_shape", row)
+            classes = [int(i) for i in self._row("cam_class", row) if i != IGNORE]
+            cam = torch.from_numpy(self._row("cam", row)[: len(classes), :height, :width])
+            mask, sure = mask_and_confidence(
+                cam, classes, background, (size[0], size[1]), self.config.cams.power
+            )
+        return mask.where(sure >= self.config.train.confidence, IGNORE).numpy()
+
+    def _unpadded(self, name: str, row: int, size: tuple[int, ...]) -> Tensor:
+        """A map that was refined at pixels, in the image's own size by nearest: (H, W) uint8."""
+        patch = int(self.store.attributes["teacher"]["patch"])
+        height, width = fitted_size(size[0], size[1], self.config.cams.max_side, patch)
+        kept = torch.from_numpy(self._row(name, row)[:height, :width])
+        return interpolate(kept[None, None].float(), size[:2], mode="nearest-exact")[0, 0].to(torch.uint8)
 
 
 def held_out(sample: str, seed: int, fraction: float) -> bool:
@@ -214,13 +273,25 @@ def training_batches(
 ) -> Iterator[dict[str, Tensor]]:
     """The batches of iterations start..stop-1, this process's places of each."""
     train = views.config.train
-    plan = Plan(views.rows, train.batch, train.seed)
+    places = _Batches(Plan(views.rows, train.batch, train.seed), start, stop, process, num_processes)
+    num_bytes = len(views.rows) * views.num_views * 4 * views.size**2  # three colours and the labels
+    fits = num_bytes <= views.replayed.room_bytes
+    workers = loader_processes(train.workers, num_processes, fits=fits)
+    has_gpu = torch.cuda.is_available()
+    if workers == 0:
+
+        def batch(places: list[Place]) -> dict[str, Tensor]:
+            made: dict[str, Tensor] = default_collate([views[place] for place in places])
+            return {name: value.pin_memory() for name, value in made.items()} if has_gpu else made
+
+        return made_ahead(places, batch)
+    views.replayed = Kept(views.replayed.room_bytes // workers)  # each keeps its own
     loader: DataLoader = DataLoader(
         views,
-        batch_sampler=_Batches(plan, start, stop, process, num_processes),
-        num_workers=train.workers,
-        multiprocessing_context="spawn" if train.workers else None,  # a forked zarr reader can deadlock
-        pin_memory=torch.cuda.is_available(),
+        batch_sampler=places,
+        num_workers=workers,
+        multiprocessing_context="spawn",  # a forked zarr reader can deadlock
+        pin_memory=has_gpu,
     )
     return iter(loader)
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -25,16 +25,19 @@ from torch import Tensor
 from cache.ledger import Ledger, lock, refuse_if_locked
 from cache.store import Store
 from cache.verify import read_recorded
-from pipeline.batches import data_of
+from pipeline import crf
+from pipeline.batches import FULL_CONFIDENCE, data_of
 from pipeline.config import Cams, Config, ConfigError, config_fingerprint, digest, fingerprint
 from pipeline.data.base import DataError, DataSet, Sample
 from pipeline.data.words import background_names, fused_name
 from pipeline.encode import DECODE_THREADS, OK
 from pipeline.engine import map_shards
 from pipeline.labels import Job, done_shards, record_labels
-from pipeline.maps import explained_maps, explained_teacher, fitted, limit, text_features
+from pipeline.maps import explained_maps, explained_teacher, fitted, text_features
+from pipeline.ops import pamr
+from pipeline.ops.masks import class_scores, fitted_size
 from pipeline.rows import cached_samples, samples_of
-from pipeline.seeds import add_seeds, new_stats, summarise
+from pipeline.seeds import add_refined, add_seeds, new_stats, summarise
 from pipeline.tracking import finish, found_manifest, progress, required_manifest, say
 
 NO_CLASS = 255  # in cam_class: no further class in this image
@@ -55,6 +58,8 @@ def cams(config: Config, *, workers: int = 0, scheduler: str | None = None) -> d
             f"data.kind {config.data.kind!r} as configured has no background class, and CAMs compete with one: set "
             "data.background."
         )
+    if config.cams.refine == "crf":
+        crf.required()  # before an hour is spent
     names = {"background": background_names(config.cams.background), "classes": _words(config.cams, data)}
     identity = fingerprint(config, "cams", above["fingerprint"], names)
     store = Store.open(config.cache_path)
@@ -98,13 +103,21 @@ def cams(config: Config, *, workers: int = 0, scheduler: str | None = None) -> d
 
 def written_arrays(section: Cams) -> tuple[str, ...]:
     """The arrays that this stage makes."""
-    return ("cam", "cam_class", "cam_shape", *(("cam_raw",) if section.debug else ()))
+    debug = ("cam_raw",) if section.debug else ()
+    return (
+        "cam",
+        "cam_class",
+        "cam_shape",
+        *debug,
+        *(("mask", "confidence") if section.refine != "none" else ()),
+    )
 
 
 def _axis_sizes(config: Config, data: DataSet) -> dict[str, int]:
     """The grid of the largest image allowed, and room for every class: the rest is zeros."""
-    side = limit(config.cams, explained_teacher(config.teacher, config.cams).patch)
-    return {"K_max": len(data.classes) - 1, "g_h": side, "g_w": side}
+    patch = explained_teacher(config.teacher, config.cams).patch
+    side = fitted_size(config.cams.max_side, config.cams.max_side, config.cams.max_side, patch)[0] // patch
+    return {"K_max": len(data.classes) - 1, "g_h": side, "g_w": side, "H": side * patch, "W": side * patch}
 
 
 def cams_shard(job: Job, shard: int, *, tick: Any = None) -> int:
@@ -140,6 +153,7 @@ def shard_maps(
         blocks[name] = np.full((len(samples), *spec.shape(store.sizes)[1:]), spec.fill, spec.dtype)
     stats = new_stats(len(data.classes))
     tags = [_checked_tags(data, sample) if usable[row] else () for row, sample in enumerate(samples)]
+    refines, waiting = section.refine != "none", []
     for group, images in _same_sized(data, samples, usable, section, teacher.patch):
         maps, raw = explained_maps(
             teacher, section, images, [tags[row] for row in group], foreground, background
@@ -155,11 +169,54 @@ def shard_maps(
             blocks["cam_class"][row, :num] = tags[row]
             blocks["cam_shape"][row] = height, width
             add_seeds(stats, data, samples[row], tags[row], raw[place, :num], maps[place, :num])
+            if refines:
+                waiting.append((row, images[place], maps[place, :num]))
+            elif tick:
+                tick(1)
+    if refines:
+        for row, mask in _refine(section, waiting, tags, data.background or 0, blocks):
+            add_refined(stats, data, samples[row], mask)
             if tick:
                 tick(1)
     if tick:
         tick(int((~usable).sum()))
     return blocks, {name: value.tolist() for name, value in stats.items()}
+
+
+def _refine(
+    section: Cams,
+    waiting: Sequence[tuple[int, Tensor, Tensor]],
+    tags: Sequence[Sequence[int]],
+    background: int,
+    blocks: dict[str, np.ndarray],
+) -> Iterator[tuple[int, Tensor]]:
+    """Masks at pixels of (row, image, maps), by `cams.refine`, into `blocks`; yields row and mask as each is done."""
+    pairs = (
+        (image, class_scores(cam, (image.shape[1], image.shape[2]), section.power))
+        for _, image, cam in waiting
+    )
+    for (row, image, _), scores in zip(waiting, REFINERS[section.refine](pairs), strict=True):
+        best, ids = scores.max(0)
+        mask = torch.tensor([background, *tags[row]], dtype=torch.uint8)[ids]
+        height, width = image.shape[1:]
+        blocks["mask"][row], blocks["confidence"][row] = NO_CLASS, 0
+        blocks["mask"][row, :height, :width] = mask.numpy()
+        blocks["confidence"][row, :height, :width] = (
+            (FULL_CONFIDENCE * best).round().clamp(0, FULL_CONFIDENCE).numpy()
+        )
+        yield row, mask
+
+
+def _by_pamr(pairs: Iterable[tuple[Tensor, Tensor]]) -> Iterator[Tensor]:
+    return (pamr.refine(image, scores) for image, scores in pairs)
+
+
+def _by_crf(pairs: Iterable[tuple[Tensor, Tensor]]) -> Iterator[Tensor]:
+    return map(torch.from_numpy, crf.refine_all((image.numpy(), scores.numpy()) for image, scores in pairs))
+
+
+# By cams.refine: pairs of an image (3, H, W) and its scores (n + 1, H, W) -> scores, in order.
+REFINERS = {"pamr": _by_pamr, "crf": _by_crf}
 
 
 def _checked_tags(data: DataSet, sample: Sample) -> tuple[int, ...]:

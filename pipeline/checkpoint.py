@@ -44,9 +44,7 @@ class Checkpoint:
     identity: str
     classes: tuple[str, ...]
     unseen: tuple[str, ...]
-    text: (
-        Tensor  # (K, C) unit norm, all classes; of a loaded closed-set student the classifier that it learned
-    )
+    text: Tensor  # (K, C) unit norm, all classes
     cache: str | None = None  # fingerprint of the cache it was trained from
     revision: str | None = None  # of the code that trained it, see tracking.revision
 
@@ -165,7 +163,7 @@ def student_file(run: Path) -> Path:
 
 
 def load_student(path: Path) -> tuple[DenseStudent, Checkpoint]:
-    """A student in eval mode with its class names and what its features are multiplied with, from the file alone."""
+    """A student in eval mode with its class names and text features, from the file alone."""
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
@@ -176,10 +174,8 @@ def load_student(path: Path) -> tuple[DenseStudent, Checkpoint]:
             f"{path}: not a student of this project: {' '.join(str(error).split())}"
         ) from None
     config, text = from_mapping(raw, where=str(path)), tensors.pop(TEXT)
-    student = build_student(config.student, text.shape[1], num_classes=len(classes), pretrained=False)
+    student = build_student(config.student, text.shape[1], pretrained=False)
     student.load_state_dict({name.removeprefix("student."): value for name, value in tensors.items()})
-    if student.classifier is not None:
-        text = student.classifier.detach()
     checkpoint = Checkpoint(
         config,
         metadata.get("fingerprint", ""),

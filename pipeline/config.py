@@ -194,7 +194,14 @@ class Train(Section):
     validation: Validate = Field(default_factory=Validate, alias="validate")
     tracker: str = Field("tensorboard", description="any of accelerate's, or none")
     pictures_every: int = Field(0, ge=0, description="iterations between pictures in the tracker; 0: none")
-    workers: int = Field(0, ge=0, description="loader processes")
+    workers: int | None = Field(
+        None, ge=0, description="loader processes; 0: a thread instead; null: 0, or up to 8 beside a GPU"
+    )
+    views_in_memory_gb: float = Field(
+        1.0,
+        ge=0,
+        description="replayed views kept for the next epochs, a training process; 0.001 a 512 x 512 view",
+    )
     threads: int | None = Field(None, description="torch threads; null leaves torch's own choice")
     log_every: int = Field(50, ge=1)
     checkpoint_every: int = Field(2000, ge=1)
@@ -302,7 +309,10 @@ NOT_CONTENT = {
     "cache.max_bad",
 } | {
     f"train.{key}"
-    for key in ("workers", "threads", "log_every", "keep", "compile", "tracker", "pictures_every")
+    for key in (
+        *("workers", "views_in_memory_gb", "threads", "log_every", "keep", "compile", "tracker"),
+        "pictures_every",
+    )
 }
 # Keys that are younger than caches worth keeping: without effect on a fingerprint while they are empty.
 YOUNGER = {"text.synonyms"}

@@ -10,17 +10,20 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torchmetrics.classification import MulticlassConfusionMatrix
+from torch import Tensor
 
 from pipeline.batches import data_of
 from pipeline.checkpoint import load_student
-from pipeline.config import Config, config_fingerprint, fingerprint
-from pipeline.data.base import DataError
-from pipeline.inference import best_by_group, class_logits, predicted
+from pipeline.config import Config, Eval, config_fingerprint, fingerprint
+from pipeline.data.base import DataError, DataSet, Sample
+from pipeline.inference import Best, best_by_group, best_classes, class_logits, squashed
+from pipeline.loading import made_ahead
 from pipeline.ops import metrics
 from pipeline.results import read_metrics, result_table
 from pipeline.tracking import progress, provenance, required_manifest, say
@@ -47,23 +50,15 @@ def evaluate(config: Config) -> dict[str, Any]:
     if torch.cuda.is_available():
         student = student.cuda()
     seen, unseen, section = list(data.seen_ids), list(data.unseen_ids), config.eval
-    gammas = sorted({*section.gamma_sweep, section.gamma})
-    matrices = {g: MulticlassConfusionMatrix(len(data.classes), ignore_index=IGNORE) for g in gammas}
+    swept = metrics.SweptConfusion(len(data.classes), (*section.gamma_sweep, section.gamma), IGNORE)
+    size, text = config.teacher.image_size, checkpoint.text
     with progress("eval", len(samples)) as advance:
-        for sample in samples:
-            labels = data.labels(sample)
-            if labels is None:
-                raise DataError(
-                    f"test image {sample.id}: no mask, and eval needs one. Give test masks in the data set."
-                )
-            logits = class_logits(
-                student, checkpoint.text, data.image(sample), config.teacher.image_size, section
-            )
-            best, truth = best_by_group(logits, seen, unseen), torch.from_numpy(labels.astype(np.int64))
-            for gamma, matrix in matrices.items():
-                matrix.update(predicted(best, gamma), truth)
-            advance(1)
-    summaries = {g: metrics.summary(matrix.compute(), seen, unseen) for g, matrix in matrices.items()}
+        for group in made_ahead(batched(samples, section.batch), lambda group: loaded(data, group, size)):
+            for best, truth in predictions(student, text, group, size, section, seen, unseen):
+                swept.update(truth, *best)
+                advance(1)
+    matrices = {gamma: swept.matrix(gamma) for gamma in swept.gammas}
+    summaries = {gamma: metrics.summary(matrix, seen, unseen) for gamma, matrix in matrices.items()}
     result: dict[str, Any] = dict(_rounded(summaries[section.gamma]))
     result |= {
         "per_class": {data.classes[i]: _number(v) for i, v in summaries[section.gamma]["per_class"].items()},
@@ -77,12 +72,60 @@ def evaluate(config: Config) -> dict[str, Any]:
         "made": provenance() | {"revision": checkpoint.revision},
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    np.save(path.parent / "confusion.npy", matrices[section.gamma].compute().numpy())
+    np.save(path.parent / "confusion.npy", matrices[section.gamma])
     partial = path.with_name(".metrics.json.partial")
     partial.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     os.replace(partial, path)
     say(result_table({config.name: result}))
     return result
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A test image, read by a thread while the student works on others."""
+
+    image: np.ndarray  # (H, W, 3) uint8
+    truth: Tensor  # (H, W) uint8
+    view: Tensor  # (3, S, S) uint8, the image squashed
+
+
+def loaded(data: DataSet, samples: Sequence[Sample], size: int) -> list[Loaded]:
+    """Raises: DataError for an image without a mask."""
+    found = []
+    for sample in samples:
+        labels = data.labels(sample)
+        if labels is None:
+            raise DataError(
+                f"test image {sample.id}: no mask, and eval needs one. Give test masks in the data set."
+            )
+        image = data.image(sample)
+        found.append(Loaded(image, torch.from_numpy(labels), squashed(image, size)))
+    return found
+
+
+def predictions(
+    student: Any,
+    text: Tensor,
+    group: list[Loaded],
+    size: int,
+    section: Eval,
+    seen: list[int],
+    unseen: list[int],
+) -> Iterator[tuple[Best, Tensor]]:
+    """The best seen and unseen classes of each image, and its truth."""
+    if section.mode == "whole":
+        sizes = [(item.image.shape[0], item.image.shape[1]) for item in group]
+        views = torch.stack([item.view for item in group])
+        bests = best_classes(student, text, views, sizes, seen, unseen)
+        yield from zip(bests, (item.truth for item in group), strict=True)
+        return
+    for item in group:
+        logits = class_logits(student, text, item.image, size, section)
+        yield best_by_group(logits, seen, unseen), item.truth
+
+
+def batched(samples: Sequence[Sample], num: int) -> Iterator[Sequence[Sample]]:
+    return (samples[first : first + num] for first in range(0, len(samples), num))
 
 
 def _number(value: float) -> float | None:

@@ -12,9 +12,13 @@ from torch.nn.functional import interpolate
 
 from pipeline.config import Eval
 from pipeline.models.student import DenseStudent
+from pipeline.ops.enlarge import best_enlarged
 from pipeline.ops.views import replay_image
 
 BLACK = np.zeros(3, np.uint8)
+Best = tuple[
+    Tensor, Tensor, Tensor
+]  # best seen class, best unseen class, the gamma to be passed: (H, W) each
 
 
 @torch.inference_mode()
@@ -29,10 +33,46 @@ def class_logits(student: DenseStudent, text: Tensor, image: np.ndarray, size: i
 
 
 def _whole(student: DenseStudent, text: Tensor, image: np.ndarray, size: int, section: Eval) -> Tensor:
+    logits = _logits(student, text, squashed(image, size)[None])
+    return interpolate(logits, image.shape[:2], mode="bilinear", align_corners=False)[0]
+
+
+def squashed(image: np.ndarray, size: int) -> Tensor:
+    """What the student sees in mode `whole`: (H, W, 3) uint8 -> (3, S, S) uint8."""
     height, width = image.shape[:2]
-    box = np.array([0, 0, width, height], np.float32)
-    logits = _logits(student, text, replay_image(image, box, size, BLACK)[None])
-    return interpolate(logits, (height, width), mode="bilinear", align_corners=False)[0]
+    if height == width == size:  # what replaying it would give
+        return torch.from_numpy(image).permute(2, 0, 1).contiguous()
+    return replay_image(image, np.array([0, 0, width, height], np.float32), size, BLACK)
+
+
+@torch.inference_mode()
+def best_classes(
+    student: DenseStudent,
+    text: Tensor,
+    views: Tensor,
+    sizes: list[tuple[int, int]],
+    seen: list[int],
+    unseen: list[int],
+) -> list[Best]:
+    """`best_by_group` of the logits of mode `whole`, of several squashed images, without all planes at full size.
+
+    Shapes: text (K, C), views (B, 3, S, S) uint8, sizes: the images' own (H, W) -> B times `Best`, on the CPU.
+    """
+    device = next(student.parameters()).device
+    dense = student(views.to(device)).float().permute(0, 2, 3, 1)  # (B, h, w, C)
+    found = []
+    for image, size in zip(dense, sizes, strict=True):
+        groups = []
+        for ids in (seen, unseen):
+            if ids:
+                value, place = best_enlarged(image @ text[ids].T.to(device), size)
+                groups.append((value, torch.tensor(ids, device=device)[place]))
+            else:
+                value = torch.full(size, -torch.inf, device=device)
+                groups.append((value, torch.zeros(size, dtype=torch.long, device=device)))
+        (top_seen, best_seen), (top_unseen, best_unseen) = groups
+        found.append((best_seen.cpu(), best_unseen.cpu(), (top_seen - top_unseen).cpu()))
+    return found
 
 
 def _slide(student: DenseStudent, text: Tensor, image: np.ndarray, size: int, section: Eval) -> Tensor:
@@ -65,7 +105,7 @@ def _logits(student: DenseStudent, text: Tensor, images: Tensor) -> Tensor:
     return torch.einsum("bchw,kc->bkhw", dense, text.to(device))
 
 
-def best_by_group(logits: Tensor, seen: list[int], unseen: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+def best_by_group(logits: Tensor, seen: list[int], unseen: list[int]) -> Best:
     """What a gamma sweep needs of the logits.
 
     Shapes: logits (K, H, W) -> best seen class (H, W), best unseen class (H, W), and the gamma from
@@ -81,7 +121,7 @@ def best_by_group(logits: Tensor, seen: list[int], unseen: list[int]) -> tuple[T
     return best_seen, best_unseen, top_seen - top_unseen
 
 
-def predicted(best: tuple[Tensor, Tensor, Tensor], gamma: float) -> Tensor:
+def predicted(best: Best, gamma: float) -> Tensor:
     """Class ids (H, W) when gamma is added to the unseen logits."""
     seen, unseen, needed = best
     return torch.where(needed < gamma, unseen, seen)

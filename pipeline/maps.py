@@ -18,6 +18,7 @@ from pipeline.data.words import background_names
 from pipeline.models.explain import explain
 from pipeline.models.teacher import Teacher
 from pipeline.ops.cam import activation_maps, affinity, box_masks, refined
+from pipeline.ops.masks import fitted_size
 
 
 def explained_maps(
@@ -46,22 +47,13 @@ def explained_maps(
 
 
 def fitted(image: np.ndarray, section: Cams, patch: int) -> Tensor:
-    """An image at its own size, at most max_side long, each side rounded up to a multiple of the patch.
-
-    Shapes: (H, W, 3) uint8 -> (3, H', W') uint8. Source: method section 11.
-    """
+    """An image at `fitted_size`: (H, W, 3) uint8 -> (3, H', W') uint8."""
     height, width = image.shape[:2]
-    scale = min(1.0, limit(section, patch) * patch / max(height, width))
-    sides = [max(-(-round(side * scale) // patch), 1) * patch for side in (height, width)]
+    sides = fitted_size(height, width, section.max_side, patch)
     pixels = torch.from_numpy(image).permute(2, 0, 1)[None].float()
-    if sides != [height, width]:
+    if sides != (height, width):
         pixels = interpolate(pixels, sides, mode="bilinear", align_corners=False, antialias=True)
     return pixels[0].round().clamp(0, 255).to(torch.uint8)
-
-
-def limit(section: Cams, patch: int) -> int:
-    """The largest side in patches."""
-    return max(section.max_side // patch, 1)
 
 
 @functools.lru_cache(maxsize=1)

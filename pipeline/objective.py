@@ -1,6 +1,4 @@
-"""What training minimises: the terms of one batch by recipe, from the parts that learn or remember.
-
-clip_teacher: eq. 11-12 of CLIPTeacher. clip_es: cross-entropy alone, on the pixels whose mask is confident.
+"""What training minimises: the terms of eq. 11-12 for one batch, from the parts that learn or remember.
 
 Axes: B images, C channels, H x W loss grid, S seen classes, P potential objects, K = S + P.
 """
@@ -16,8 +14,10 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from pipeline.config import Train
-from pipeline.models.glm import ClsBank, pooled
+from pipeline.models.glm import ClsBank, pooled_and_dense
 from pipeline.ops import losses
+
+IGNORED_LABEL = 255  # of a label map
 
 
 @dataclass
@@ -27,9 +27,8 @@ class Learner:
     student: Any  # DenseStudent, or accelerate's wrapper of it
     vla: nn.Module
     bank: ClsBank
-    text_seen: Tensor  # (S, C): T_seen, unit norm, or the classifier that a closed-set student learns
+    text_seen: Tensor  # (S, C), unit norm
     seen_ids: Tensor  # (S,)
-    recipe: str = "clip_teacher"
 
 
 def loss_terms(
@@ -39,57 +38,21 @@ def loss_terms(
     batch: dict[str, Tensor],
     accelerator: Accelerator | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Every weighted term of the learner's recipe for one batch, and counts worth a curve.
-
-    Shapes: dense (B, C, H, W); batch: labels (B, S, S) uint8, and what the recipe's function takes.
-    """
-    return TERMS[learner.recipe](section, learner, dense, batch, accelerator)
-
-
-def confident_terms(
-    section: Train,
-    learner: Learner,
-    dense: Tensor,
-    batch: dict[str, Tensor],
-    accelerator: Accelerator | None = None,
-) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """CLIP-ES's confidence-guided loss: cross-entropy over all classes, on the pixels that have a label.
-
-    Shapes: dense (B, C, H, W); batch: labels (B, S, S) uint8, 255 where the mask isn't confident.
-    Source: CLIP-ES section 3.4; method section 11.
-    """
-    ids, _, _ = losses.combined_labels(
-        _on_grid(batch["labels"], dense, section), batch["labels"], learner.seen_ids, potential=False
-    )
-    if section.loss_grid == "full":
-        dense = interpolate(dense, ids.shape[1:], mode="bilinear", align_corners=False)
-    # In the place of generated features, since those have a gradient and text features have none.
-    logits = losses.logits(dense, learner.text_seen[:0], learner.text_seen)  # (B, S, H, W)
-    confident = float((ids != losses.IGNORE).float().mean())
-    return {"ce": section.weights.ce * losses.cross_entropy(logits, ids)}, {"confident": confident}
-
-
-def clip_teacher_terms(
-    section: Train,
-    learner: Learner,
-    dense: Tensor,
-    batch: dict[str, Tensor],
-    accelerator: Accelerator | None = None,
-) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Every weighted term of eq. 11-12 for one batch. Pushes into the CLS bank.
+    """Every weighted term of eq. 11-12 for one batch, and counts worth a curve. Pushes into the CLS bank.
 
     Shapes: dense (B, C, H, W); batch: labels (B, S, S) uint8, pseudo (B, h, w), cls (B, C), sample (B,).
     """
     weights, terms = section.weights, {}
     if section.glm != "off":
-        terms["global"] = weights.glm * _global_term(section, learner, dense, batch, accelerator)
+        value, dense = _global_term(section, learner, dense, batch, accelerator)
+        terms["global"] = weights.glm * value
     ids, owners, num_potential = losses.combined_labels(
         _on_grid(batch["labels"], dense, section), batch["pseudo"], learner.seen_ids, section.potential
     )
     if section.loss_grid == "full":
         dense = interpolate(dense, ids.shape[1:], mode="bilinear", align_corners=False)
     num_seen = len(learner.text_seen)
-    means, present = losses.centroids(dense, ids, num_seen + num_potential)
+    means, present, dense = losses.centroids_and_features(dense, ids, num_seen + num_potential)
     generated = learner.vla(means[present], batch["cls"])  # (M, C), seen ones first
     if section.generate:
         terms["generate"] = weights.generate * losses.generate_loss(generated, learner.text_seen, present)
@@ -110,10 +73,36 @@ def clip_teacher_terms(
     return terms, {"potential": float(num_potential), "seen": float(num_seen_present)}
 
 
+def closed_set_terms(
+    section: Train,
+    learner: Learner,
+    dense: Tensor,
+    batch: dict[str, Tensor],
+    accelerator: Accelerator | None = None,
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """CLIP-ES's confidence-guided loss: cross-entropy over all classes, on the pixels that CAMs are sure of.
+
+    Shapes: dense (B, C, H, W); batch: labels (B, S, S) uint8, 255 where they aren't sure.
+    Source: method section 11.
+    """
+    ids = _on_grid(batch["labels"], dense, section).long()
+    if section.loss_grid == "full":
+        dense = interpolate(dense, ids.shape[1:], mode="bilinear", align_corners=False)
+    table = ids.new_full((256,), losses.IGNORE)
+    table[learner.seen_ids] = torch.arange(len(learner.seen_ids), device=ids.device)
+    logits = losses.logits(dense, learner.text_seen, learner.text_seen[:0])
+    share = float((ids != IGNORED_LABEL).float().mean())
+    return {"ce": section.weights.ce * losses.cross_entropy(logits, table[ids])}, {"labelled": share}
+
+
+# By recipe: what a batch costs.
+OBJECTIVES = {"clip_teacher": loss_terms, "clip_es": closed_set_terms}
+
+
 def _global_term(
     section: Train, learner: Learner, dense: Tensor, batch: dict[str, Tensor], accelerator: Accelerator | None
-) -> Tensor:
-    """Eq. 3, and then the push: the current tokens are never in the bank of their own loss."""
+) -> tuple[Tensor, Tensor]:
+    """Eq. 3, and then the push: the current tokens are never in the bank of their own loss. Hands `dense` on."""
     cls, samples = batch["cls"], batch["sample"]
     bank, bank_samples = learner.bank.entries()
     others, other_samples, all_cls, all_samples = bank, bank_samples, cls, samples
@@ -123,9 +112,10 @@ def _global_term(
         mine[accelerator.process_index * len(cls) : (accelerator.process_index + 1) * len(cls)] = True
         others = torch.cat([bank, all_cls[~mine]])
         other_samples = torch.cat([bank_samples, all_samples[~mine]])
-    loss = losses.infonce(cls, pooled(cls, dense, section.glm), others, other_samples, samples, section.tau)
+    predicted, dense = pooled_and_dense(cls, dense, section.glm)
+    loss = losses.infonce(cls, predicted, others, other_samples, samples, section.tau)
     learner.bank.push(all_cls, all_samples)
-    return loss
+    return loss, dense
 
 
 def _on_grid(labels: Tensor, dense: Tensor, section: Train) -> Tensor:
@@ -133,6 +123,3 @@ def _on_grid(labels: Tensor, dense: Tensor, section: Train) -> Tensor:
     if section.loss_grid == "full":
         return labels
     return interpolate(labels[:, None].float(), dense.shape[2:], mode="nearest-exact")[:, 0].to(labels.dtype)
-
-
-TERMS = {"clip_teacher": clip_teacher_terms, "clip_es": confident_terms}

@@ -1,7 +1,7 @@
 """A few training images as the student sees them now, for the tracker.
 
 A row each: the image; its seen labels and potential objects; the seen class that the student predicts;
-GLM's attention (what a recipe doesn't have isn't shown). No unseen name or label is shown, training has none.
+GLM's attention. No unseen name or label is shown, training has none.
 """
 
 from __future__ import annotations
@@ -25,10 +25,7 @@ OPTIONS: dict[str, dict[str, Any]] = {"tensorboard": {"dataformats": "NHWC"}}  #
 
 @torch.no_grad()
 def pictures(learner: Learner, student: Any, views: CachedViews) -> np.ndarray:
-    """(1, N S, 4 S, 3) uint8, an image a row: image, labels and potential objects, prediction, attention.
-
-    (1, N S, 3 S, 3) without the attention, where items have no CLS token.
-    """
+    """(1, N S, 4 S, 3) uint8, an image a row: image, labels and potential objects, prediction, attention."""
     device = learner.text_seen.device
     items = [views.whole(row) for row in views.rows[:NUM_IMAGES]]
     was_training = student.training
@@ -38,16 +35,14 @@ def pictures(learner: Learner, student: Any, views: CachedViews) -> np.ndarray:
         image, labels = item["image"], item["labels"]
         dense = student(image[None].to(device).float()).float()  # (1, C, H, W)
         best = logits(dense, learner.text_seen, learner.text_seen[:0]).argmax(1)[0]  # (H, W)
+        score = torch.einsum("c,bchw->hw", item["cls"].to(device), dense) / sqrt(dense.shape[1])
+        weight = (score - score.max()).exp()  # eq. 1 up to its norm: 1 where attention is largest
         panels = [
             image.permute(1, 2, 0).numpy(),
-            _labels(views, labels, item.get("pseudo")),
+            _labels(views, labels, item["pseudo"]),
             views.data.palette[learner.seen_ids[_enlarged(best, labels.shape)].cpu().numpy()],
+            (255 * _enlarged(weight, labels.shape).cpu().numpy())[..., None].repeat(3, 2).astype(np.uint8),
         ]
-        if "cls" in item:
-            score = torch.einsum("c,bchw->hw", item["cls"].to(device), dense) / sqrt(dense.shape[1])
-            weight = (score - score.max()).exp()  # eq. 1 up to its norm: 1 where attention is largest
-            grey = (255 * _enlarged(weight, labels.shape).cpu().numpy()).astype(np.uint8)
-            panels.append(grey[..., None].repeat(3, 2))
         rows.append(np.concatenate(panels, axis=1))
     student.train(was_training)
     return np.concatenate(rows)[None]
@@ -58,12 +53,10 @@ def _enlarged(plane: Tensor, size: torch.Size) -> Tensor:
     return interpolate(plane[None, None].float(), size, mode="nearest-exact")[0, 0].to(plane.dtype)
 
 
-def _labels(views: CachedViews, labels: Tensor, pseudo: Tensor | None) -> np.ndarray:
+def _labels(views: CachedViews, labels: Tensor, pseudo: Tensor) -> np.ndarray:
     """Seen labels in the data set's colours, elsewhere potential objects in theirs; black for neither."""
-    shown = np.zeros((*labels.shape, 3), np.uint8)
-    if pseudo is not None:
-        objects = _enlarged(pseudo, labels.shape).numpy()
-        shown = object_palette()[np.where(objects < PSEUDO_IDS, objects, 0)]
+    objects = _enlarged(pseudo, labels.shape).numpy()
+    shown = object_palette()[np.where(objects < PSEUDO_IDS, objects, 0)]
     is_seen = (labels != IGNORE).numpy()
     shown[is_seen] = views.data.palette[labels.numpy()[is_seen]]
     return shown

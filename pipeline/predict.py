@@ -68,14 +68,14 @@ def predict(
 def text_features(checkpoint: Checkpoint, names: Sequence[str]) -> Tensor:
     """(K, C): rows of the run's own table, and the teacher's text encoder for names that aren't in it.
 
-    Raises: UserError for such a name and a student that learned its own classifier.
+    Raises: UserError for such names when the student's classifier was learned.
     """
     known = {name: checkpoint.text[i] for i, name in enumerate(checkpoint.classes)}
     strange = [name for name in names if name not in known]
     if strange and checkpoint.config.student.classifier == "learned":
         raise UserError(
-            f"--names {strange[0]!r}: this student learned a classifier of its {len(known)} classes and has no use for "
-            f"text; it knows {', '.join(checkpoint.classes)}. For any names train with student.classifier text."
+            f"--names {strange[0]!r}: this student has learned its {len(known)} classes and knows no "
+            f"other ({', '.join(known)}). Train with student.classifier text for any names."
         )
     if strange:
         from pipeline.models.teacher import Teacher

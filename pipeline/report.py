@@ -3,7 +3,7 @@
     python cli.py report --config config/demo.yaml          runs/demo/report/index.html
     python cli.py inspect runs/demo                          the same of a run that is half done
     python cli.py inspect runs/demo --image train-00007 --png panels.png
-    python cli.py inspect runs/demo --export pseudo/         pseudo labels as indexed PNGs
+    python cli.py inspect runs/demo --export pseudo/         pseudo labels, or CLIP-ES's masks, as indexed PNGs
     python cli.py inspect runs/demo --shard 3                one shard: samples, sizes, checksums, when and where
 
 `inspect` writes its page to runs/<name>/inspect/, never over the finished run's report.
@@ -14,7 +14,7 @@ from __future__ import annotations
 import io
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,25 +30,34 @@ from cache.ledger import read_manifest
 from cache.store import Store
 from pipeline.batches import data_of
 from pipeline.checkpoint import CheckpointError, load_student, student_file
-from pipeline.config import Config, UserError, config_fingerprint
+from pipeline.config import LABELS_FROM, Config, UserError, config_fingerprint
 from pipeline.data.base import DataError, DataSet
 from pipeline.looking import facts
+from pipeline.looking.clustered import Clustered
 from pipeline.looking.facts import human_bytes, human_seconds
 from pipeline.looking.gallery import (
     MAX_CARDS,
     Card,
     Selection,
+    Taught,
     eval_cards,
     eval_samples,
     not_found,
     training_cards,
 )
 from pipeline.looking.page import render
-from pipeline.looking.panels import indexed, object_palette, resized, sheet
+from pipeline.looking.panels import indexed, sheet
 from pipeline.looking.shard import shard_tree
+from pipeline.looking.tagged import Tagged
 from pipeline.tracking import run_config, say
 
 MANY = 8  # quarantined images listed in the tree
+LABELS = {"clip_teacher": "Pseudo labels", "clip_es": "CAMs"}
+LABEL_MAPS = {"clip_teacher": "pseudo label maps", "clip_es": "masks"}
+TAUGHT: dict[str, Callable[[Config, Store, DataSet, set[int]], Taught]] = {
+    "clip_teacher": Clustered,
+    "clip_es": Tagged,
+}
 PIPE_WIDTH = 160  # columns of the tree where there is no terminal to ask
 
 
@@ -103,8 +112,8 @@ def inspect(
     chosen = _selection(config, store, data, image, class_name)
     out.print(tree)
     if export is not None:
-        count = export_pseudo(export, config, store, data, chosen)
-        out.print(f"{count} pseudo label maps: {export}", markup=False, soft_wrap=True)
+        count = export_labels(export, config, store, data, chosen)
+        out.print(f"{count} {LABEL_MAPS[config.recipe]}: {export}", markup=False, soft_wrap=True)
     if png is not None:
         cards, _ = _cards(config, store, data, chosen, metrics)
         shown = [card.strip(data) for card in cards if card.panels]
@@ -154,7 +163,7 @@ def _cards(
     config: Config, store: Store, data: DataSet, chosen: Selection, metrics: Mapping[str, Any] | None
 ) -> tuple[list[Card], list[str]]:
     """The cards of both galleries, and lines on what is shown and why something isn't."""
-    extracted, clustered = facts.done_shards(config, "extract"), facts.done_shards(config, "cluster")
+    extracted, labelled = facts.done_shards(config, "extract"), _labelled(config)
     about = []
     if chosen.limit > MAX_CARDS:
         about.append(
@@ -164,9 +173,10 @@ def _cards(
         about.append(f"Only image {chosen.image}.")
     if chosen.class_id is not None:
         about.append(f"Only images that hold {data.classes[chosen.class_id]}.")
-    if len(clustered) < store.num_shards:
-        about.append(f"Pseudo labels: {len(clustered)} of {store.num_shards} shards are done.")
-    cards = list(training_cards(store, data, chosen, extracted, clustered))
+    if len(labelled) < store.num_shards:
+        about.append(f"{LABELS[config.recipe]}: {len(labelled)} of {store.num_shards} shards are done.")
+    taught = TAUGHT[config.recipe](config, store, data, labelled)
+    cards = list(training_cards(store, data, chosen, extracted, taught))
     try:
         path = student_file(config.run_path)
     except CheckpointError:
@@ -187,33 +197,30 @@ def _write_page(path: Path, config: Config, chosen: Selection, metrics: Mapping[
     _write(path, render(config, store, data, cards, metrics=metrics, about=about).encode())
 
 
-def export_pseudo(folder: Path, config: Config, store: Store, data: DataSet, chosen: Selection) -> int:
-    """Writes view 0's pseudo labels as <sample id>.png, and returns how many.
+def _labelled(config: Config) -> set[int]:
+    """Shards that have the labels which the recipe trains on."""
+    return facts.done_shards(config, LABELS_FROM[config.recipe])
 
-    Values: 0 annotated, 1..P potential objects, 255 padding; the token grid by nearest at the image's
-    own size, which is view 0's box. Quarantined images have none. Raises: MissingCache (not clustered).
+
+def export_labels(folder: Path, config: Config, store: Store, data: DataSet, chosen: Selection) -> int:
+    """Writes the whole image's pseudo labels or CLIP-ES's mask as <sample id>.png, and returns how many.
+
+    At the image's own size. Pseudo labels: 0 annotated, 1..P potential objects, 255 padding, the token grid by
+    nearest. Masks: class ids. Quarantined images have none. Raises: MissingCache (no labels yet).
     """
-    done = sorted(facts.done_shards(config, "cluster"))
+    stage = LABELS_FROM[config.recipe]
+    done = sorted(_labelled(config))
     if not done:
-        raise MissingCache(f"{config.cache_path}: no pseudo labels yet. Run `cli.py cluster` first.")
+        raise MissingCache(f"{config.cache_path}: no labels yet. Run `cli.py {stage}` first.")
     holds = _holders(data, chosen)
     ids, count = store.samples, 0
+    taught = TAUGHT[config.recipe](config, store, data, set(done))
     for shard in done:
-        rows = store.rows(shard)
-        wanted = [
-            row for row in rows if chosen.image in (None, ids[row]) and (holds is None or ids[row] in holds)
-        ]
-        if not wanted:
-            continue
-        pseudo, boxes, status = (store.read_shard(name, shard) for name in ("pseudo", "view", "status"))
-        for row in wanted:
-            place = row - rows.start
-            if status[place] == 0:
-                x0, y0, x1, y1 = (int(v) for v in boxes[place, 0])
-                _write(
-                    _png_path(folder, ids[row]),
-                    indexed(resized(pseudo[place, 0], (x1 - x0, y1 - y0)), object_palette()),
-                )
+        status = store.read_shard("status", shard)
+        for place, row in enumerate(store.rows(shard)):
+            is_wanted = chosen.image in (None, ids[row]) and (holds is None or ids[row] in holds)
+            if is_wanted and status[place] == 0:
+                _write(_png_path(folder, ids[row]), indexed(*taught.exported(row)))
                 count += 1
     return count
 

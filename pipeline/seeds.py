@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from rich.table import Table
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from pipeline.data.base import IGNORE, DataSet, Sample
 from pipeline.ops.masks import mask_and_confidence, thresholded
@@ -30,7 +31,8 @@ def new_stats(num_classes: int) -> dict[str, np.ndarray]:
     """Counts that add up over shards; `seeds` by kind, background, (intersection, predicted, true) and class."""
     names = ("images", "maps", "empty", "untagged", "known")
     return {name: np.zeros(1, np.int64) for name in names} | {
-        "seeds": np.zeros((len(KINDS), len(BACKGROUNDS), 3, num_classes), np.int64)
+        "seeds": np.zeros((len(KINDS), len(BACKGROUNDS), 3, num_classes), np.int64),
+        "refined": np.zeros((3, num_classes), np.int64),
     }
 
 
@@ -61,6 +63,17 @@ def add_seeds(
             stats["seeds"][kind, place] += _counts(mask[counted].long(), truth[counted], len(data.classes))
 
 
+def add_refined(stats: dict[str, np.ndarray], data: DataSet, sample: Sample, mask: Tensor) -> None:
+    """Counts the mask of one image after cams.refine. Shapes: mask (H, W) uint8, any size."""
+    labels = data.labels(sample)
+    if labels is None:
+        return
+    truth = torch.from_numpy(labels.astype(np.int64))
+    full = interpolate(mask[None, None].float(), truth.shape, mode="nearest-exact")[0, 0].long()
+    counted = truth != IGNORE
+    stats["refined"] += _counts(full[counted], truth[counted], len(data.classes))
+
+
 def _counts(predicted: Tensor, truth: Tensor, num_classes: int) -> np.ndarray:
     """Pixels of each class that both have, that are predicted, that are true: (3, K)."""
     parts = (truth[predicted == truth], predicted, truth)
@@ -73,16 +86,24 @@ def summarise(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     summary: dict[str, Any] = {name: int(total[name][0]) for name in ("images", "maps", "empty", "untagged")}
     if not total["known"][0]:
         return summary | {"seeds": None}
-    both, predicted, true = np.moveaxis(total["seeds"].astype(np.float64), 2, 0)  # (kinds, backgrounds, K)
-    union = predicted + true - both
-    iou = np.divide(both, union, out=np.full(union.shape, np.nan), where=union > 0)
-    miou = 100 * np.nanmean(iou, axis=-1)
+    miou = _miou(total["seeds"])  # (kinds, backgrounds)
+    if total["refined"].any():
+        summary["refined"] = round(float(_miou(total["refined"])), 2)
     return summary | {
         "seeds": {
             kind: {name: round(float(miou[i, j]), 2) for j, name in enumerate(BACKGROUNDS)}
             for i, kind in enumerate(KINDS)
         }
     }
+
+
+def _miou(counts: np.ndarray) -> np.ndarray:
+    """mIoU in percent from (..., 3, K): intersection, predicted, true."""
+    both, predicted, true = np.moveaxis(counts.astype(np.float64), -2, 0)
+    union = predicted + true - both
+    return 100 * np.nanmean(
+        np.divide(both, union, out=np.full(union.shape, np.nan), where=union > 0), axis=-1
+    )
 
 
 def print_summary(summary: dict[str, Any]) -> None:
@@ -97,3 +118,5 @@ def print_summary(summary: dict[str, Any]) -> None:
     for kind, values in summary["seeds"].items():
         table.add_row(kind, *(f"{values[name]:.1f}" for name in BACKGROUNDS))
     say(table)
+    if "refined" in summary:
+        say(f"seeds after cams.refine: mIoU {summary['refined']:.1f}")

@@ -5,8 +5,8 @@
     accelerate launch --multi_gpu --num_processes 2 cli.py train ...         the same, started by accelerate
 
 The teacher isn't here: CLS tokens, pseudo labels and view boxes come from the cache, images and
-seen labels from the data set; in clip_es all labels come from the cache. The student is handed T_seen alone;
-the text table of all classes only travels into the checkpoint, for `eval` and `predict`.
+seen labels from the data set. The student is handed T_seen alone; the text table of all classes
+only travels into the checkpoint, for `eval` and `predict`.
 
 Whatever iteration t draws (its images, their flips and colours, the student's dropout) is a function
 of (seed, t): a resumed run goes on as the uninterrupted one would have.
@@ -34,7 +34,7 @@ from pipeline.batches import CachedViews, training_batches
 from pipeline.checkpoint import save_checkpoint, save_student
 from pipeline.config import LABELS_FROM, Config, config_fingerprint, fingerprint
 from pipeline.journal import Clock, Curve, note, peak_memory_bytes
-from pipeline.objective import loss_terms
+from pipeline.objective import OBJECTIVES
 from pipeline.pictures import pictures, show
 from pipeline.processes import LOST_S, end_with_parent
 from pipeline.tracking import (
@@ -180,7 +180,7 @@ def _step(
     with accelerator.autocast():
         dense = learner.student(images)  # (B, C, H, W)
     clock.mark("forward")
-    terms, counts = loss_terms(section, learner, dense, batch, accelerator)
+    terms, counts = OBJECTIVES[run.config.recipe](section, learner, dense, batch, accelerator)
     stacked = torch.stack(list(terms.values()))
     values = dict(zip(terms, stacked.tolist(), strict=True))
     clock.mark("losses")

@@ -10,7 +10,6 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import set_seed
-from torch import nn
 
 from pipeline.batches import CachedViews, data_of, training_batches
 from pipeline.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint
@@ -89,16 +88,18 @@ def new_run(config: Config, accelerator: Accelerator, identity: str, cache: str 
     views = CachedViews(config, data)
     channels = int(views.store.sizes["C"])
     text = torch.from_numpy(views.store.read_whole("text"))
+    if (
+        config.student.classifier == "learned"
+    ):  # a channel a class: its table is the identity, for eval and export too
+        channels, text = len(data.classes), torch.eye(len(data.classes))
+    vla, bank = (section.vla, section.bank) if config.recipe == "clip_teacher" else ("original", 0)
     seen = torch.tensor(list(data.seen_ids))
-    student = build_student(config.student, channels, num_classes=len(data.classes))
-    has_teacher = config.recipe == "clip_teacher"  # clip_es has neither adapter nor bank
     learner = Learner(
-        student=student,
-        vla=VisualLanguageAdapter(channels, section.vla) if has_teacher else nn.Identity(),
-        bank=ClsBank(section.bank if has_teacher else 0, section.batch, channels),
-        text_seen=text[seen] if student.classifier is None else student.classifier,
+        student=build_student(config.student, channels),
+        vla=VisualLanguageAdapter(channels, vla),
+        bank=ClsBank(bank, section.batch, channels),
+        text_seen=text[seen],
         seen_ids=seen,
-        recipe=config.recipe,
     )
     if section.channels_last:
         learner.student.to(memory_format=torch.channels_last)
@@ -111,7 +112,8 @@ def new_run(config: Config, accelerator: Accelerator, identity: str, cache: str 
             lr=section.lr,
             head_lr_factor=section.head_lr_factor,
             decay=section.weight_decay,
-        )
+        ),
+        fused=True,  # one pass over the moments; a third of the time on the CPU
     )
     checkpoint = Checkpoint(
         config, identity, data.classes, data.unseen, text, cache=cache, revision=revision()
@@ -143,7 +145,6 @@ def prepare(run: Run) -> None:
     learner.student, run.optimiser = run.accelerator.prepare(learner.student, run.optimiser)
     if any(parameter.requires_grad for parameter in learner.vla.parameters()):  # DDP wants one
         learner.vla = run.accelerator.prepare(learner.vla)
-    # A learned classifier went there with the student, in place: this then gives back the same parameter.
     learner.text_seen, learner.seen_ids = learner.text_seen.to(device), learner.seen_ids.to(device)
     learner.bank.to(device)
     learner.student.train()

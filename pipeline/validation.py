@@ -37,8 +37,7 @@ class Best:
 
 @torch.no_grad()
 def seen_miou(student: nn.Module, views: CachedViews, text_seen: Tensor, seen_ids: Tensor) -> float:
-    """mIoU in percent over the seen classes, on the held-out images' pixels with a seen label (clip_es: with a
-    confident one: no pixel label is looked at there either).
+    """mIoU in percent over the seen classes, on the held-out images' pixels with a seen label.
 
     The student chooses among the seen classes. Classes that occur neither in labels nor in predictions
     are left out; 0 when there is no labelled pixel at all.

@@ -214,6 +214,26 @@ def test_own_size():
     assert torch.equal(fitted(exact, Cams(), 16), torch.from_numpy(exact).permute(2, 0, 1))
 
 
+@pytest.mark.parametrize("refine", ["pamr", "crf"])
+def test_masks_at_pixels(made, tmp_path, refine):
+    """They follow colours, so they are better seeds than maps of 16 x 16; training reads them."""
+    from pipeline.batches import CachedViews, data_of
+
+    config = copy_of(made[0], tmp_path)
+    section = config.cams.model_copy(update={"refine": refine, "power": 2.0, "max_side": 128})
+    config = config.model_copy(update={"cams": section})
+    summary = cams(config)["summary"]
+    assert summary["refined"] > summary["seeds"]["CAM + CAA"]["power 2"] + 1
+    store = Store.open(config.cache_path)
+    mask, confidence = store.read_whole("mask"), store.read_whole("confidence")
+    assert mask.shape == confidence.shape == (70, 128, 128)
+    assert confidence.max() <= 200
+    assert verify(config) == []
+    views = CachedViews(config, data_of(config))
+    labels = views.whole(3)["labels"].numpy()
+    assert np.array_equal(labels, np.where(confidence[3] >= 190, mask[3], 255))  # train.confidence 0.95
+
+
 # --- free text ------------------------------------------------------------------------------------
 
 

@@ -5,11 +5,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.models.glm import pooled
+from pipeline.models.glm import pooled, pooled_and_dense
 from pipeline.ops import closed_form
 from pipeline.ops.losses import (
     IGNORE,
     centroids,
+    centroids_and_features,
     competing,
     count_masks,
     cross_entropy,
@@ -80,6 +81,30 @@ def test_attention(layout):
     weight = (torch.einsum("bc,bchw->bhw", cls.double(), wide) / 8**0.5).flatten(1).softmax(1)
     wanted = torch.einsum("bl,bcl->bc", weight, wide.flatten(2))
     agree(pooled(cls, features), [features], wanted, [wide])
+
+
+@FORMATS
+@pytest.mark.parametrize("last", ["sum", "product", "only the last", "none"])
+def test_terms_in_a_row_are_terms_side_by_side(layout, last):
+    """Attention, then centroids, then what uses the features last: its slope, which the others add to in place."""
+    features, wide = twins(draw(3, 8, 5, 6), layout)
+    cls, ids, weight = draw(3, 8, seed=2), some_ids(high=6), draw(3, 8, 5, 6, seed=4)
+    uses = {  # a slope that is one expanded number, one of its own array, ...
+        "sum": lambda x: x.sum(),
+        "product": lambda x: (x * weight.to(x.dtype)).sum(),
+        "only the last": lambda x: (x * weight.to(x.dtype)).sum(),
+        "none": lambda x: x.detach().sum(),
+    }
+    first, handed_on = pooled_and_dense(cls, features)
+    second, _, handed_on = centroids_and_features(handed_on, ids, 7)
+    found = (first.sum() + second.square().sum()) * (last != "only the last") + uses[last](handed_on)
+    attention = (torch.einsum("bc,bchw->bhw", cls.double(), wide) / 8**0.5).flatten(1).softmax(1)
+    one_hot = F.one_hot(ids.where(ids >= 0, 7), 8)[..., :7].double()
+    means = torch.einsum("bchw,bhwk->kc", wide, one_hot) / one_hot.sum((0, 1, 2)).clamp(min=1)[:, None]
+    wanted = torch.einsum("bl,bcl->bc", attention, wide.flatten(2)).sum() + means.square().sum()
+    agree(found, [features], wanted * (last != "only the last") + uses[last](wide), [wide])
+    (slope,) = torch.autograd.grad(uses["product"](pooled_and_dense(cls, features)[1]), features)
+    assert torch.equal(slope, weight), "a term that isn't in the loss changes nothing"
 
 
 @FORMATS

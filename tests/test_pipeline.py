@@ -204,13 +204,13 @@ def test_the_losses_see_no_unseen_text(finished, tiny, monkeypatch):
     from pipeline import train as stage
 
     handed = []
-    original = stage.loss_terms
+    original = stage.OBJECTIVES["clip_teacher"]
 
     def spy(section, learner, *rest):
         handed.append(learner.text_seen)
         return original(section, learner, *rest)
 
-    monkeypatch.setattr(stage, "loss_terms", spy)
+    monkeypatch.setitem(stage.OBJECTIVES, "clip_teacher", spy)
     config = tiny("name=spy", f"cache.path={finished[0]}/demo/cache", "train.iterations=1")
     stage.train(config)
     table = Store.open(config.cache_path).read_whole("text")

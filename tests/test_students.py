@@ -22,3 +22,14 @@ def test_segformer_is_the_published_one(encoder):
     assert out.shape == (1, 150, 128, 128)
     assert round(sum(p.numel() for p in student.parameters()) / 1e6, 1) == parameters
     assert counter.get_total_flops() / 2e9 == pytest.approx(gflops, rel=0.01)
+
+
+def test_deeplabv2_is_the_published_one():
+    """ResNet-101 without its classifier, 42.5 M, and four 3 x 3 convolutions of 2048 x 21 with biases."""
+    student = build_student(Student(arch="DeepLabV2", encoder="resnet101", encoder_weights=None), 21).eval()
+    heads = 4 * (9 * 2048 * 21 + 21)
+    assert sum(p.numel() for p in student.net.segmentation_head.parameters()) == heads
+    assert sum(p.numel() for p in student.parameters()) == 42_500_160 + heads
+    student.to("meta")
+    assert student(torch.empty(1, 3, 321, 321, device="meta")).shape == (1, 21, 80, 80)
+    assert student.net.encoder(torch.empty(1, 3, 320, 320, device="meta"))[-1].shape == (1, 2048, 40, 40)

@@ -152,14 +152,14 @@ def test_a_student_file_says_where_it_comes_from(run_of, monkeypatch):
 
 def test_a_loss_that_is_not_finite_stops_and_leaves_the_last_checkpoint(run_of, monkeypatch):
     config = run_of("not-finite")
-    original, count = stage.loss_terms, [0]
+    original, count = stage.OBJECTIVES["clip_teacher"], [0]
 
     def spoiled(*arguments):
         terms, counts = original(*arguments)
         count[0] += 1
         return ({**terms, "dice": terms["dice"] / 0} if count[0] == 5 else terms), counts
 
-    monkeypatch.setattr(stage, "loss_terms", spoiled)
+    monkeypatch.setitem(stage.OBJECTIVES, "clip_teacher", spoiled)
     with pytest.raises(TrainError, match=r"iteration 4: dice is not finite \(batch: train-\d+") as stop:
         train(config)
     assert str(stop.value).count("train-") == 4, "every sample of the batch is named"

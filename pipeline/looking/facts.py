@@ -16,7 +16,7 @@ from cache.ledger import Ledger, read_manifest
 from cache.places import place
 from cache.schema import ARRAYS
 from cache.store import Store
-from pipeline.config import Config, UserError
+from pipeline.config import LABELS_FROM, Config, UserError
 from pipeline.tracking import found_manifest, run_config
 
 SHARD_STAGES = ("extract", "cluster", "cams")
@@ -97,9 +97,9 @@ def bytes_per_view(arrays: Sequence[ArrayFact]) -> float | None:
 
 
 def stage_facts(config: Config, store: Store, metrics: Mapping[str, Any] | None) -> list[StageFact]:
-    """extract, cluster, train, eval, in the order in which they run."""
+    """extract, cluster or cams, train, eval, in the order in which they run."""
     facts = []
-    for stage in SHARD_STAGES:
+    for stage in ("extract", LABELS_FROM[config.recipe]):
         ledger, done = Ledger(config.cache_path, stage), done_shards(config, stage)
         seconds = sum(float((ledger.entry(shard) or {}).get("seconds", 0)) for shard in done)
         num_images = sum(len(store.rows(shard)) for shard in done)

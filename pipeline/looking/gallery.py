@@ -1,7 +1,7 @@
 """Which images of a run are worth looking at, and their panels: from cache rows and the student to cards.
 
-Training cards show what the student is taught from, test cards what it learnt. Axes: H x W an
-image's own size (or S x S for a replayed view), h x w the token grid.
+Training cards show what the student is taught from (by recipe, in clustered.py and tagged.py), test cards
+what it learnt. Axes: H x W an image's own size.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -21,13 +21,11 @@ from pipeline.checkpoint import Checkpoint
 from pipeline.config import Config, UserError
 from pipeline.data.base import BadImage, DataError, DataSet, Sample
 from pipeline.inference import best_by_group, class_logits, predicted
-from pipeline.looking.panels import Panel, Strip, class_panel, error_panel, object_panel, photo
+from pipeline.looking.panels import Panel, Strip, class_panel, error_panel, photo
 from pipeline.models.student import DenseStudent
 from pipeline.ops import metrics
-from pipeline.ops.views import replay_image, replay_labels
 
 IGNORE = 255
-ANNOTATED, PADDING = 0, 255  # codes of the `pseudo` array that are no potential object
 PARTS = {"train": "training image", "test": "test image"}
 CLOSEST = 2000  # names that difflib compares; it is too slow for 100,000
 TRIES = 4  # training images looked at for each one that is shown
@@ -87,10 +85,26 @@ def _shared(one: str, other: str) -> int:
 # ---- training images ---------------------------------------------------------------------------
 
 
+class Taught(Protocol):
+    """What a recipe teaches from: its cards, and which images to see first. `done` are the shards with labels."""
+
+    @property
+    def done(self) -> set[int]: ...
+
+    def telling(self, rows: Sequence[int]) -> Sequence[bool]:
+        """Whether there is something to see in rows that have labels."""
+
+    def cards(self, sample: Sample, row: int, has_labels: bool, views: int) -> Iterator[Card]:
+        """The cards of one image, one a view where the recipe has several. Raises: BadImage."""
+
+    def exported(self, row: int) -> tuple[np.ndarray, np.ndarray]:
+        """The whole image's labels at its own size, (H, W) uint8, and their palette. Raises: BadImage."""
+
+
 def training_cards(
-    store: Store, data: DataSet, chosen: Selection, extracted: set[int], clustered: set[int]
+    store: Store, data: DataSet, chosen: Selection, extracted: set[int], taught: Taught
 ) -> Iterator[Card]:
-    """Cards of cached training images; `extracted` and `clustered` are the shards that are done.
+    """Cards of cached training images; `extracted` are the shards that are done.
 
     One selected image shows all its views, others the whole image (view 0).
     Raises: StaleCache when the data set no longer lists a cached image, CorruptShard.
@@ -98,8 +112,9 @@ def training_cards(
     samples = {sample.id: sample for sample in data.samples("train")}
     ids = store.samples
     rows = [row for shard in sorted(extracted) for row in store.rows(shard)]
+    labelled = {row for shard in taught.done for row in store.rows(shard)}
     if chosen.image is None and chosen.class_id is None:
-        picked: Iterable[int] = _worth_seeing(store, rows, chosen.most, clustered)
+        picked: Iterable[int] = _worth_seeing(rows, chosen.most, labelled, taught)
     else:
         picked = _chosen(rows, chosen, ids.__getitem__, lambda row: _labels(data, samples.get(ids[row])))
     for row in picked:
@@ -112,46 +127,10 @@ def training_cards(
         if int(store.read_rows("status", [row])[0]) != 0:
             yield Card(sample.id, "train", notes=("quarantined: this image could not be read",))
             continue
-        shard = next(s for s in extracted if row in store.rows(s))
-        num_views = store.sizes["V"] if chosen.image else 1
-        for view in range(num_views):
-            try:
-                yield training_card(store, data, sample, row, view, has_pseudo=shard in clustered)
-            except BadImage as error:  # it was good when it was extracted
-                yield Card(sample.id, "train", notes=(str(error),))
-
-
-def training_card(
-    store: Store, data: DataSet, sample: Sample, row: int, view: int, *, has_pseudo: bool
-) -> Card:
-    """Image, seen labels, clusters before fusion if kept, potential objects, and what training never sees."""
-    image, seen, truth = data.image(sample), data.seen_labels(sample), data.labels(sample)
-    seen = np.full(image.shape[:2], IGNORE, np.uint8) if seen is None else seen
-    notes = []
-    if view:
-        box, size = store.read_rows("view", [row])[0][view], int(store.attributes["teacher"]["image_size"])
-        mean = np.array(store.attributes["mean_colour"], np.uint8)
-        image = replay_image(image, box, size, mean).permute(1, 2, 0).numpy()
-        seen = replay_labels(seen, box, size).numpy()
-        truth = None if truth is None else replay_labels(truth, box, size).numpy()
-        notes.append(f"view {view}: box {', '.join(f'{v:g}' for v in box)}")
-    shown = [photo(image), class_panel("seen labels", seen, data.palette)]
-    if has_pseudo:
-        if store.has("pseudo_raw"):
-            shown.append(object_panel("K-means", store.read_rows("pseudo_raw", [row])[0][view]))
-        pseudo = store.read_rows("pseudo", [row])[0][view]
-        num = len(np.setdiff1d(pseudo, [ANNOTATED, PADDING]))
-        notes.append(f"{num} potential object{'' if num == 1 else 's'}")
-        shown.append(object_panel("pseudo labels", pseudo))
-    else:
-        num = None
-    classes = _present(seen)
-    if truth is not None:
-        hidden = np.where(seen == IGNORE, truth, IGNORE).astype(np.uint8)
-        if (hidden != IGNORE).any():
-            shown.append(Panel("hidden truth", "classes", hidden, data.palette, clear=IGNORE, under="ground"))
-        classes = _present(seen, hidden)
-    return Card(sample.id, "train", tuple(shown), classes, num_objects=num, notes=tuple(notes))
+        try:
+            yield from taught.cards(sample, row, row in labelled, store.sizes["V"] if chosen.image else 1)
+        except BadImage as error:  # it was good when it was extracted
+            yield Card(sample.id, "train", notes=(str(error),))
 
 
 # ---- test images -------------------------------------------------------------------------------
@@ -196,35 +175,41 @@ def eval_card(
     truth = data.labels(sample)
     guessed = class_panel("prediction", guess, data.palette)
     if truth is None:
-        return Card(sample.id, "test", (photo(image), guessed), _present(guess), notes=("no mask",))
+        return Card(sample.id, "test", (photo(image), guessed), present(guess), notes=("no mask",))
     shown = (
         photo(image),
         class_panel("truth", truth, data.palette),
         guessed,
         error_panel("errors", truth, guess, unseen),
     )
+    classes, scores = present(truth, guess), scores_of(guess, truth, len(data.classes))
+    if scores is None:
+        return Card(sample.id, "test", shown, classes, notes=("no labelled pixel",))
+    return Card(sample.id, "test", shown, classes, *scores)
+
+
+def scores_of(guess: np.ndarray, truth: np.ndarray, num_classes: int) -> tuple[float, float] | None:
+    """Accuracy and mean IoU of one image in percent, of (H, W) class ids; None without a labelled pixel."""
     matrix = multiclass_confusion_matrix(
-        torch.from_numpy(guess), torch.from_numpy(truth).long(), len(data.classes), ignore_index=IGNORE
+        torch.from_numpy(guess), torch.from_numpy(truth).long(), num_classes, ignore_index=IGNORE
     )
     iou = metrics.iou_per_class(matrix)
     known = iou[~np.isnan(iou)]
-    if not known.size:
-        return Card(sample.id, "test", shown, _present(truth, guess), notes=("no labelled pixel",))
-    accuracy = 100 * metrics.pixel_accuracy(matrix)
-    return Card(sample.id, "test", shown, _present(truth, guess), accuracy, 100 * float(known.mean()))
+    return (100 * metrics.pixel_accuracy(matrix), 100 * float(known.mean())) if known.size else None
 
 
 # ---- choosing ----------------------------------------------------------------------------------
 
 
-def _worth_seeing(store: Store, rows: Sequence[int], most: int, clustered: set[int]) -> list[int]:
-    """Rows spread over the cache, those whose whole image has potential objects before those without."""
+def _worth_seeing(rows: Sequence[int], most: int, labelled: set[int], taught: Taught) -> list[int]:
+    """Rows spread over the cache, those with something to see before those without."""
     probed = [rows[i] for i in spread(len(rows), TRIES * most)]
-    done = {row for shard in clustered for row in store.rows(shard)}
-    known = [row for row in probed if row in done]
-    maps = store.read_rows("pseudo", known)[:, 0] if known else np.zeros((0, 1, 1), np.uint8)
-    has_objects = ((maps != ANNOTATED) & (maps != PADDING)).any((1, 2))
-    good = [row for row, has in zip(known, has_objects, strict=True) if has]
+    known = [row for row in probed if row in labelled]
+    good = (
+        [row for row, is_telling in zip(known, taught.telling(known), strict=True) if is_telling]
+        if known
+        else []
+    )
     rest = [row for row in probed if row not in set(good)]
     picked = [good[i] for i in spread(len(good), most)]
     return sorted(picked + [rest[i] for i in spread(len(rest), most - len(picked))])
@@ -268,6 +253,6 @@ def spread(num: int, most: int) -> list[int]:
     )
 
 
-def _present(*maps: np.ndarray) -> tuple[int, ...]:
+def present(*maps: np.ndarray) -> tuple[int, ...]:
     ids = np.unique(np.concatenate([np.unique(m) for m in maps]))
     return tuple(int(i) for i in ids if i != IGNORE)

@@ -15,11 +15,12 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from cache.store import Store
-from pipeline.config import Config
+from pipeline.config import LABELS_FROM, Config
 from pipeline.data.base import DataSet
 from pipeline.looking import charts, facts
 from pipeline.looking.gallery import Card
 from pipeline.looking.panels import ERROR_PALETTE, ERRORS, data_uri, encoded, object_palette
+from pipeline.looking.tagged import percent_palette
 from pipeline.tracking import found_manifest
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -58,6 +59,7 @@ def render(
     )
     environment.filters |= {"bytes": facts.human_bytes, "seconds": facts.human_seconds, "score": _score}
     shown = _encoded(cards, data)
+    labels = (found_manifest(config, LABELS_FROM[config.recipe]) or {}).get("summary")
     return environment.get_template("report.html.j2").render(
         name=config.name,
         data=data,
@@ -73,12 +75,14 @@ def render(
         ],
         names=_names(data),
         errors=[(ERRORS[i], _hex(ERROR_PALETTE[i])) for i in range(1, len(ERRORS))],
+        percent=[_hex(colour) for colour in percent_palette()[::10]],
         per_class=_per_class(metrics, data),
         taken_for=_taken_for(config, metrics, data),
         gamma_chart=_gamma_chart(metrics),
         loss_charts=_loss_charts(config),
         time_shares=_time_shares(config),
-        cluster=(found_manifest(config, "cluster") or {}).get("summary"),
+        cluster=labels if config.recipe == "clip_teacher" else None,
+        cams=labels if config.recipe == "clip_es" else None,
         objects_chart=_objects_chart(config),
         arrays=facts.array_facts(config, store),
         sizes=store.sizes,
@@ -145,7 +149,8 @@ def _names(data: DataSet) -> dict[str, dict[str, str]]:
     }
     objects[_hex(object_palette()[255])] = "padding"
     errors = {_hex(ERROR_PALETTE[i]): word for i, word in enumerate(ERRORS) if i}
-    return {"classes": classes, "objects": objects, "errors": errors}
+    percent = {_hex(colour): f"{share} %" for share, colour in enumerate(percent_palette())}
+    return {"classes": classes, "objects": objects, "errors": errors, "percent": percent}
 
 
 def _per_class(metrics: Mapping[str, Any] | None, data: DataSet) -> list[dict[str, Any]]:

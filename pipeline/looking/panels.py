@@ -93,11 +93,11 @@ def object_palette() -> np.ndarray:
 class Panel:
     """One picture: a photograph (H, W, 3) uint8, or a map (H, W) uint8 with its palette (256 or K, 3).
 
-    `kind` names what the colours mean: photo, classes, objects or errors.
+    `kind` names what the colours mean: photo, classes, objects, errors or percent.
     """
 
     title: str
-    kind: Literal["photo", "classes", "objects", "errors"]
+    kind: Literal["photo", "classes", "objects", "errors", "percent"]
     pixels: np.ndarray
     palette: np.ndarray | None = None
     clear: int | None = None

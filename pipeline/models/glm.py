@@ -15,21 +15,21 @@ from pipeline.ops.losses import in_float32
 EMPTY = -1  # sample index of a slot that holds nothing
 
 
-def _attention(cls: Tensor, dense: Tensor) -> Tensor:
+def _attention(cls: Tensor, dense: Tensor) -> tuple[Tensor, Tensor]:
     """Eq. 1 and 2: softmax over the positions of s . R / sqrt(C), then the weighted sum of R."""
-    sums: Tensor = AttentionPool.apply(cls / sqrt(dense.shape[1]), dense)
-    return sums
+    found: tuple[Tensor, Tensor] = AttentionPool.apply(cls / sqrt(dense.shape[1]), dense)
+    return found
 
 
-def _max(cls: Tensor, dense: Tensor) -> Tensor:
-    return dense.amax((2, 3))
+def _max(cls: Tensor, dense: Tensor) -> tuple[Tensor, Tensor]:
+    return dense.amax((2, 3)), dense
 
 
-def _mean(cls: Tensor, dense: Tensor) -> Tensor:
-    return dense.mean((2, 3))
+def _mean(cls: Tensor, dense: Tensor) -> tuple[Tensor, Tensor]:
+    return dense.mean((2, 3)), dense
 
 
-POOLINGS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+POOLINGS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
     "attention": _attention,
     "max": _max,
     "mean": _mean,
@@ -37,6 +37,20 @@ POOLINGS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 @in_float32
+def pooled_and_dense(cls: Tensor, dense: Tensor, how: str = "attention") -> tuple[Tensor, Tensor]:
+    """`pooled`, and the features handed on in float32: the next term that takes them adds its slope in place.
+
+    Shapes: cls (B, C), dense (B, C, H, W) -> (B, C), (B, C, H, W), both float32.
+    """
+    if how not in POOLINGS:
+        raise ValueError(f"pooling {how!r} is not one of {sorted(POOLINGS)}.")
+    if cls.shape != dense.shape[:2]:
+        raise ValueError(
+            f"cls {tuple(cls.shape)} and dense {tuple(dense.shape)} differ in batch or channels."
+        )
+    return POOLINGS[how](cls, dense)
+
+
 def pooled(cls: Tensor, dense: Tensor, how: str = "attention") -> Tensor:
     """Predicted CLS token of each image, from the student's dense features. Not normalised.
 
@@ -47,13 +61,7 @@ def pooled(cls: Tensor, dense: Tensor, how: str = "attention") -> Tensor:
     Source: CLIPTeacher eq. 1-2.
     Raises: ValueError if batch or channels differ, or for another word.
     """
-    if how not in POOLINGS:
-        raise ValueError(f"pooling {how!r} is not one of {sorted(POOLINGS)}.")
-    if cls.shape != dense.shape[:2]:
-        raise ValueError(
-            f"cls {tuple(cls.shape)} and dense {tuple(dense.shape)} differ in batch or channels."
-        )
-    return POOLINGS[how](cls, dense if dense.ndim == 4 else dense[:, :, None])
+    return pooled_and_dense(cls, dense if dense.ndim == 4 else dense[:, :, None], how)[0]
 
 
 class ClsBank(nn.Module):

@@ -6,7 +6,6 @@ Axes: B images, C = the teacher's channels, H = W = S / 4.
 from __future__ import annotations
 
 import inspect
-from math import sqrt
 from typing import Any, cast
 
 import segmentation_models_pytorch as smp
@@ -23,7 +22,6 @@ HEAD_STD = (
 )
 STRIDE = 4  # of the dense output; SegFormer's (method section 4)
 PARAMETERS_WITHOUT_DECAY = ("pos_embed", "position", "relative_position_bias_table")
-OWN_ARCHS: dict[str, Any] = {"segnext": SegNext}  # what segmentation_models_pytorch lacks
 
 
 class StudentError(UserError):
@@ -33,23 +31,15 @@ class StudentError(UserError):
 class DenseStudent(nn.Module):
     """Any decoder of segmentation_models_pytorch, or one of our own, with C output channels at stride 4.
 
-    `classifier` (K, C), where there is one, is what R is multiplied with in place of text features. It has no bias:
-    the head's own gives every class one, its inner product with the class's row.
     Shapes: images (B, 3, S, S) float, normalised -> R (B, C, S/4, S/4).
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(
-        self,
-        net: nn.Module,
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
-        classifier: nn.Parameter | None = None,
-    ) -> None:
+    def __init__(self, net: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         super().__init__()
-        self.net, self.classifier = net, classifier
+        self.net = net
         self.register_buffer("mean", 255 * torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", 255 * torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 
@@ -64,12 +54,36 @@ class DenseStudent(nn.Module):
         )
 
 
-def build_student(
-    section: Student, channels: int, *, num_classes: int | None = None, pretrained: bool = True
-) -> DenseStudent:
+class DeepLabV2(nn.Module):
+    """CLIP-ES's student: a dilated encoder at stride 8, and four dilated convolutions that add up.
+
+    Shapes: images (B, 3, S, S) -> (B, C, S/8, S/8).
+    Source: Chen et al., DeepLab (2016, arXiv 1606.00915), the large field of view (ASPP-L).
+    """
+
+    def __init__(self, encoder: str, classes: int, weights: str | None = None) -> None:
+        super().__init__()
+        self.encoder = smp.encoders.get_encoder(encoder, weights=weights, output_stride=8)
+        width = self.encoder.out_channels[-1]
+        self.segmentation_head = nn.ModuleList(
+            nn.Conv2d(width, classes, 3, padding=rate, dilation=rate) for rate in ASPP_RATES
+        )
+        for branch in self.segmentation_head:
+            nn.init.normal_(cast(nn.Conv2d, branch).weight, std=HEAD_STD)
+
+    def forward(self, images: Tensor) -> Tensor:
+        deepest = self.encoder(images)[-1]
+        return sum((branch(deepest) for branch in self.segmentation_head), start=torch.zeros(()))
+
+
+ASPP_RATES = (6, 12, 18, 24)  # ASPP-L's
+# What segmentation_models_pytorch lacks.
+OWN_ARCHS: dict[str, Any] = {"segnext": SegNext, "deeplabv2": DeepLabV2}
+
+
+def build_student(section: Student, channels: int, *, pretrained: bool = True) -> DenseStudent:
     """Builds encoder and decoder by name; `pretrained=False` skips all weights (a checkpoint follows).
 
-    `num_classes` is asked for by a learned classifier alone.
     Raises: StudentError naming the arch, the encoder or the option that doesn't exist.
     """
     archs = {name.lower(): arch for name, arch in vars(smp).items() if _is_arch(arch)} | OWN_ARCHS
@@ -96,13 +110,7 @@ def build_student(
     nn.init.normal_(head.weight, std=HEAD_STD)
     if head.bias is not None:
         nn.init.zeros_(head.bias)
-    classifier = None
-    if section.classifier == "learned":
-        if num_classes is None:
-            raise StudentError("student.classifier learned: how many classes there are has to be given.")
-        # Rows of about unit norm, as text features have.
-        classifier = nn.Parameter(torch.randn(num_classes, channels) / sqrt(channels))
-    return DenseStudent(net, section.mean, section.std, classifier)
+    return DenseStudent(net, section.mean, section.std)
 
 
 def _smp_net(arch: Any, section: Student, channels: int, pretrained: bool) -> nn.Module:
@@ -119,6 +127,8 @@ def _smp_net(arch: Any, section: Student, channels: int, pretrained: bool) -> nn
 
 
 def _own_net(arch: Any, section: Student, channels: int, pretrained: bool) -> nn.Module:
+    if arch is DeepLabV2:
+        return arch(section.encoder, channels, section.encoder_weights if pretrained else None)
     if pretrained and section.encoder_weights is not None:
         raise StudentError(
             f"no weights of {section.encoder!r} can be downloaded by name; put the published file into student.weights"

@@ -83,47 +83,81 @@ class Logits(Function):
 class SegmentSums(Function):
     """Sums of features by label id, one pass over memory: for channels_last features on the CPU.
 
-    Shapes: features (B, C, H, W) float32, ids (B, H, W) in 0..num, `num` for those left out -> (num, C).
+    Shapes: features (B, C, H, W) float32, ids (B, H, W) in 0..num, `num` for those left out
+    -> (num, C), and the features handed on (`_added_to`).
     """
 
     @staticmethod
-    def forward(ctx: Any, features: Tensor, ids: Tensor, num: int) -> Tensor:
+    def forward(ctx: Any, features: Tensor, ids: Tensor, num: int) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(ids)
-        ctx.shape = features.shape
+        ctx.shape, ctx.strides = features.shape, features.stride()
+        ctx.set_materialize_grads(False)
         sums = features.new_zeros(num + 1, features.shape[1])
-        return sums.index_add_(0, ids.flatten(), by_position(features).flatten(0, 1))[:num]
+        sums.index_add_(0, ids.flatten(), by_position(features).flatten(0, 1))
+        return sums[:num], features.view_as(features)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None, None]:
+    def backward(
+        ctx: Any, slope: Tensor | None, handed_on: Tensor | None
+    ) -> tuple[Tensor | None, None, None]:
+        if slope is None:
+            return handed_on, None, None
         (ids,) = ctx.saved_tensors
-        batch, channels, height, width = ctx.shape
-        rows = F.pad(slope, (0, 0, 0, 1)).index_select(0, ids.flatten())  # (B * L, C)
-        return rows.view(batch, height, width, channels).permute(0, 3, 1, 2), None, None
+        rows, flat = F.pad(slope, (0, 0, 0, 1)), ids.flatten(1)  # (num + 1, C), (B, L)
+        result = _added_to(handed_on, ctx.shape, ctx.strides, slope)
+        out = by_position(result)
+        for image, part in _chunks(out.shape, out.device):
+            out[image, part].add_(rows.index_select(0, flat[image, part]))
+        return result, None, None
+
+
+def _added_to(handed_on: Tensor | None, shape: torch.Size, strides: tuple[int, ...], like: Tensor) -> Tensor:
+    """What a slope of the features is added to: the slope of whatever used the features handed on, in place.
+
+    A term that sums over the features also hands them on, to the next term, so that backward the terms stand in
+    a row: the last one makes the array of the slopes and the others add to it. Side by side, each would make an
+    array of the features' size, and autograd another for each sum: most of such a term's time is the memory's.
+    The last one must make its array for nobody else, as all operations do whose slope isn't a view.
+    """
+    if handed_on is None:
+        return torch.empty_strided(shape, strides, dtype=like.dtype, device=like.device).zero_()
+    return handed_on.clone() if 0 in handed_on.stride() else handed_on
 
 
 class AttentionPool(Function):
     """Eq. 1 and 2: softmax over positions of query . features, then the weighted sum of the features.
 
-    Shapes: query (B, C), constant, the scale included; features (B, C, H, W) float32 -> (B, C).
+    Shapes: query (B, C), constant, the scale included; features (B, C, H, W) float32
+    -> (B, C), and the features handed on (`_added_to`).
     """
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, features: Tensor) -> Tensor:
+    def forward(ctx: Any, query: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
         dense = by_position(features)  # (B, L, C)
         weight = torch.bmm(dense, query[:, :, None]).softmax(1)  # (B, L, 1)
         ctx.save_for_backward(query, features, weight)
-        return torch.bmm(weight.transpose(1, 2), dense)[:, 0]
+        ctx.set_materialize_grads(False)
+        return torch.bmm(weight.transpose(1, 2), dense)[:, 0], features.view_as(features)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, slope: Tensor) -> tuple[None, Tensor]:
+    def backward(ctx: Any, slope: Tensor | None, handed_on: Tensor | None) -> tuple[None, Tensor | None]:
+        if slope is None:
+            return None, handed_on
         query, features, weight = ctx.saved_tensors
         by_weight = torch.bmm(by_position(features), slope[:, :, None])  # (B, L, 1)
         by_score = weight * (by_weight - (weight * by_weight).sum(1, keepdim=True))
         # Rank two: each position gets its weight times the slope and its score's slope times the query.
         left, right = torch.cat([weight, by_score], 2), torch.stack([slope, query], 1)
-        return None, _product_like(features, left, right)
+        if handed_on is None:
+            return None, _product_like(features, left, right)
+        result = _added_to(handed_on, features.shape, features.stride(), slope)
+        if has_channels_innermost(result):
+            by_position(result).baddbmm_(left, right)
+        else:
+            result.flatten(2).baddbmm_(right.transpose(1, 2), left.transpose(1, 2))
+        return None, result
 
 
 class SoftmaxEntropy(Function):

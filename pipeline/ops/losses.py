@@ -162,30 +162,39 @@ def infonce(
 
 
 @in_float32
+def centroids_and_features(features: Tensor, ids: Tensor, num: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`centroids`, and the features handed on in float32: the next term that takes them adds its slope in place.
+
+    Shapes: features (B, C, H, W), ids (B, H, W) -> (num, C), present (num,) bool, (B, C, H, W).
+    """
+    counts = torch.zeros(num + 1, device=ids.device).index_put_(
+        (ids.where(ids >= 0, num).flatten(),), torch.ones((), device=ids.device), accumulate=True
+    )[:num]
+    way = _segments if features.device.type == "cpu" and has_channels_innermost(features) else _one_hot
+    sums, features = way(features, ids, num)
+    return sums / counts.clamp(min=1)[:, None], counts > 0, features
+
+
 def centroids(features: Tensor, ids: Tensor, num: int) -> tuple[Tensor, Tensor]:
     """The mean feature of each label id over the batch, zero for an id that isn't there.
 
     Shapes: features (B, C, H, W), ids (B, H, W) -> (num, C), present (num,) bool.
     Source: eq. 7.
     """
-    counts = torch.zeros(num + 1, device=ids.device).index_put_(
-        (ids.where(ids >= 0, num).flatten(),), torch.ones((), device=ids.device), accumulate=True
-    )[:num]
-    way = _segments if features.device.type == "cpu" and has_channels_innermost(features) else _one_hot
-    return way(features, ids, num) / counts.clamp(min=1)[:, None], counts > 0
+    return centroids_and_features(features, ids, num)[:2]
 
 
-def _segments(features: Tensor, ids: Tensor, num: int) -> Tensor:
+def _segments(features: Tensor, ids: Tensor, num: int) -> tuple[Tensor, Tensor]:
     """Sums by id, each feature read once."""
-    sums: Tensor = SegmentSums.apply(features, ids.where(ids >= 0, num), num)
-    return sums
+    found: tuple[Tensor, Tensor] = SegmentSums.apply(features, ids.where(ids >= 0, num), num)
+    return found
 
 
-def _one_hot(features: Tensor, ids: Tensor, num: int) -> Tensor:
+def _one_hot(features: Tensor, ids: Tensor, num: int) -> tuple[Tensor, Tensor]:
     """Sums by id as one-hot rows times pixels: unlike index_add deterministic on the GPU, and a product
     is what it is good at; needs no copy of features whose positions are innermost."""
     member = (ids.flatten(1)[:, None] == torch.arange(num, device=ids.device)[:, None]).float()  # (B, num, L)
-    return torch.bmm(member, features.flatten(2).transpose(1, 2)).sum(0)
+    return torch.bmm(member, features.flatten(2).transpose(1, 2)).sum(0), features
 
 
 @in_float32

@@ -54,3 +54,14 @@ def thresholded(
         return ids[torch.zeros(size, dtype=torch.long, device=cam.device)]
     maps = interpolate(cam[None].float(), size, mode="bilinear", align_corners=False)[0]
     return ids[torch.cat([constant, maps]).argmax(0)]
+
+
+def fitted_size(height: int, width: int, max_side: int, patch: int) -> tuple[int, int]:
+    """An image's size for CLIP-ES: its own, at most max_side long, each side rounded up to a multiple of the patch.
+
+    Source: method section 11. max_side counts in whole patches, so that rounding up never exceeds it.
+    """
+    longest = max(max_side // patch, 1) * patch
+    scale = min(1.0, longest / max(height, width))
+    rows, columns = (max(-(-round(side * scale) // patch), 1) * patch for side in (height, width))
+    return rows, columns

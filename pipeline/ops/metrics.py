@@ -7,6 +7,7 @@ torchmetrics counts them. Per-image averages are another benchmark: add matrices
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -18,6 +19,50 @@ def _counts(matrix: Matrix) -> NDArray:
     if counts.ndim != 2 or counts.shape[0] != counts.shape[1]:
         raise ValueError(f"a confusion matrix is square; this one is {counts.shape}.")
     return counts.astype(np.float64)
+
+
+class SweptConfusion:
+    """The confusion matrix for each of several gammas, from one count of every image.
+
+    A pixel's prediction changes once along gamma: from its best seen class to its best unseen one, at the first
+    gamma above what the unseen one lacks. So pixels are counted by truth, class and that gamma's place.
+    """
+
+    def __init__(self, num_classes: int, gammas: Sequence[float], ignore: int) -> None:
+        self.num_classes, self.gammas, self.ignore = num_classes, sorted({*gammas}), ignore
+        shape = (num_classes, num_classes, len(self.gammas) + 1)  # the last place: never
+        self.seen, self.unseen = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+
+    def update(self, truth: Tensor, seen: Tensor, unseen: Tensor, needed: Tensor) -> None:
+        """Counts an image: ids of its true, best seen and best unseen classes, and the gamma that must be passed.
+
+        Shapes: all (H, W), integers but for `needed`, float32.
+        Raises: ValueError for a true class that isn't there.
+        """
+        turn = torch.bucketize(needed, torch.tensor(self.gammas), right=True, out_int32=True)
+        truth = truth.to(torch.int32).flatten()
+        row = truth.where(truth != self.ignore, self.num_classes)  # ignored pixels in a row that is cut off
+        if row.numel() and not 0 <= int(row.min()) <= int(row.max()) <= self.num_classes:
+            raise ValueError(
+                f"true classes {int(row.min())} to {int(row.max())}, of {self.num_classes} classes."
+            )
+        places = len(self.gammas) + 1
+        row = row * (self.num_classes * places) + turn.flatten()
+        can_turn = (turn.flatten() < len(self.gammas)).nonzero()[:, 0]  # elsewhere the unseen one never wins
+        self._count(self.seen, row + seen.flatten().to(torch.int32) * places)
+        chosen = unseen.flatten().index_select(0, can_turn).to(torch.int32)
+        self._count(self.unseen, row.index_select(0, can_turn) + chosen * places)
+
+    @staticmethod
+    def _count(counts: NDArray, places: Tensor) -> None:
+        found = torch.bincount(places, minlength=counts.size + counts[0].size)[: counts.size]
+        counts += found.view(counts.shape).numpy()
+
+    def matrix(self, gamma: float) -> NDArray:
+        """(K, K) int64, rows truth, of one of the gammas."""
+        place = self.gammas.index(gamma)
+        seen, unseen = self.seen[:, :, place + 1 :], self.unseen[:, :, : place + 1]
+        return np.asarray(seen.sum(2) + unseen.sum(2))
 
 
 def pixel_accuracy(matrix: Matrix) -> float:

@@ -1,0 +1,111 @@
+"""Evaluation against the bare student forward on the same images.
+
+    python bench/evaluation.py                  SegFormer-B0, 512 x 512, 171 classes, JPEGs of 640 x 480
+    python bench/evaluation.py --case demo      the demo's student, 128 x 128, 20 classes, scenes rendered before
+
+Ours: images and masks read and squashed by the stage's own thread, the student, logits, the best classes at the image's
+own size, the confusion matrices of nine gammas. Bare: the student on the same squashed images in memory, in the same
+batches. Weights are random; a logit map of noise has more classes in contention than a trained student's, so each
+case is also measured with features made smooth (averaged over 9 x 9 grid points), which lie nearer to one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import interleaved  # makes the project importable
+import loader
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.config import Eval, load
+from pipeline.data.base import DataSet, open_data_set
+from pipeline.evaluate import IGNORE, batched, loaded, predictions
+from pipeline.loading import made_ahead
+from pipeline.models.student import build_student
+from pipeline.ops.metrics import SweptConfusion
+
+CASES = {  # side, channels, seen and unseen classes, images
+    "b0": (512, 512, 156, 15, 8),
+    "demo": (128, 256, 15, 5, 64),
+}
+
+
+class Smoothed(nn.Module):
+    """A student whose features are averaged over neighbours, on both sides of the comparison."""
+
+    def __init__(self, student: nn.Module) -> None:
+        super().__init__()
+        self.student = student
+
+    def forward(self, images: Tensor) -> Tensor:
+        return F.avg_pool2d(self.student(images), 9, 1, 4, count_include_pad=False)
+
+
+def data_set(case: str, folder: Path, num: int) -> DataSet:
+    if case == "demo":
+        data = open_data_set("demo", train=1, test=num)
+        for sample in data.samples("test"):
+            data.image(sample)  # rendered here, and kept
+        return data
+    loader.photographs(folder, num_test=num, num_classes=171)
+    return open_data_set("folder", root=str(folder))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--case", choices=CASES, default="b0")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, help="default: torch's own choice")
+    parser.add_argument("--batch", type=int, help="default: the schema's")
+    chosen = parser.parse_args()
+    if chosen.threads:
+        torch.set_num_threads(chosen.threads)
+    size, channels, num_seen, num_unseen, num = CASES[chosen.case]
+    section = Eval(batch=chosen.batch or Eval().batch)
+    torch.manual_seed(0)
+    config = load(loader.ROOT / "config" / "demo.yaml", loader.CASES[chosen.case][0])
+    student = build_student(config.student, channels).eval()
+    text = F.normalize(torch.randn(num_seen + num_unseen, channels), dim=1)
+    seen, unseen = list(range(num_seen)), list(range(num_seen, len(text)))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with tempfile.TemporaryDirectory() as temporary:
+        data = data_set(chosen.case, Path(temporary), num)
+        samples = data.samples("test")
+        kept = [
+            torch.stack([item.view for item in loaded(data, group, size)]).to(device)
+            for group in batched(samples, section.batch)
+        ]
+        interleaved.heading(
+            f"evaluation: {chosen.case}, batch {section.batch}, {torch.get_num_threads()} threads, {device}"
+        )
+        for name, net in (("noise", student), ("smooth", Smoothed(student))):
+            net = net.to(device)
+
+            def ours(net: nn.Module = net) -> None:
+                swept = SweptConfusion(len(text), section.gamma_sweep, IGNORE)
+                groups = batched(samples, section.batch)
+                for group in made_ahead(groups, lambda group: loaded(data, group, size)):
+                    for best, truth in predictions(net, text, group, size, section, seen, unseen):
+                        swept.update(truth, *best)
+
+            @torch.inference_mode()
+            def bare(net: nn.Module = net) -> None:
+                for views in kept:
+                    net(views)
+                if device == "cuda":
+                    torch.cuda.synchronize()
+
+            seconds = interleaved.medians({"ours": ours, "bare": bare}, chosen.rounds)
+            speeds = ", ".join(f"{side} {num / taken:.2f}" for side, taken in seconds.items())
+            print(f"  {name}: images/s {speeds}")
+            interleaved.verdict("ours / bare", seconds["bare"] / seconds["ours"], 0.9, at_most=False)
+
+
+if __name__ == "__main__":
+    main()

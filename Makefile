@@ -8,7 +8,7 @@ CORES ?= all
 CRF = $(shell $(BIN)/python -c 'from importlib.util import find_spec; print(find_spec("pydensecrf") or "")')
 MARKS = not gpu$(if $(wildcard ../shared/data),, and not shared_data)$(if $(CRF),, and not crf)
 
-.PHONY: help demo demo-contrast test check format clean
+.PHONY: help demo demo-clip-es demo-contrast test check format clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -22,6 +22,10 @@ $(VENV)/installed: pyproject.toml constraints.txt
 demo: $(VENV)/installed ## install, then run the whole pipeline on the built-in demo (config/demo.yaml)
 	$(BIN)/snakemake --cores $(CORES) --quiet rules progress
 	$(BIN)/python cli.py results runs/demo runs/demo-glm_off-0
+
+demo-clip-es: $(VENV)/installed ## the demo from image-level labels alone (config/demo_clip_es.yaml)
+	$(BIN)/snakemake --cores $(CORES) --configfile config/demo_clip_es.yaml --quiet rules progress
+	$(BIN)/python cli.py results runs/demo_clip_es
 
 demo-contrast: $(VENV)/installed ## the demo with GLM, without GLM, and with seen labels only, three seeds each
 	$(BIN)/snakemake contrast --cores $(CORES) --quiet rules progress

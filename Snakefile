@@ -1,13 +1,13 @@
 # The pipeline as a table of contents: every rule is one call of cli.py.
 #   snakemake --cores all                                    the demo
-#   snakemake --cores all --configfile config/voc.yaml       any other run
+#   snakemake --cores all --configfile config/voc.yaml       any other run, of either recipe
 #   snakemake --cores all --config set="train.lr=1e-4"       the CLI's --set, several separated by spaces
 #   snakemake ablations --cores all                          Tables 3, 4 and 5, three seeds; --config quick=true: one
 # Outputs are the small manifests that a stage writes last; the Zarr folder and its ledger are not
 # declared, since Snakemake deletes declared outputs before a rerun, and the resume state with them.
 import sys
 
-from pipeline.config import from_mapping
+from pipeline.config import LABELS_FROM, from_mapping
 from pipeline.variants import ABLATED, CONTRAST, run_names, stage_triggers, variant_runs
 
 
@@ -89,9 +89,25 @@ rule cluster:
         "cli cluster --log {log}"
 
 
+rule cams:
+    input:
+        rules.extract.output,
+    output:
+        f"{CACHE}/cams.manifest.json",
+    params:
+        trigger=TRIGGERS[RUN.name]["cams"],
+    log:
+        f"{OUT}/{RUN.name}/logs/cams.log",
+    conda:
+        "config/environment.yaml"
+    threads: workflow.cores
+    shell:
+        "cli cams --log {log}"
+
+
 rule train:
     input:
-        rules.cluster.output,
+        f"{CACHE}/{LABELS_FROM[RUN.recipe]}.manifest.json",
     output:
         f"{OUT}/{{run}}/train/train.manifest.json",
     params:

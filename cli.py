@@ -106,6 +106,23 @@ def cams(
 
 
 @app.command()
+def prompts(
+    config: ConfigOption = DEFAULT,
+    set_: SetOption = [],  # noqa: B006
+    templates: Annotated[
+        list[str],
+        typer.Option("--templates", help='a named set, or a template "a {} ..."; may be repeated'),
+    ] = ["clip80"],  # noqa: B006
+    log: LogOption = None,
+) -> None:
+    """Rank prompt templates by CLIP-ES's sharpness on the cached images, and write the best into the run folder."""
+    settings = _load(config, set_, log)
+    from pipeline import prompts as stage
+
+    stage.select_prompt(settings, templates)
+
+
+@app.command()
 def train(
     config: ConfigOption = DEFAULT,
     set_: SetOption = [],  # noqa: B006

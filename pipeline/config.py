@@ -63,6 +63,10 @@ class Text(Section):
         "single", description="a named set of pipeline/data/prompts.py or a list"
     )
     features: str | None = Field(None, description=".npy of shape (K, C), classes in the data set's order")
+    synonyms: dict[str, list[str]] = Field(
+        default_factory=dict,
+        description="names that stand for a class in its prompts, averaged; what a background is, say",
+    )
 
 
 class Views(Section):
@@ -310,6 +314,8 @@ NOT_CONTENT = {
         "pictures_every",
     )
 }
+# Keys that are younger than caches worth keeping: without effect on a fingerprint while they are empty.
+YOUNGER = {"text.synonyms"}
 # Options of a data set that only other stages see.
 DATA_NOT_FOR = {"extract": ("test_seed", "test", "unseen", "split"), "cluster": ("test_seed", "test")}
 DATA_NOT_FOR["train"] = DATA_NOT_FOR["cams"] = DATA_NOT_FOR["cluster"]
@@ -340,7 +346,9 @@ def config_fingerprint(config: Config, stage: str, apart_from: tuple[str, ...] =
         own[section] = {
             k: v
             for k, v in dumped[section].items()
-            if f"{section}.{k}" not in NOT_CONTENT and k not in hidden
+            if f"{section}.{k}" not in NOT_CONTENT
+            and k not in hidden
+            and (v or f"{section}.{k}" not in YOUNGER)
         }
     above = config_fingerprint(config, upstream, apart_from) if upstream else None
     return digest([stage, own, above])

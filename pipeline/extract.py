@@ -32,6 +32,7 @@ from pipeline.batches import data_of
 from pipeline.config import Config, config_fingerprint, data_options, digest, fingerprint
 from pipeline.data.base import DataError, DataSet, Sample
 from pipeline.data.prompts import prompts
+from pipeline.data.words import names_of_classes
 from pipeline.encode import OK, STORAGE, STREAM, axis_sizes, mean_colour, shard_blocks, teacher_of
 from pipeline.engine import map_shards
 from pipeline.models.teacher import Teacher
@@ -238,7 +239,8 @@ def _file_digest(path: Path) -> str:
 def _text_features(config: Config, data: DataSet, teacher: Teacher) -> np.ndarray:
     """(K, C) float32, unit norm: of the configured file, else of the teacher's text encoder."""
     if config.text.features is None:
-        groups = [prompts(config.text.templates, name) for name in data.classes]
+        named = names_of_classes(data.classes, config.text.synonyms)
+        groups = [[p for name in names for p in prompts(config.text.templates, name)] for names in named]
         return teacher.encode_text(groups).numpy()
     path = Path(config.text.features)
     try:
@@ -268,7 +270,11 @@ def _open_store(config: Config, data: DataSet, identity: str, samples: Sequence[
         "fingerprint": identity,
         "data": {"kind": config.data.kind, "name": data.name, **data_options(config, "extract")},
         "classes": list(data.classes),
-        "text": {"templates": config.text.templates, "features": config.text.features},
+        "text": {
+            "templates": config.text.templates,
+            "features": config.text.features,
+            "synonyms": config.text.synonyms or None,
+        },
         "teacher": teacher.provenance,
         "mean_colour": [int(value) for value in mean_colour(teacher.mean)],
         "views": {"num": config.views.num, "size": teacher.image_size},

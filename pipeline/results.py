@@ -26,7 +26,12 @@ def read_metrics(path: Path) -> dict[str, Any] | None:
 
 
 def result_table(results: dict[str, dict[str, Any]]) -> Table:
-    """Run by run: pAcc, mIoU(S), mIoU(U), hIoU in percent at the configured gamma."""
+    """Run by run: pAcc, mIoU(S), mIoU(U), hIoU in percent at the configured gamma; pAcc, mIoU of closed sets."""
+    if all(result.get("unseen") == [] for result in results.values()):
+        table = Table("run", "pAcc", "mIoU", title="test images, percent")
+        for name, result in results.items():
+            table.add_row(name, *("-" if (v := result[key]) is None else f"{v:.1f}" for key in KEYS[:2]))
+        return table
     table = Table("run", "pAcc", "mIoU(S)", "mIoU(U)", "hIoU", "gamma", title="test images, percent")
     for name, result in results.items():
         values = (result[key] for key in ("pAcc", "mIoU_S", "mIoU_U", "hIoU"))

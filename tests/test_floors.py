@@ -22,7 +22,19 @@ DOORS = {
     "dask": {"pipeline/engine.py"},
     "pydensecrf": {"pipeline/crf.py"},
 }
-STAGES = ("extract", "cluster", "cams", "train", "evaluate", "export", "predict", "refer", "report", "verify")
+STAGES = (
+    "extract",
+    "cluster",
+    "cams",
+    "train",
+    "evaluate",
+    "export",
+    "predict",
+    "prompts",
+    "refer",
+    "report",
+    "verify",
+)
 FLOOR_3 = (
     "ablations",
     "batches",

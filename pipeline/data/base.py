@@ -281,6 +281,7 @@ KINDS = {
     "folder": ("pipeline.data.folder", "FolderDataSet"),
     "coco_stuff": ("pipeline.data.coco_stuff", "CocoStuff"),
     "voc": ("pipeline.data.voc", "Voc"),
+    "coco14": ("pipeline.data.coco14", "Coco14"),
     "context": ("pipeline.data.context", "Context"),
     "cityscapes": ("pipeline.data.street", "Cityscapes"),
     "camvid": ("pipeline.data.street", "CamVid"),

@@ -13,6 +13,8 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(" ".join(name.split()) for name in text.split(","))
 
 
+BACKGROUND = "background"  # class 0 of a data set in which what is no object is a class
+
 # PASCAL VOC 2012's twenty objects, ids 0-19 (raw 1-20). Source: the VOC 2012 development kit.
 VOC_CLASSES = _names("""
     aeroplane, bicycle, bird, boat, bottle, bus, car, cat, chair, cow, diningtable, dog, horse,
@@ -59,6 +61,8 @@ COCO_STUFF_CLASSES = _names("""
     wall-other, wall-panel, wall-stone, wall-tile, wall-wood, water-other, waterdrops, window-blind,
     window-other, wood
 """)
+# COCO's eighty objects in the order of their category ids, as the first of COCO-Stuff's.
+COCO_CLASSES = COCO_STUFF_CLASSES[:80]
 # Raw ids (0-181 in stuffthingmaps, one less than in labels.txt) of classes that label no COCO image:
 # street sign, hat, shoe, eye glasses, plate, mirror, window, desk, door, blender, hair brush.
 COCO_STUFF_RAW_GAPS = (11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90)
@@ -149,3 +153,8 @@ def bitwise_palette(num: int) -> np.ndarray:
         for channel in range(3):
             palette[:, channel] |= (((ids >> (3 * step + channel)) & 1) << (7 - step)).astype(np.uint8)
     return palette
+
+
+def with_black(palette: np.ndarray) -> np.ndarray:
+    """(1 + num, 3): black before the others, the background's colour in VOC's own masks."""
+    return np.concatenate([np.zeros((1, 3), np.uint8), palette])

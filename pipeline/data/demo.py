@@ -18,6 +18,7 @@ from functools import lru_cache
 import numpy as np
 
 from pipeline.data.base import DataError, DataSet, Sample, check_names
+from pipeline.data.classes import BACKGROUND
 
 Colour = tuple[int, int, int]
 Pattern = Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -75,7 +76,7 @@ PALETTE = np.array(
     + [(235, 240, 255), (110, 110, 125), (180, 170, 190), (40, 40, 60)],
     dtype=np.uint8,
 )
-BACKGROUND, BACKGROUND_COLOUR = "background", np.zeros((1, 3), np.uint8)
+BACKGROUND_COLOUR = np.zeros((1, 3), np.uint8)
 
 SHADOW_REACH = 1.45  # in radii from a thing's centre: nothing of it is drawn beyond
 

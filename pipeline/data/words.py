@@ -52,3 +52,18 @@ def background_names(name_or_list: str | Sequence[str]) -> tuple[str, ...]:
             f"cams.background is {list(name_or_list)!r}: want names, or one of {', '.join(BACKGROUNDS)}."
         )
     return tuple(name_or_list)
+
+
+def names_of_classes(classes: Sequence[str], synonyms: Mapping[str, Sequence[str]]) -> list[tuple[str, ...]]:
+    """What each class is called in its prompts: the names given for it, else its own.
+
+    Raises: DataError for names of no class, an empty list of them, or a blank one.
+    """
+    for name, others in synonyms.items():
+        if name not in classes:
+            raise unknown("text.synonyms: no class is called", name, classes)
+        if not others or not all(other.strip() for other in others):
+            raise DataError(
+                f"text.synonyms.{name} is {list(others)!r}: want at least one name, none of them blank."
+            )
+    return [tuple(synonyms.get(name, (name,))) for name in classes]

@@ -21,12 +21,13 @@ DOORS = {
     "segmentation_models_pytorch": {"pipeline/models/student.py"},
     "dask": {"pipeline/engine.py"},
 }
-STAGES = ("extract", "cluster", "train", "evaluate", "predict", "report", "verify")
+STAGES = ("extract", "cluster", "train", "evaluate", "predict", "report", "verify", "doctor")
 FLOOR_3 = (
     "batches",
     "checkpoint",
     "encode",
     "engine",
+    "forecast",
     "inference",
     "journal",
     "looking",
@@ -36,6 +37,7 @@ FLOOR_3 = (
     "pseudo",
     "results",
     "rows",
+    "survey",
     "tracking",
     "training",
     "validation",

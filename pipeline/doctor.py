@@ -20,15 +20,26 @@ from pipeline.batches import data_of
 from pipeline.config import Config
 from pipeline.data.base import PARTS, DataError, DataSet
 from pipeline.encode import STORAGE
-from pipeline.forecast import PUBLISHED, Forecast, flops_of_a_view, forecast, num_forwards, side_of
+from pipeline.forecast import (
+    PUBLISHED,
+    Forecast,
+    flops_of_a_view,
+    flops_of_cams,
+    forecast,
+    num_forwards,
+    side_of,
+)
 from pipeline.looking.facts import human_bytes
 from pipeline.models.teacher import TeacherShape, shape_of
+from pipeline.ops.masks import fitted_size
 from pipeline.survey import Complaint, Seen, complaints, look
 from pipeline.tracking import provenance, say
 
 SAMPLE = 64  # images and masks of each part that are opened
 SPARE = 1.02  # of the forecast: estimates and file system blocks
 EXACT = ("view", "cls", "status", "tokens", "token_scale")  # not compressed
+CLASSES = 3  # in an image, for the cost of CAMs: above the mean of VOC and COCO
+SUSTAINED = 0.35 * 312e12  # FLOP/s: 35 % of an A100's dense bfloat16 peak (its data sheet)
 PACKAGES = ("torch", "open_clip_torch", "zarr", "numpy", "dask", "timm", "segmentation_models_pytorch")
 
 
@@ -52,6 +63,8 @@ def doctor(config: Config, *, dry: bool = False) -> list[Complaint]:
         say("images: not known without the data set; costs are of 1,000")
     costs = {name: forecast(config, shape, num_images or 1000, num_classes, name) for name in STORAGE}
     _say_costs(config, costs, flops_of_a_view(shape, side))
+    if config.recipe == "clip_es":
+        _say_cams(config, shape, num_images or 1000, parts)
     if num_images is not None:
         found += _disk(config, costs)
     if data:
@@ -154,6 +167,23 @@ def _say_costs(config: Config, costs: dict[str, Forecast], flops: float) -> None
             name + mark, f"{cost.per_view:,.0f}", human_bytes(cost.total), f"{human_bytes(estimated)}"
         )
     say(table)
+
+
+def _say_cams(config: Config, shape: TeacherShape, num_images: int, parts: list[Seen]) -> None:
+    """The arithmetic of CLIP-ES's maps, images at the mean size of those looked at, else square at cams.max_side."""
+    sides = [side for seen in parts if seen.part == "train" for side in seen.sides]
+    width, height = (
+        (round(sum(values) / len(sides)) for values in zip(*sides, strict=True))
+        if sides
+        else (config.cams.max_side,) * 2
+    )
+    rows, columns = fitted_size(height, width, config.cams.max_side, shape.patch)
+    flops = flops_of_cams(shape, rows * columns // shape.patch**2, CLASSES)
+    say(
+        f"cams: {num_images:,} images of {rows} x {columns} with {CLASSES} classes each, {flops / 1e9:.0f} GFLOP an "
+        f"image; {num_images * flops / SUSTAINED / 60:.2g} minutes at the least on a GPU that sustains {SUSTAINED / 1e12:.0f} "
+        f"TFLOP/s, decoding and cams.refine apart"
+    )
 
 
 def _disk(config: Config, costs: dict[str, Forecast]) -> list[Complaint]:

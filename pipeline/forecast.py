@@ -58,7 +58,9 @@ def forecast(config: Config, shape: TeacherShape, num_images: int, num_classes: 
     sizes |= {"K": num_classes, "K_c": num_centres(config.cluster, side)}
     storage = STORAGE[tokens]
     names = ["view", "cls", "status", *(storage.arrays if storage.is_kept else ())]
-    names += written_arrays(config.cluster)
+    names += (
+        written_arrays(config.cluster) if config.recipe == "clip_teacher" else ()
+    )  # CAMs depend on the images
     arrays = {name: array_bytes(name, sizes, storage.dtypes.get(name)) for name in names}
     text = 4.0 * num_classes * shape.channels
     other = text + num_images * (RECORD_BYTES_PER_IMAGE + ID_BYTES)
@@ -94,3 +96,13 @@ def flops_of_a_view(shape: TeacherShape, side: int) -> float:
     """Of a ViT's forward, multiply-adds counted as two: 12 d^2 a token and layer, and attention's 2 L d twice."""
     tokens = side * side + 1
     return shape.layers * 2 * (12 * shape.width**2 * tokens + 2 * tokens**2 * shape.width)
+
+
+def flops_of_cams(shape: TeacherShape, num_tokens: int, num_classes: int) -> float:
+    """Of one image's CAMs: a forward, and for each class a backward through the last block, which costs another block.
+
+    Gradients of weights aren't taken, so a backward is as much as a forward; the affinity's square is added.
+    """
+    length = num_tokens + 1
+    block = 2 * (12 * shape.width**2 * length + 2 * length**2 * shape.width)
+    return (shape.layers + num_classes) * block + 2.0 * num_tokens**3

@@ -7,8 +7,8 @@ from PIL import Image
 
 from pipeline.config import load
 from pipeline.data.base import open_data_set
-from pipeline.forecast import array_bytes, flops_of_a_view, forecast, num_forwards
-from pipeline.models.teacher import shape_of
+from pipeline.forecast import array_bytes, flops_of_a_view, flops_of_cams, forecast, num_forwards
+from pipeline.models.teacher import TeacherShape, shape_of
 from pipeline.survey import complaints, look
 from tests.conftest import ROOT, is_one_line_error
 
@@ -39,6 +39,18 @@ def test_the_papers_teacher_from_its_description():
     assert (shape.channels, shape.patch, shape.width, shape.layers, shape.weights) == (512, 16, 768, 12, None)
     # 24 x (12 x 768^2 x 1025 + 2 x 1025^2 x 768) = 24 x (7.2549e9 + 1.6138e9)
     assert flops_of_a_view(shape, 32) == pytest.approx(212.85e9, rel=1e-4)
+
+
+def test_cams_by_hand(run_cli):
+    # Width 1, two layers, one patch token, so two positions: a block is 2 x (12 x 2 + 2 x 4) = 64; forward and one
+    # backward of a block are three of them, and the affinity's square is 2.
+    assert flops_of_cams(TeacherShape(1, 1, 1, 2, 1, None), 1, 1) == 3 * 64 + 2
+    done = run_cli("doctor", "--dry", "--config", "config/clip_es_voc.yaml")
+    # (12 + 3) x 17.74 GFLOP + 2 x 1024^3 = 268 GFLOP an image of 512 x 512
+    assert (
+        "cams: 10,582 images of 512 x 512 with 3 classes each, 268 GFLOP an image; 0.43 minutes"
+        in done.stderr
+    )
 
 
 @pytest.mark.parametrize(("tokens", "budget"), [("float16", 1_060_000), ("int8", 540_000), ("stream", 2_600)])

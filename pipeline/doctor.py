@@ -181,8 +181,8 @@ def _say_cams(config: Config, shape: TeacherShape, num_images: int, parts: list[
     flops = flops_of_cams(shape, rows * columns // shape.patch**2, CLASSES)
     say(
         f"cams: {num_images:,} images of {rows} x {columns} with {CLASSES} classes each, {flops / 1e9:.0f} GFLOP an "
-        f"image; {num_images * flops / SUSTAINED / 60:.2g} minutes at the least on a GPU that sustains {SUSTAINED / 1e12:.0f} "
-        f"TFLOP/s, decoding and cams.refine apart"
+        f"image; {num_images * flops / SUSTAINED / 60:.2g} minutes at the least on a GPU that sustains "
+        f"{SUSTAINED / 1e12:.0f} TFLOP/s, decoding and cams.refine apart"
     )
 
 

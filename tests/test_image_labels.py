@@ -6,8 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pipeline.config import load
 from pipeline.data.base import DataError, open_data_set
-from pipeline.data.words import names_of_classes
+from pipeline.data.prompts import templates
+from pipeline.data.words import BACKGROUNDS, background_names, fused_name, names_of_classes
+from pipeline.results import result_table
+from tests.conftest import ROOT
 from tests.test_data_sets import save_image, save_list, save_mask
 
 XML = "<annotation><filename>{}.jpg</filename>{}</annotation>"
@@ -194,3 +198,31 @@ def test_names_of_classes():
     for names in ([], [" "]):
         with pytest.raises(DataError, match=r"text\.synonyms\.bee is"):
             names_of_classes(("background", "bee"), {"bee": names})
+
+
+# --- presets and tables ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "words", "classes"), [("voc", "voc", 21), ("coco14", "coco", 81)])
+def test_presets(tmp_path, name, words, classes):
+    """Every option of theirs exists, their words name classes, and the text's background is the CAMs'."""
+    config = load(ROOT / "config" / f"clip_es_{name}.yaml", [f"data.root={tmp_path}"])
+    data = open_data_set(config.data.kind, **config.data.options())
+    assert (len(data.classes), data.background, data.unseen) == (classes, 0, ())
+    assert background_names(config.cams.background) == BACKGROUNDS[words]
+    assert names_of_classes(data.classes, config.text.synonyms)[0] == BACKGROUNDS[words]
+    assert templates(config.cams.template) == templates("clip-es")
+    assert fused_name(config.cams.synonyms, "bird") == ("bird avian" if name == "voc" else "bird")
+    assert (config.recipe, config.student.arch, config.cams.refine) == ("clip_es", "DeepLabV2", "crf")
+
+
+def test_the_table_of_a_closed_set_has_one_miou():
+    closed = {"pAcc": 80.04, "mIoU_S": 50.0, "mIoU_U": None, "hIoU": None, "gamma": 1.5, "unseen": []}
+    table = result_table({"es": closed})
+    assert [(column.header, *column.cells) for column in table.columns] == [
+        ("run", "es"),
+        ("pAcc", "80.0"),
+        ("mIoU", "50.0"),
+    ]
+    both = result_table({"es": closed, "zs": closed | {"mIoU_U": 40.0, "hIoU": 44.4, "unseen": ["bee"]}})
+    assert [list(column.cells) for column in both.columns][3] == ["-", "40.0"]

@@ -231,6 +231,23 @@ def verify(config: ConfigOption = DEFAULT, set_: SetOption = []) -> None:  # noq
 
 
 @app.command()
+def doctor(
+    config: ConfigOption = DEFAULT,
+    set_: SetOption = [],  # noqa: B006
+    dry: Annotated[bool, typer.Option("--dry", help="look at no data set; counts from the config")] = False,
+) -> None:
+    """Say what a run will cost, and what of machine and data would stop or spoil it. Exit code 2 if anything."""
+    settings = _load(config, set_)
+    from pipeline.doctor import doctor as examine
+
+    complaints = examine(settings, dry=dry)
+    for complaint in complaints:
+        typer.echo(str(complaint))
+    if complaints:
+        raise typer.Exit(2)
+
+
+@app.command()
 def results(
     runs: Annotated[list[Path], typer.Argument(help="run folders; those not evaluated are left out")],
 ) -> None:

@@ -2,7 +2,8 @@
 
     python bench/memory.py                     200, 2,000 and 20,000 synthetic rows
 
-The demo's teacher on scenes of 32 x 32, so that 20,000 take minutes; what grows with the number of rows grows here too.
+The demo's teacher on scenes of 64 x 64 (8 x 8 tokens, the fewest that 7 x 7 windows fit into), so that 20,000 take
+minutes; what grows with the number of rows grows here too.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ def main() -> None:
                 f"runs={folder}",
                 f"data.train={num}",
                 "data.test=1",
-                "data.size=32",
-                "teacher.image_size=32",
+                "data.size=64",
+                "teacher.image_size=64",
             ]
             for stage, found in peaks.items():
                 found.append(peak_mb(stage, settings))

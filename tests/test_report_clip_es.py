@@ -11,6 +11,8 @@ from cache.ledger import write_manifest
 from cache.store import Store
 from pipeline.batches import data_of
 from pipeline.config import load
+from pipeline.looking.gallery import Card
+from pipeline.looking.page import render
 from pipeline.looking.tagged import Tagged, percent_palette
 from pipeline.report import inspect
 from pipeline.tracking import manifest_path, record_shard, save_config
@@ -200,6 +202,15 @@ def test_the_page(run, capsys):
     names = json.loads(page.html.partition("const NAMES = ")[2].partition(";\n")[0])["percent"]
     assert names["#7d7c78"] == "50 %"
     assert [("data-iou" in card) for card in page.cards] == [row != BROKEN for row in range(TRAIN)]
+
+
+def test_the_key_of_errors_is_of_a_closed_set(run):
+    store, data = Store.open(run.cache_path), data_of(run)
+    html = render(run, store, data, [Card("test-00000", "test")], metrics=None)
+    key = html.partition('<ul class="key"')[2].partition("</ul>")[0]
+    assert "mixed up within its group" in key
+    assert "no label" in key
+    assert "unseen" not in key
 
 
 def test_before_the_maps_are_made(tmp_path, capsys):

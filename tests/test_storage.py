@@ -108,6 +108,27 @@ def array(config, name):
     return Store.open(config.cache_path).read_whole(name)
 
 
+@pytest.mark.parametrize("tokens", list(STORAGE))
+def test_the_doctor_predicts_what_inspect_finds(made, tokens):
+    """Within 3 %, pseudo labels estimated; 66 images, so a short shard too."""
+    from pipeline.forecast import forecast
+    from pipeline.looking.facts import array_facts, bytes_per_view
+    from pipeline.models.teacher import shape_of
+
+    config = made[tokens]
+    store = Store.open(config.cache_path)
+    facts = array_facts(config, store)
+    shape = shape_of(config.teacher.model, config.teacher.pretrained)
+    expected = forecast(config, shape, 66, 20, tokens)
+    assert expected.per_view == pytest.approx(bytes_per_view(facts), rel=0.03)
+    assert expected.arrays.keys() == {fact.name for fact in facts} - {"text"}
+    assert all(
+        expected.arrays[f.name] >= f.size_bytes for f in facts if f.name in ("centroids", "pseudo_raw")
+    )
+    on_disk = sum(file.stat().st_size for file in config.cache_path.rglob("*") if file.is_file())
+    assert expected.total >= 0.97 * on_disk
+
+
 def test_streaming_changes_no_pseudo_label(made):
     kept, streamed = made["float16"], made[STREAM]
     assert not Store.open(streamed.cache_path).has("tokens")

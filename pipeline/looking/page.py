@@ -19,7 +19,16 @@ from pipeline.config import LABELS_FROM, Config
 from pipeline.data.base import DataSet
 from pipeline.looking import charts, facts
 from pipeline.looking.gallery import Card
-from pipeline.looking.panels import ERROR_PALETTE, ERRORS, data_uri, encoded, object_palette
+from pipeline.looking.panels import (
+    ERROR_PALETTE,
+    ERRORS,
+    OTHER_WRONG,
+    RIGHT,
+    UNLABELLED,
+    data_uri,
+    encoded,
+    object_palette,
+)
 from pipeline.looking.tagged import percent_palette
 from pipeline.tracking import found_manifest
 
@@ -37,6 +46,8 @@ LOSS_TERMS = {
     "lr": "learning rate",
     "potential": "potential objects a batch",
 }
+SHOWN_ERRORS = range(RIGHT + 1, len(ERRORS))
+CLOSED_ERRORS = (OTHER_WRONG, UNLABELLED)  # where nothing is unseen
 TAKEN_FOR = 4  # most frequent predictions listed for an unseen class
 
 
@@ -74,7 +85,9 @@ def render(
             ("train", "Training images", [card for card in shown if card["part"] == "train"]),
         ],
         names=_names(data),
-        errors=[(ERRORS[i], _hex(ERROR_PALETTE[i])) for i in range(1, len(ERRORS))],
+        errors=[
+            (ERRORS[i], _hex(ERROR_PALETTE[i])) for i in (SHOWN_ERRORS if data.unseen else CLOSED_ERRORS)
+        ],
         percent=[_hex(colour) for colour in percent_palette()[::10]],
         per_class=_per_class(metrics, data),
         taken_for=_taken_for(config, metrics, data),

@@ -156,6 +156,39 @@ class Teacher:
         return normalize(means, dim=1)
 
 
+@dataclass(frozen=True)
+class TeacherShape:
+    """What a model's description says of it, weights unread; `weights` is their file, None if not on this machine."""
+
+    channels: int
+    patch: int
+    width: int
+    layers: int
+    image_size: int
+    weights: Path | None
+
+
+def shape_of(name: str, pretrained: str | None) -> TeacherShape:
+    """The numbers that a run's cost follows from. Downloads nothing. Raises: TeacherError."""
+    with _quiet():
+        config = _model_config(name)
+        tag = open_clip.get_pretrained_cfg(name.replace("/", "-"), pretrained) if pretrained else {}
+        is_remote = bool(tag) or name.startswith("hf-hub:")
+        weights = None if is_remote else _weights_file(name, pretrained, tag)
+    vision = config["vision_cfg"]
+    if not isinstance(vision.get("layers"), int) or "patch_size" not in vision:
+        raise TeacherError(f"teacher.model {name!r}: dense tokens need one of open_clip's own ViTs.")
+    own = vision.get("image_size", 224)  # open_clip's default
+    return TeacherShape(
+        channels=int(config["embed_dim"]),
+        patch=int(vision["patch_size"]),
+        width=int(vision["width"]),
+        layers=int(vision["layers"]),
+        image_size=int(own),
+        weights=weights,
+    )
+
+
 def weights_sha256(model: torch.nn.Module) -> str:
     """Hash of names, shapes and float32 values of all weights: independent of file format and device."""
     total = hashlib.sha256()

@@ -59,6 +59,12 @@ def device_name(gpu: bool = False) -> str:
     return f"cuda:0 ({name})"
 
 
+def build_name() -> str:
+    """Which FAISS this is: version, processor options, and what it sees of GPUs."""
+    gpus = f"{_num_gpus()} GPUs seen" if hasattr(faiss, "StandardGpuResources") else "CPU build"
+    return f"{faiss.__version__} ({faiss.get_compile_options().strip()}; {gpus})"
+
+
 def _index(centres: Tensor, gpu: bool) -> "faiss.Index":
     index: faiss.Index = faiss.IndexFlatIP(centres.shape[1])
     if gpu:

@@ -1,0 +1,205 @@
+"""Before an hour is spent: what a run will cost, whether this machine can do it, whether the data is sound.
+
+    python cli.py doctor --config config/coco_stuff.yaml --dry    # no data set needed; published counts
+    python cli.py doctor --config config/coco_stuff.yaml
+
+Prints the costs, then one line for each thing that would stop the run or spoil its result.
+"""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from rich.table import Table
+
+from pipeline.batches import data_of
+from pipeline.config import Config
+from pipeline.data.base import PARTS, DataError, DataSet
+from pipeline.encode import STORAGE
+from pipeline.forecast import (
+    PUBLISHED,
+    Forecast,
+    flops_of_a_view,
+    flops_of_cams,
+    forecast,
+    num_forwards,
+    side_of,
+)
+from pipeline.looking.facts import human_bytes
+from pipeline.models.teacher import TeacherShape, shape_of
+from pipeline.ops.masks import fitted_size
+from pipeline.survey import Complaint, Seen, complaints, look
+from pipeline.tracking import provenance, say
+
+SAMPLE = 64  # images and masks of each part that are opened
+SPARE = 1.02  # of the forecast: estimates and file system blocks
+EXACT = ("view", "cls", "status", "tokens", "token_scale")  # not compressed
+CLASSES = 3  # in an image, for the cost of CAMs: above the mean of VOC and COCO
+SUSTAINED = 0.35 * 312e12  # FLOP/s: 35 % of an A100's dense bfloat16 peak (its data sheet)
+PACKAGES = ("torch", "open_clip_torch", "zarr", "numpy", "dask", "timm", "segmentation_models_pytorch")
+
+
+def doctor(config: Config, *, dry: bool = False) -> list[Complaint]:
+    """Says what the run will cost and what was looked at; returns what is wrong, in the order of repair.
+
+    `dry` opens no data set: counts are the config's or the published ones. Raises: TeacherError, ConfigError.
+    """
+    shape = shape_of(config.teacher.model, config.teacher.pretrained)
+    say(_versions())
+    found = _machine(config, shape)
+    data, parts = (None, []) if dry else _looked_at(config, found)
+    num_images = _num_images(config, parts)
+    num_classes = len(data.classes) if data else 0
+    side = side_of(config, shape)
+    say(
+        f"teacher: {config.teacher.model} at {side * shape.patch} x {side * shape.patch}, {side} x {side} tokens of "
+        f"{shape.channels}, {flops_of_a_view(shape, side) / 1e9:.1f} GFLOP a view"
+    )
+    if num_images is None:
+        say("images: not known without the data set; costs are of 1,000")
+    costs = {name: forecast(config, shape, num_images or 1000, num_classes, name) for name in STORAGE}
+    _say_costs(config, costs, flops_of_a_view(shape, side))
+    if config.recipe == "clip_es":
+        _say_cams(config, shape, num_images or 1000, parts)
+    if num_images is not None:
+        found += _disk(config, costs)
+    if data:
+        found += complaints(data, parts, config.cache.max_bad)
+    return found
+
+
+def _versions() -> str:
+    def of(name: str) -> str:
+        try:
+            return f"{name} {version(name)}"
+        except PackageNotFoundError:
+            return f"{name} missing"
+
+    from pipeline.ops import kmeans_faiss
+
+    made = provenance()
+    return (
+        f"{made['machine']}; Python {platform.python_version()}, {', '.join(map(of, PACKAGES))}; "
+        f"faiss {kmeans_faiss.build_name()}"
+    )
+
+
+def _machine(config: Config, shape: TeacherShape) -> list[Complaint]:
+    """What the config asks of this machine and it hasn't."""
+    found = []
+    has_gpu = torch.cuda.is_available()
+    say(f"device: {torch.cuda.get_device_name() if has_gpu else 'cpu'}")
+    for key, device in (("teacher.device", config.teacher.device), ("cluster.device", config.cluster.device)):
+        if device.startswith("cuda") and not has_gpu:
+            found.append(Complaint("no GPU", f"{key} is {device!r}, torch sees none.", f"Set {key} to auto."))
+    if shape.weights is not None:
+        say(f"weights: {shape.weights}")
+    else:
+        say("weights: downloaded when extract first runs (offline, point teacher.pretrained to a file)")
+    return found
+
+
+def _looked_at(config: Config, found: list[Complaint]) -> tuple[DataSet | None, list[Seen]]:
+    """The data set, and what a sample of each part holds; what can't be opened or listed goes into `found`."""
+    try:
+        data = data_of(config)
+    except DataError as error:
+        found.append(Complaint("no data set", str(error), "Without it: --dry."))
+        return None, []
+    parts: list[Seen] = []
+    for part in PARTS:
+        try:
+            seen = look(data, part, SAMPLE)
+        except DataError as error:
+            found.append(Complaint(f"no {part} part", str(error), ""))
+            continue
+        parts.append(seen)
+        say(_described(data, seen))
+    return data, parts
+
+
+def _described(data: DataSet, seen: Seen) -> str:
+    """One line on a part: counts, sizes, label ids from the most frequent on."""
+    line = f"{data.name} {seen.part}: {seen.num_samples} images, {seen.num_images} looked at"
+    if seen.sides:
+        widths, heights = zip(*seen.sides, strict=True)
+        line += f", {min(widths)} x {min(heights)} to {max(widths)} x {max(heights)} pixels"
+    if seen.bad:
+        line += f", {len(seen.bad)} can't be decoded (first: {seen.bad[0]})"
+    total = int(seen.pixels.sum())
+    if not total:
+        return line + ", no labels"
+    shares = [(count / total, label) for label, count in enumerate(seen.pixels) if count]
+    names = [*data.classes, *["?"] * (255 - len(data.classes)), "ignored"]
+    said = [f"{label} {names[label]} {100 * share:.1f} %" for share, label in sorted(shares, reverse=True)]
+    return f"{line}; labels {', '.join(said[:8])}{f' and {len(said) - 8} more' if len(said) > 8 else ''}"
+
+
+def _num_images(config: Config, parts: list[Seen]) -> int | None:
+    """Training images: as listed, or as the config or the publication has it."""
+    for seen in parts:
+        if seen.part == "train":
+            return seen.num_samples
+    options = config.data.options()
+    counts = [options.get("train") if config.data.kind == "demo" else PUBLISHED.get(config.data.kind)]
+    counts.append(options.get("limit"))
+    known = [count for count in counts if isinstance(count, int)]
+    return min(known) if known else None
+
+
+def _say_costs(config: Config, costs: dict[str, Forecast], flops: float) -> None:
+    any_ = next(iter(costs.values()))
+    views = any_.num_images * any_.num_views
+    forwards = num_forwards(any_.num_images, any_.num_views, config.teacher.batch)
+    say(
+        f"{any_.num_images:,} images x {any_.num_views} views = {views:,} views, {forwards:,} forwards of "
+        f"{config.teacher.batch}, {views * flops / 1e15:.3g} PFLOP"
+    )
+    table = Table("cache.tokens", "bytes a view", "in all", "estimated or at most")
+    for name, cost in costs.items():
+        mark = " (chosen)" if name == config.cache.tokens else ""
+        estimated = sum(size for array, size in cost.arrays.items() if array not in EXACT) + cost.other
+        table.add_row(
+            name + mark, f"{cost.per_view:,.0f}", human_bytes(cost.total), f"{human_bytes(estimated)}"
+        )
+    say(table)
+
+
+def _say_cams(config: Config, shape: TeacherShape, num_images: int, parts: list[Seen]) -> None:
+    """The arithmetic of CLIP-ES's maps, images at the mean size of those looked at, else square at cams.max_side."""
+    sides = [side for seen in parts if seen.part == "train" for side in seen.sides]
+    width, height = (
+        (round(sum(values) / len(sides)) for values in zip(*sides, strict=True))
+        if sides
+        else (config.cams.max_side,) * 2
+    )
+    rows, columns = fitted_size(height, width, config.cams.max_side, shape.patch)
+    flops = flops_of_cams(shape, rows * columns // shape.patch**2, CLASSES)
+    say(
+        f"cams: {num_images:,} images of {rows} x {columns} with {CLASSES} classes each, {flops / 1e9:.0f} GFLOP an "
+        f"image; {num_images * flops / SUSTAINED / 60:.2g} minutes at the least on a GPU that sustains "
+        f"{SUSTAINED / 1e12:.0f} TFLOP/s, decoding and cams.refine apart"
+    )
+
+
+def _disk(config: Config, costs: dict[str, Forecast]) -> list[Complaint]:
+    """Too little room for what is still to be written."""
+    where = config.cache_path
+    if not isinstance(where, Path):
+        say(f"disk: {where} is not a folder here, its room is not known")
+        return []
+    there = next(path for path in (where.absolute(), *where.absolute().parents) if path.is_dir())
+    free = shutil.disk_usage(there).free
+    has = sum(file.stat().st_size for file in where.rglob("*") if file.is_file()) if where.is_dir() else 0
+    missing = SPARE * costs[config.cache.tokens].total - has
+    say(f"disk: {human_bytes(free)} free at {there}, {human_bytes(max(missing, 0))} to be written")
+    if missing <= free:
+        return []
+    fits = [name for name, cost in costs.items() if SPARE * cost.total - has <= free]
+    todo = f"cache.tokens: {' or '.join(fits)} would fit; or" if fits else "Make room,"
+    what = f"{where}: needs {human_bytes(missing)}, {human_bytes(free)} are free."
+    return [Complaint("too little disk", what, f"{todo} point cache.path elsewhere.")]

@@ -1,0 +1,108 @@
+"""What a run will cost, from its config alone: bytes on disk and forwards of the teacher.
+
+Uncompressed arrays are exact: values, a crc32c of 4 bytes a chunk, a shard's index. What zstd makes of label maps,
+and the sizes of JSON files, are estimates and said to be.
+
+Axes: as in cache/schema.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+
+from cache.schema import ARRAYS, SHARD, spec_of
+from pipeline.config import Config
+from pipeline.encode import STORAGE
+from pipeline.models.teacher import TeacherShape
+from pipeline.pseudo import num_centres, written_arrays
+
+CRC, INDEX_ENTRY = 4, 16  # bytes: a crc32c; where a chunk begins and how long it is (cache/shards.py)
+METADATA = 1_200  # bytes of an array's zarr.json: 1,010 to 1,430 in caches of the demo
+# zstd's bytes a token of a label map: 0.15 to 0.20 in caches of the demo (256 tokens, 2 to 3 objects a view). Random
+# ids of 58 take log2(58) / 8 = 0.73, and no map takes more.
+PSEUDO_BYTES_PER_TOKEN, PSEUDO_BYTES_AT_MOST = 0.17, 0.75
+RECORD_BYTES_PER_IMAGE = 110  # both stages' ledger records, mostly stamps: 105 to 130 in caches of the demo
+ID_BYTES = 12  # of a sample's id, compressed
+# Training images as published, where the config names the data set but the files aren't looked at (method section 10).
+PUBLISHED = {"coco_stuff": 118_287, "voc": 10_582, "context": 4_996}
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Bytes of a finished cache, by array and in all; of these, how many are estimates or an upper limit."""
+
+    num_images: int
+    num_views: int
+    arrays: Mapping[str, float]  # name -> bytes
+    other: float  # text, ids, ledger
+
+    @property
+    def total(self) -> float:
+        return sum(self.arrays.values()) + self.other
+
+    @property
+    def per_view(self) -> float:
+        """As `inspect` counts it: sharded arrays, those of cluster.debug apart."""
+        counted = (size for name, size in self.arrays.items() if not ARRAYS[name].is_debug)
+        return sum(counted) / (self.num_images * self.num_views)
+
+
+def forecast(config: Config, shape: TeacherShape, num_images: int, num_classes: int, tokens: str) -> Forecast:
+    """The cache of `num_images` with dense tokens kept as `tokens` says. Raises: ConfigError (cluster.sizes)."""
+    side = side_of(config, shape)
+    sizes = {"N": num_images, "V": config.views.num, "C": shape.channels, "h": side, "w": side}
+    sizes |= {"K": num_classes, "K_c": num_centres(config.cluster, side)}
+    storage = STORAGE[tokens]
+    names = ["view", "cls", "status", *(storage.arrays if storage.is_kept else ())]
+    names += (
+        written_arrays(config.cluster) if config.recipe == "clip_teacher" else ()
+    )  # CAMs depend on the images
+    arrays = {name: array_bytes(name, sizes, storage.dtypes.get(name)) for name in names}
+    text = 4.0 * num_classes * shape.channels
+    other = text + num_images * (RECORD_BYTES_PER_IMAGE + ID_BYTES)
+    return Forecast(num_images, config.views.num, arrays, other)
+
+
+def array_bytes(name: str, sizes: Mapping[str, int], dtype: str | None = None) -> float:
+    """Bytes of a sharded array whose rows are all written, its metadata included."""
+    spec = spec_of(name, dtype)
+    rows, *inner = spec.shape(sizes)
+    num_shards = -(-rows // SHARD)
+    num_chunks = -(-rows // spec.chunk)
+    overhead = METADATA + num_chunks * CRC + num_shards * (SHARD // spec.chunk * INDEX_ENTRY + CRC)
+    if spec.compressed and not spec.is_debug:
+        return overhead + PSEUDO_BYTES_PER_TOKEN * rows * prod(inner)
+    # Of arrays for debugging the limit: what zstd makes of mostly empty centroids depends on the scenes.
+    filled = -(-rows // spec.chunk) * spec.chunk
+    return overhead + float(filled * prod(inner) * np.dtype(spec.dtype).itemsize)
+
+
+def side_of(config: Config, shape: TeacherShape) -> int:
+    """Tokens along a view's side."""
+    return (config.teacher.image_size or shape.image_size) // shape.patch
+
+
+def num_forwards(num_images: int, num_views: int, batch: int) -> int:
+    """Batches that the teacher is given: each shard's views by themselves, the last batch padded."""
+    whole, rest = divmod(num_images, SHARD)
+    return whole * -(-SHARD * num_views // batch) + -(-rest * num_views // batch)
+
+
+def flops_of_a_view(shape: TeacherShape, side: int) -> float:
+    """Of a ViT's forward, multiply-adds counted as two: 12 d^2 a token and layer, and attention's 2 L d twice."""
+    tokens = side * side + 1
+    return shape.layers * 2 * (12 * shape.width**2 * tokens + 2 * tokens**2 * shape.width)
+
+
+def flops_of_cams(shape: TeacherShape, num_tokens: int, num_classes: int) -> float:
+    """Of one image's CAMs: a forward, and for each class a backward through the last block, which costs another block.
+
+    Gradients of weights aren't taken, so a backward is as much as a forward; the affinity's square is added.
+    """
+    length = num_tokens + 1
+    block = 2 * (12 * shape.width**2 * length + 2 * length**2 * shape.width)
+    return (shape.layers + num_classes) * block + 2.0 * num_tokens**3

@@ -32,7 +32,7 @@ demo-contrast: $(VENV)/installed ## the demo with GLM, without GLM, and with see
 	$(BIN)/python cli.py contrast
 
 test: $(VENV)/installed ## the whole test suite
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m '$(MARKS)'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m '$(MARKS)'
 
 check: $(VENV)/installed ## ruff, mypy, snakemake --lint, the floors test
 	$(BIN)/ruff format --check .

@@ -8,6 +8,7 @@ its shards go to another; what ends a run is one line, and the same command goes
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -16,6 +17,7 @@ from pipeline.config import UserError
 
 WINDOW_PER_WORKER = 2  # shards in flight a worker: one at work, one waiting
 RETRIES = 2
+RECOUNT_S = 1.0  # between two looks at how many workers there are: a question to the scheduler each
 
 
 class EngineError(UserError):
@@ -52,10 +54,14 @@ def map_shards(
                 "scheduler`, or correct the address (tcp://host:port)."
             ) from None
         waiting, flight = iter(shards), as_completed()
+        window, counted = 1, -RECOUNT_S
 
         def fill() -> None:
-            present = len(client.scheduler_info(n_workers=-1)["workers"])
-            for _ in range(max(WINDOW_PER_WORKER * present, 1) - flight.count()):
+            nonlocal window, counted
+            if time.monotonic() - counted >= RECOUNT_S:
+                window = max(WINDOW_PER_WORKER * len(client.scheduler_info(n_workers=-1)["workers"]), 1)
+                counted = time.monotonic()
+            for _ in range(window - flight.count()):
                 shard = next(waiting, None)
                 if shard is None:
                     return

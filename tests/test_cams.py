@@ -45,6 +45,20 @@ def made(tmp_path_factory):
     return config, cams(config)
 
 
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    """Twelve scenes, extracted, for what is made anew in each test."""
+    import os
+
+    os.chdir(ROOT)
+    runs = tmp_path_factory.mktemp("few")
+    config = load(
+        "config/demo.yaml", [f"runs={runs}", "name=es", *SETTINGS, "data.train=12", "cams.max_side=128"]
+    )
+    extract(config)
+    return config
+
+
 def copy_of(config, tmp_path):
     shutil.copytree(config.run_path, tmp_path / "es")
     return config.model_copy(update={"runs": str(tmp_path)})
@@ -104,9 +118,9 @@ def test_it_resumes_from_the_ledger(made, tmp_path):
     assert Ledger(again.cache_path, "cams").path(0).stat().st_mtime_ns == kept
 
 
-def test_another_question_makes_them_again_and_a_threshold_does_not(made, tmp_path):
-    config, manifest = made
-    again = copy_of(config, tmp_path)
+def test_another_question_makes_them_again_and_a_threshold_does_not(few, tmp_path):
+    again = copy_of(few, tmp_path)
+    manifest = cams(again)
     other = again.model_copy(update={"cams": again.cams.model_copy(update={"sinkhorn": 1})})
     assert cams(other)["digests"] != manifest["digests"]
     swept = again.model_copy(update={"train": again.train.model_copy(update={"confidence": 0.3})})
@@ -215,18 +229,18 @@ def test_own_size():
 
 
 @pytest.mark.parametrize("refine", ["pamr", "crf"])
-def test_masks_at_pixels(made, tmp_path, refine):
+def test_masks_at_pixels(few, tmp_path, refine):
     """They follow colours, so they are better seeds than maps of 16 x 16; training reads them."""
     from pipeline.batches import CachedViews, data_of
 
-    config = copy_of(made[0], tmp_path)
-    section = config.cams.model_copy(update={"refine": refine, "power": 2.0, "max_side": 128})
+    config = copy_of(few, tmp_path)
+    section = config.cams.model_copy(update={"refine": refine, "power": 2.0})
     config = config.model_copy(update={"cams": section})
     summary = cams(config)["summary"]
     assert summary["refined"] > summary["seeds"]["CAM + CAA"]["power 2"] + 1
     store = Store.open(config.cache_path)
     mask, confidence = store.read_whole("mask"), store.read_whole("confidence")
-    assert mask.shape == confidence.shape == (70, 128, 128)
+    assert mask.shape == confidence.shape == (12, 128, 128)
     assert confidence.max() <= 200
     assert verify(config) == []
     views = CachedViews(config, data_of(config))

@@ -108,7 +108,7 @@ def array(config, name):
     return Store.open(config.cache_path).read_whole(name)
 
 
-@pytest.mark.parametrize("tokens", list(STORAGE))
+@pytest.mark.parametrize("tokens", CLUSTERED)
 def test_the_doctor_predicts_what_inspect_finds(made, tokens):
     """Within 3 %, pseudo labels estimated; 66 images, so a short shard too."""
     from pipeline.forecast import forecast

@@ -196,8 +196,12 @@ def _one_view(
 
 
 def nearest(points: Tensor, centres: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The search in torch: max takes the first of equal scores."""
-    scores = points @ centres.T  # (n, K)
+    """The search in torch."""
+    return ranked(points @ centres.T)
+
+
+def ranked(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What a search returns, of all scores (n, K), which are overwritten; max takes the first of equal ones."""
     best, found = scores.max(1)
     return found, best, scores.scatter_(1, found[:, None], -torch.inf)
 

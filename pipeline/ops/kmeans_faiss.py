@@ -3,9 +3,9 @@
 Axes as in kmeans.py: B views, L tokens, C channels, K centres.
 
 faiss.Kmeans is not used: it splits big clusters to refill empty ones, where the method drops them.
-FAISS answers "which centre is nearest" (exact inner product, IndexFlatIP); the loop is `kmeans.lloyd_by_view`.
-Ties go to the lower index, as in torch. Two centres whose scores
-differ by less than float32 rounding may be told apart differently, because the sums run in another order.
+FAISS makes the inner products, exact ones (on the GPU, an IndexFlatIP's best); the loop is `kmeans.lloyd_by_view`.
+Ties go to the lower index, as in torch. Two centres whose scores differ by less than float32 rounding may be told
+apart differently, because the sums run in another order.
 
 OpenMP: faiss and torch each load a libgomp of their own. Both import orders were run with one and two
 threads (faiss-gpu 1.15.1 and torch 2.15.0 wheels, Linux, CPU) without a crash: faiss's copy carries another
@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.ops.kmeans import ITERATIONS, Clusters, lloyd_by_view
+from pipeline.ops.kmeans import ITERATIONS, Clusters, lloyd_by_view, ranked
 
 RANKS = 3  # centres asked for: the third bounds all behind it; more take longer than the searches they save
 
@@ -77,6 +77,24 @@ def _array(values: Tensor) -> np.ndarray:
     return np.ascontiguousarray(values.detach().cpu().numpy(), np.float32)
 
 
+def _search(points: Tensor, centres: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """All inner products, exactly bounding every rival: less work than IndexFlatIP's three best, and fewer searches."""
+    scores = faiss.pairwise_distances(_array(points), _array(centres), faiss.METRIC_INNER_PRODUCT)  # (n, K)
+    return ranked(torch.from_numpy(scores))
+
+
+def _search_on_gpu(points: Tensor, centres: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The RANKS best of an index on the GPU; little comes back from there."""
+    num = min(RANKS, len(centres))
+    scores, found = map(torch.from_numpy, _index(centres, gpu=True).search(_array(points), num))
+    bounds = scores[:, -1:].repeat(1, len(centres)).scatter_(1, found, scores)
+    best, nearest = scores[:, 0], found[:, 0]
+    if num > 1 and bool((is_tie := best == scores[:, 1]).any()):
+        # Of equal scores the lower index, whichever the search put first.
+        nearest = nearest.where(~is_tie, found.where(scores == best[:, None], len(centres)).amin(1))
+    return nearest, best, bounds.scatter_(1, nearest[:, None], -torch.inf)
+
+
 def lloyd_faiss(
     tokens: Tensor,
     active: Tensor,
@@ -85,7 +103,7 @@ def lloyd_faiss(
     iterations: int = ITERATIONS,
     gpu: bool = False,
 ) -> Clusters:
-    """`kmeans.lloyd` with the search by FAISS, one index per view and iteration.
+    """`kmeans.lloyd` with the search by FAISS, one a view and iteration.
 
     `gpu` moves only the search; tokens and means are on the CPU. Shapes, result and errors: see `lloyd`.
     Raises: ValueError also when `gpu` is set and FAISS sees none.
@@ -95,16 +113,7 @@ def lloyd_faiss(
             "gpu=True, but faiss sees no GPU. Use gpu=False, or faiss-gpu on a machine with one."
         )
 
-    def search(points: Tensor, centres: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        num = min(RANKS, len(centres))
-        scores, found = map(torch.from_numpy, _index(centres, gpu).search(_array(points), num))
-        bounds = scores[:, -1:].repeat(1, len(centres)).scatter_(1, found, scores)
-        best, nearest = scores[:, 0], found[:, 0]
-        if num > 1 and bool((is_tie := best == scores[:, 1]).any()):
-            # Of equal scores the lower index, whichever the search put first.
-            nearest = nearest.where(~is_tie, found.where(scores == best[:, None], len(centres)).amin(1))
-        return nearest, best, bounds.scatter_(1, nearest[:, None], -torch.inf)
-
+    search = _search_on_gpu if gpu else _search
     with _one_thread():
         clusters = lloyd_by_view(search, tokens.cpu(), active.cpu(), centres.cpu(), alive.cpu(), iterations)
     return Clusters(*(x.to(tokens.device) for x in clusters))

@@ -148,7 +148,8 @@ def main() -> None:
             f"one {gpu}: {rate * decode / 1e3:.0f} cores decode, {rate * CLUSTER_MS_A_VIEW / 1e3:.0f} cluster"
         )
     print(
-        f"a worker's {DECODE_THREADS} decoding threads feed at most {1e3 * DECODE_THREADS / decode:.0f} views/s"
+        f"a worker's {DECODE_THREADS} decoding threads, as many as cores here, feed at most "
+        f"{1e3 * DECODE_THREADS / decode:.0f} views/s"
     )
 
 

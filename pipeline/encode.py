@@ -9,6 +9,7 @@ Axes: n images, V views, b <= batch views of a forward, S view side, h = w token
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -25,7 +26,8 @@ from pipeline.models.teacher import Teacher, TeacherError
 from pipeline.ops.quantise import quantised
 from pipeline.ops.views import draw_views, replay_image
 
-DECODE_THREADS = 2
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+DECODE_THREADS = min(max(CORES, 2), 16)  # 16 feed an H100, 5 an A100 (docs/scale.md)
 OK, BAD_IMAGE = 0, 1  # codes of the `status` array
 STREAM = "stream"
 

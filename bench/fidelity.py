@@ -5,13 +5,15 @@
 Trains the demo's student with the first 1, 2, 4, 8 and 16 of 18 cached views of every image, three seeds each,
 then with flips that had a teacher pass of their own, with int8 tokens, and as the paper does, with the teacher
 in the step: the demo sees every image less than 18 times, so a cache of 18 views and their flips, each used at
-most once, holds exactly what the teacher would have said. Writes docs/fidelity.md and docs/fidelity.png.
+most once, holds exactly what the teacher would have said. Writes docs/fidelity.md, docs/fidelity.png and each
+metrics.json to docs/results/.
 Finished runs are kept, so the command resumes. Use development scenes, as above, when something is chosen by it.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -190,6 +192,11 @@ def write(chosen: argparse.Namespace) -> None:
         results = [metrics for metrics in found if metrics is not None]
         if not results:
             continue
+        (chosen.out / "results").mkdir(parents=True, exist_ok=True)
+        for seed, metrics in zip(SEEDS, found, strict=True):
+            if metrics is not None:
+                kept = chosen.out / "results" / f"fidelity-{name}-{seed}.json"
+                kept.write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
         way = WAYS[name]
         num = forwards(way, config, images)
         values = {key: [result[key] for result in results] for key in ("mIoU_S", "mIoU_U", "hIoU")}

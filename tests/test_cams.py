@@ -228,7 +228,7 @@ def test_own_size():
     assert torch.equal(fitted(exact, Cams(), 16), torch.from_numpy(exact).permute(2, 0, 1))
 
 
-@pytest.mark.parametrize("refine", ["pamr", "crf"])
+@pytest.mark.parametrize("refine", ["pamr", pytest.param("crf", marks=pytest.mark.crf)])
 def test_masks_at_pixels(few, tmp_path, refine):
     """They follow colours, so they are better seeds than maps of 16 x 16; training reads them."""
     from pipeline.batches import CachedViews, data_of

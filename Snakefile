@@ -8,7 +8,7 @@
 import sys
 
 from pipeline.config import LABELS_FROM, from_mapping
-from pipeline.variants import ABLATED, CONTRAST, run_names, stage_triggers, variant_runs
+from pipeline.evidence.variants import ABLATED, CONTRAST, run_names, stage_triggers, variant_runs
 
 
 if "name" not in config:

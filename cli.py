@@ -100,7 +100,7 @@ def cams(
         refer(settings, text, image, out)
         return
     from pipeline import cams as stage
-    from pipeline.seeds import print_summary
+    from pipeline.teaching.seeds import print_summary
 
     print_summary(stage.cams(settings, workers=workers, scheduler=scheduler)["summary"])
 
@@ -132,7 +132,7 @@ def train(
     ] = False,
 ) -> None:
     """Train the student from the cache: GLM, VLA, cross-entropy, focal and dice. Resumes by itself."""
-    from pipeline import processes
+    from pipeline.learning import processes
 
     settings = _load(config, set_, log if processes.is_main() else None)
     if (settings.train.processes or 1) > 1 and not dry_run and not processes.is_launched():
@@ -252,7 +252,7 @@ def results(
     runs: Annotated[list[Path], typer.Argument(help="run folders; those not evaluated are left out")],
 ) -> None:
     """Print the result table of one or more runs."""
-    from pipeline.results import print_results
+    from pipeline.evidence.results import print_results
 
     print_results(runs)
 
@@ -267,7 +267,7 @@ def contrast(
 ) -> None:
     """Print the contrast table: with GLM, without GLM, seen labels only; means and spreads over seeds."""
     settings = _load(config, set_)
-    from pipeline.results import keep_contrast, print_contrast
+    from pipeline.evidence.results import keep_contrast, print_contrast
 
     print_contrast(settings)
     if keep:
@@ -283,7 +283,7 @@ def ablations(
 ) -> None:
     """Print the paper's Tables 3, 4 and 5 beside ours, and whether each contrast has the paper's sign."""
     settings = _load(config, set_)
-    from pipeline.ablations import keep_tables, print_tables
+    from pipeline.evidence.ablations import keep_tables, print_tables
 
     print_tables(settings, quick=quick)
     if keep:

@@ -19,10 +19,10 @@ from interleaved import heading, medians, verdict
 from torch.nn.functional import normalize
 
 from pipeline.config import Cams
-from pipeline.maps import explained_maps
 from pipeline.models.explain import _embedded, _finished, attended
 from pipeline.models.teacher import Teacher
 from pipeline.ops.cam import box_masks, min_max
+from pipeline.teaching.maps import explained_maps
 
 SIDE, TOKENS, WIDTH, LAYERS = 512, 1025, 768, 12
 BACKGROUND_NAMES = 25  # VOC's

@@ -24,7 +24,7 @@ from threadpoolctl import threadpool_limits
 
 from pipeline.config import Cluster
 from pipeline.ops import kmeans
-from pipeline.pseudo import pseudo_labels
+from pipeline.teaching.pseudo import pseudo_labels
 
 SIDE, CHANNELS, FIELD, NOISE = 32, 512, 6, 0.5
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from pipeline.config import Eval, load
 from pipeline.data.base import DataSet, open_data_set
 from pipeline.evaluate import IGNORE, batched, loaded, predictions
-from pipeline.loading import made_ahead
+from pipeline.learning.loading import made_ahead
 from pipeline.models.student import build_student
 from pipeline.ops.metrics import SweptConfusion
 

@@ -26,12 +26,12 @@ from PIL import Image
 from cache.ledger import Ledger
 from cache.schema import SHARD
 from pipeline import extract as stage
-from pipeline.batches import data_of
 from pipeline.config import Config, fingerprint, load
 from pipeline.data.demo import render_scene
-from pipeline.encode import mean_colour, teacher_of
+from pipeline.learning.batches import data_of
 from pipeline.models.teacher import Teacher
 from pipeline.ops.views import replay_image
+from pipeline.teaching.encode import mean_colour, teacher_of
 
 WIDTH, HEIGHT, SIDE = 640, 480, 512
 TOKENS, WIDTH_OF_VIT, LAYERS = 1025, 768, 12  # ViT-B/16 at 512 x 512

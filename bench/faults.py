@@ -180,7 +180,7 @@ class Damaged:
 def command(stage: str, arguments: list[str]) -> tuple[int, str]:
     """`cli.py STAGE` in this process: exit code, and what it said on stderr."""
     import cli
-    from pipeline import batches
+    from pipeline.learning import batches
 
     sys.argv, said, code = ["cli.py", stage, *arguments], io.StringIO(), 0
     batches._data.cache_clear()

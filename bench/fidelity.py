@@ -24,14 +24,15 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-from pipeline import cluster, evaluate, extract, train, training
-from pipeline.batches import CachedViews, Place, data_of, training_batches
+from pipeline import cluster, evaluate, extract, train
 from pipeline.config import Config, load
 from pipeline.data.base import KINDS, Sample
 from pipeline.data.demo import DemoDataSet
-from pipeline.encode import shard_blocks, teacher_of
+from pipeline.evidence.results import read_metrics
+from pipeline.learning import training
+from pipeline.learning.batches import CachedViews, Place, data_of, training_batches
 from pipeline.ops.views import view_of
-from pipeline.results import read_metrics
+from pipeline.teaching.encode import shard_blocks, teacher_of
 from pipeline.tracking import provenance, say
 
 CONFIG = Path("config/demo.yaml")

@@ -19,11 +19,11 @@ import torch
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from pipeline import cluster, extract, train
-from pipeline.batches import data_of
-from pipeline.checkpoint import load_student
 from pipeline.config import load
 from pipeline.data.base import open_data_set
-from pipeline.inference import best_by_group, class_logits, predicted
+from pipeline.learning.batches import data_of
+from pipeline.learning.checkpoint import load_student
+from pipeline.learning.inference import best_by_group, class_logits, predicted
 from pipeline.ops import metrics
 from pipeline.tracking import progress
 

@@ -20,13 +20,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pipeline.batches import training_batches
 from pipeline.cluster import cluster
 from pipeline.config import Config, load
 from pipeline.extract import extract
-from pipeline.journal import Clock
+from pipeline.learning.batches import training_batches
+from pipeline.learning.journal import Clock
+from pipeline.learning.training import new_run, open_accelerator, prepare
 from pipeline.train import _step
-from pipeline.training import new_run, open_accelerator, prepare
 
 ROOT = Path(__file__).resolve().parents[1]
 SIDES, NUM_CLASSES, NUM_IMAGES = (640, 480), 20, 48  # COCO's usual image

@@ -15,7 +15,7 @@ import time
 import numpy as np
 from interleaved import heading
 
-from pipeline import crf
+from pipeline.teaching import crf
 
 HEIGHT, WIDTH, CLASSES = 375, 500, 3  # VOC 2012's most frequent size
 

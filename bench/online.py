@@ -24,7 +24,7 @@ from step import FULL, Bench
 from pipeline.config import Cluster
 from pipeline.models.teacher import Teacher
 from pipeline.ops.views import token_state
-from pipeline.pseudo import pseudo_labels
+from pipeline.teaching.pseudo import pseudo_labels
 
 SIDE, PATCH = 512, 16
 

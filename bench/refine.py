@@ -20,13 +20,13 @@ from torch import Tensor
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from cache.store import Store
-from pipeline import crf
-from pipeline.batches import data_of
+from pipeline.learning.batches import data_of
 from pipeline.looking.facts import done_shards
 from pipeline.looking.tagged import Tagged
 from pipeline.ops import metrics, pamr
 from pipeline.ops.masks import class_scores
-from pipeline.seeds import POWERS
+from pipeline.teaching import crf
+from pipeline.teaching.seeds import POWERS
 from pipeline.tracking import run_config
 
 IGNORE = 255

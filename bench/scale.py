@@ -2,9 +2,10 @@
 
     python bench/scale.py
 
-Bytes and forwards are `doctor`'s arithmetic (pipeline/forecast.py). Hours assume that a GPU does 35 % of the peak that
-its maker states, the least that the teacher's forward should reach; nothing here was measured on a GPU. What a row
-costs the host is measured when this is run: decoding and cutting views, and the lists of ids and stamps in memory.
+Bytes and forwards are `doctor`'s arithmetic (pipeline/looking/forecast.py). Hours assume that a GPU does 35 % of
+the peak that its maker states, the least that the teacher's forward should reach; nothing here was measured on a
+GPU. What a row costs the host is measured when this is run: decoding and cutting views, and the lists of ids and
+stamps in memory.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ from cache.schema import SHARD
 from pipeline.config import load
 from pipeline.data.base import Sample, read_image
 from pipeline.data.demo import render_scene
-from pipeline.encode import DECODE_THREADS, STORAGE
-from pipeline.forecast import Forecast, flops_of_a_view, forecast, side_of
+from pipeline.looking.forecast import Forecast, flops_of_a_view, forecast, side_of
 from pipeline.models.teacher import shape_of
 from pipeline.ops.views import draw_views, replay_image
+from pipeline.teaching.encode import DECODE_THREADS, STORAGE
 
 ROOT = Path(__file__).resolve().parents[1]
 SIDE, PHOTO = 512, (640, 480)

@@ -33,11 +33,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.config import Student, Train
-from pipeline.journal import peak_memory_bytes
+from pipeline.learning.journal import peak_memory_bytes
+from pipeline.learning.objective import Learner, loss_terms
 from pipeline.models.glm import ClsBank, pooled
 from pipeline.models.student import build_student, parameter_groups
 from pipeline.models.vla import VisualLanguageAdapter
-from pipeline.objective import Learner, loss_terms
 from pipeline.ops import losses
 
 OBJECTS, IGNORED = 15, 0.25  # potential objects an image, share of the ignored area

@@ -37,8 +37,8 @@ from cache.ledger import Ledger
 from cache.store import Store
 from pipeline.cluster import cluster
 from pipeline.config import Config
-from pipeline.engine import EngineError
 from pipeline.extract import extract
+from pipeline.teaching.engine import EngineError
 
 HOST = "127.0.0.1"
 STAGES: dict[str, Callable[..., object]] = {"extract": extract, "cluster": cluster}

@@ -25,19 +25,19 @@ from torch import Tensor
 from cache.ledger import Ledger, lock, refuse_if_locked
 from cache.store import Store
 from cache.verify import read_recorded
-from pipeline import crf
-from pipeline.batches import FULL_CONFIDENCE, data_of
 from pipeline.config import Cams, Config, ConfigError, config_fingerprint, digest, fingerprint
 from pipeline.data.base import DataError, DataSet, Sample
 from pipeline.data.words import background_names, fused_name
-from pipeline.encode import DECODE_THREADS, OK
-from pipeline.engine import map_shards
-from pipeline.labels import Job, done_shards, record_labels
-from pipeline.maps import explained_maps, explained_teacher, fitted, text_features
+from pipeline.learning.batches import FULL_CONFIDENCE, data_of
 from pipeline.ops import pamr
 from pipeline.ops.masks import class_scores, fitted_size
-from pipeline.rows import cached_samples, samples_of
-from pipeline.seeds import add_refined, add_seeds, new_stats, summarise
+from pipeline.teaching import crf
+from pipeline.teaching.encode import DECODE_THREADS, OK
+from pipeline.teaching.engine import map_shards
+from pipeline.teaching.labels import Job, done_shards, record_labels
+from pipeline.teaching.maps import explained_maps, explained_teacher, fitted, text_features
+from pipeline.teaching.rows import cached_samples, samples_of
+from pipeline.teaching.seeds import add_refined, add_seeds, new_stats, summarise
 from pipeline.tracking import finish, found_manifest, progress, required_manifest, say
 
 NO_CLASS = 255  # in cam_class: no further class in this image

@@ -2,7 +2,7 @@
 
     python cli.py cluster --config config/demo.yaml
 
-A shard of the cache's dense tokens in, a shard of pseudo labels out (`pipeline/pseudo.py`). With
+A shard of the cache's dense tokens in, a shard of pseudo labels out (`pipeline/teaching/pseudo.py`). With
 `cache.tokens: stream` extraction has clustered already, having had the tokens; then this stage reads what
 was written, compares it with the record of it, and sums up.
 """
@@ -22,13 +22,13 @@ from cache.errors import damaged
 from cache.ledger import Ledger, lock, refuse_if_locked
 from cache.store import Store
 from cache.verify import read_recorded
-from pipeline.batches import data_of
 from pipeline.config import Config, ConfigError, config_fingerprint, digest, fingerprint
-from pipeline.engine import map_shards
-from pipeline.labels import Job, done_shards, record_labels
+from pipeline.learning.batches import data_of
 from pipeline.ops.quantise import dequantised
-from pipeline.pseudo import IGNORED, cluster_tokens, device_name, num_centres, sum_of, written_arrays
-from pipeline.rows import cached_samples, check_unchanged, made_from, samples_of
+from pipeline.teaching.engine import map_shards
+from pipeline.teaching.labels import Job, done_shards, record_labels
+from pipeline.teaching.pseudo import IGNORED, cluster_tokens, device_name, num_centres, sum_of, written_arrays
+from pipeline.teaching.rows import cached_samples, check_unchanged, made_from, samples_of
 from pipeline.tracking import finish, found_manifest, progress, required_manifest, say
 
 STREAM, POOLED = "stream", "pooled"

@@ -16,11 +16,11 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
-from pipeline.batches import data_of
 from pipeline.config import Config
 from pipeline.data.base import PARTS, DataError, DataSet
-from pipeline.encode import STORAGE
-from pipeline.forecast import (
+from pipeline.learning.batches import data_of
+from pipeline.looking.facts import human_bytes
+from pipeline.looking.forecast import (
     PUBLISHED,
     Forecast,
     flops_of_a_view,
@@ -29,10 +29,10 @@ from pipeline.forecast import (
     num_forwards,
     side_of,
 )
-from pipeline.looking.facts import human_bytes
+from pipeline.looking.survey import Complaint, Seen, complaints, look
 from pipeline.models.teacher import TeacherShape, shape_of
 from pipeline.ops.masks import fitted_size
-from pipeline.survey import Complaint, Seen, complaints, look
+from pipeline.teaching.encode import STORAGE
 from pipeline.tracking import provenance, say
 
 SAMPLE = 64  # images and masks of each part that are opened

@@ -18,14 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.batches import data_of
-from pipeline.checkpoint import load_student
 from pipeline.config import Config, Eval, config_fingerprint, fingerprint
 from pipeline.data.base import DataError, DataSet, Sample
-from pipeline.inference import Best, best_by_group, best_classes, class_logits, squashed
-from pipeline.loading import made_ahead
+from pipeline.evidence.results import read_metrics, result_table
+from pipeline.learning.batches import data_of
+from pipeline.learning.checkpoint import load_student
+from pipeline.learning.inference import Best, best_by_group, best_classes, class_logits, squashed
+from pipeline.learning.loading import made_ahead
 from pipeline.ops import metrics
-from pipeline.results import read_metrics, result_table
 from pipeline.tracking import progress, provenance, required_manifest, say
 
 IGNORE = 255

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipeline.checkpoint import Checkpoint, load_student, student_file
 from pipeline.config import UserError
+from pipeline.learning.checkpoint import Checkpoint, load_student, student_file
 from pipeline.models.student import DenseStudent
 from pipeline.tracking import say
 

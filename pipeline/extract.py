@@ -2,7 +2,7 @@
 
     python cli.py extract --config config/demo.yaml
 
-One shard of 64 images is one unit of work: run through the teacher (`pipeline/encode.py`), written, read
+One shard of 64 images is one unit of work: run through the teacher (`pipeline/teaching/encode.py`), written, read
 back, and only then recorded in the ledger. A killed run redoes at most the shards in flight; a second
 run of a finished stage does nothing.
 
@@ -28,17 +28,17 @@ from cache.ledger import Ledger, lock, refuse_if_locked
 from cache.schema import block_digest
 from cache.store import Store
 from cache.verify import whole_digests
-from pipeline.batches import data_of
 from pipeline.config import Config, config_fingerprint, data_options, digest, fingerprint
 from pipeline.data.base import DataError, DataSet, Sample
 from pipeline.data.prompts import prompts
 from pipeline.data.words import names_of_classes
-from pipeline.encode import OK, STORAGE, STREAM, axis_sizes, mean_colour, shard_blocks, teacher_of
-from pipeline.engine import map_shards
+from pipeline.learning.batches import data_of
 from pipeline.models.teacher import Teacher
 from pipeline.ops.quantise import dequantised
-from pipeline.pseudo import cluster_tokens, num_centres, sum_of, written_arrays
-from pipeline.rows import cached_samples, check_unchanged, in_row_order, made_from, samples_of, span
+from pipeline.teaching.encode import OK, STORAGE, STREAM, axis_sizes, mean_colour, shard_blocks, teacher_of
+from pipeline.teaching.engine import map_shards
+from pipeline.teaching.pseudo import cluster_tokens, num_centres, sum_of, written_arrays
+from pipeline.teaching.rows import cached_samples, check_unchanged, in_row_order, made_from, samples_of, span
 from pipeline.tracking import finish, found_manifest, progress, record_shard, reopen, save_config, say
 
 # An audit fails below this cosine. int8 alone costs about 3e-5, bfloat16 on another machine 1e-4.

@@ -15,12 +15,12 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from pipeline.checkpoint import Checkpoint, load_student, student_file
 from pipeline.config import UserError
 from pipeline.data.base import BadImage, read_image
 from pipeline.data.classes import bitwise_palette
 from pipeline.data.prompts import prompts
-from pipeline.inference import best_by_group, class_logits, predicted
+from pipeline.learning.checkpoint import Checkpoint, load_student, student_file
+from pipeline.learning.inference import best_by_group, class_logits, predicted
 
 OPACITY = 0.55  # of the class colours over the image
 MIN_SIDE = 384  # small images are enlarged to this for the overlay, so that the legend can be read

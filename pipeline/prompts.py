@@ -25,16 +25,16 @@ from torch.nn.functional import normalize
 from cache.errors import MissingCache
 from cache.store import Store
 from cache.verify import check_whole, read_recorded
-from pipeline.batches import data_of
 from pipeline.config import Config
 from pipeline.data.base import DataError, DataSet
 from pipeline.data.prompts import templates
 from pipeline.data.words import background_names, fused_name
-from pipeline.encode import OK
-from pipeline.maps import explained_teacher
+from pipeline.learning.batches import data_of
 from pipeline.ops.quantise import dequantised
 from pipeline.ops.sharpness import sharpness
-from pipeline.rows import cached_samples
+from pipeline.teaching.encode import OK
+from pipeline.teaching.maps import explained_teacher
+from pipeline.teaching.rows import cached_samples
 from pipeline.tracking import progress, required_manifest, save_config, say
 
 SHOWN = 10  # templates in the printed table

@@ -28,10 +28,10 @@ from rich.tree import Tree
 from cache.errors import MissingCache, StaleCache
 from cache.ledger import read_manifest
 from cache.store import Store
-from pipeline.batches import data_of
-from pipeline.checkpoint import CheckpointError, load_student, student_file
 from pipeline.config import LABELS_FROM, Config, UserError, config_fingerprint
 from pipeline.data.base import DataError, DataSet
+from pipeline.learning.batches import data_of
+from pipeline.learning.checkpoint import CheckpointError, load_student, student_file
 from pipeline.looking import facts
 from pipeline.looking.clustered import Clustered
 from pipeline.looking.facts import human_bytes, human_seconds

@@ -30,23 +30,14 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from cache.ledger import write_manifest
-from pipeline.batches import CachedViews, training_batches
-from pipeline.checkpoint import save_checkpoint, save_student
 from pipeline.config import LABELS_FROM, Config, config_fingerprint, fingerprint
-from pipeline.journal import Clock, Curve, note, peak_memory_bytes
-from pipeline.objective import OBJECTIVES
-from pipeline.pictures import pictures, show
-from pipeline.processes import LOST_S, end_with_parent
-from pipeline.tracking import (
-    console,
-    found_manifest,
-    manifest_path,
-    progress,
-    required_manifest,
-    save_config,
-    say,
-)
-from pipeline.training import (
+from pipeline.learning.batches import CachedViews, training_batches
+from pipeline.learning.checkpoint import save_checkpoint, save_student
+from pipeline.learning.journal import Clock, Curve, note, peak_memory_bytes
+from pipeline.learning.objective import OBJECTIVES
+from pipeline.learning.pictures import pictures, show
+from pipeline.learning.processes import LOST_S, end_with_parent
+from pipeline.learning.training import (
     Run,
     TrainError,
     batches_of,
@@ -57,7 +48,16 @@ from pipeline.training import (
     schedule,
     state_of,
 )
-from pipeline.validation import seen_miou
+from pipeline.learning.validation import seen_miou
+from pipeline.tracking import (
+    console,
+    found_manifest,
+    manifest_path,
+    progress,
+    required_manifest,
+    save_config,
+    say,
+)
 
 TRIAL_ITERATIONS = 10  # of a dry run
 # What torch.distributed says when a peer is gone: gloo, NCCL and the store have no error class in common.

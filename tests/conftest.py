@@ -80,7 +80,8 @@ class Said:
 def run_cli(capsys, monkeypatch):
     """Runs cli.py as a user would, in this process (starting torch takes seconds) but with nothing remembered."""
     import cli
-    from pipeline import batches, encode
+    from pipeline.learning import batches
+    from pipeline.teaching import encode
 
     def run(*arguments: object) -> Said:
         monkeypatch.chdir(ROOT)

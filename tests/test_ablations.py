@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from pipeline.ablations import AS_PAPER, OPPOSITE, UNRESOLVED, Row, keep_tables, rows
 from pipeline.config import UserError, from_mapping, load
-from pipeline.variants import ABLATED, CONTRAST, TABLES, VARIANTS, run_names, variant_runs
+from pipeline.evidence.ablations import AS_PAPER, OPPOSITE, UNRESOLVED, Row, keep_tables, rows
+from pipeline.evidence.variants import ABLATED, CONTRAST, TABLES, VARIANTS, run_names, variant_runs
 
 
 def results(**hious):

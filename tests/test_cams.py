@@ -15,9 +15,9 @@ from pipeline.config import Cams, ConfigError, load
 from pipeline.data.base import DataError
 from pipeline.data.words import background_names, fused_name
 from pipeline.extract import extract
-from pipeline.maps import explained_maps, explained_teacher, fitted, text_features
 from pipeline.refer import refer
-from pipeline.seeds import BACKGROUNDS, add_seeds, new_stats, summarise
+from pipeline.teaching.maps import explained_maps, explained_teacher, fitted, text_features
+from pipeline.teaching.seeds import BACKGROUNDS, add_seeds, new_stats, summarise
 from pipeline.verify import verify
 from tests.conftest import ROOT, is_one_line_error
 
@@ -72,7 +72,7 @@ def test_what_is_written(made):
     assert (shape == 16).all()  # scenes of 128 pixels
     assert (cam[:, :, 16:] == 0).all()
     assert (cam[:, :, :, 16:] == 0).all()
-    from pipeline.batches import data_of
+    from pipeline.learning.batches import data_of
 
     data = data_of(config)
     assert (data.background, data.classes[0], data.classes[1]) == (0, "background", "tomato")
@@ -93,7 +93,7 @@ def test_what_is_written(made):
 
 def test_a_row_does_not_depend_on_its_neighbours(made):
     """Maps of one image alone are those of its batch, in float16's precision."""
-    from pipeline.batches import data_of
+    from pipeline.learning.batches import data_of
 
     config, _ = made
     data, section = data_of(config), config.cams
@@ -231,7 +231,7 @@ def test_own_size():
 @pytest.mark.parametrize("refine", ["pamr", pytest.param("crf", marks=pytest.mark.crf)])
 def test_masks_at_pixels(few, tmp_path, refine):
     """They follow colours, so they are better seeds than maps of 16 x 16; training reads them."""
-    from pipeline.batches import CachedViews, data_of
+    from pipeline.learning.batches import CachedViews, data_of
 
     config = copy_of(few, tmp_path)
     section = config.cams.model_copy(update={"refine": refine, "power": 2.0})
@@ -253,7 +253,7 @@ def test_masks_at_pixels(few, tmp_path, refine):
 
 def test_free_text_finds_the_thing_it_names(made, run_cli, tmp_path):
     """Scenes with one thing: its map is twice as hot on the thing as beside it, in most (chance: next to none)."""
-    from pipeline.batches import data_of
+    from pipeline.learning.batches import data_of
 
     data, hotter = data_of(made[0]), []
     scenes = [s for s in data.samples("train") if len(data.tags(s)) == 1][:12]

@@ -9,14 +9,14 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from cache.store import Store
-from pipeline.batches import CachedViews, data_of
 from pipeline.cams import cams
-from pipeline.checkpoint import load_student
 from pipeline.config import ConfigError, Train, load
 from pipeline.data.base import DataError
 from pipeline.evaluate import evaluate
 from pipeline.extract import extract
-from pipeline.objective import Learner, closed_set_terms
+from pipeline.learning.batches import CachedViews, data_of
+from pipeline.learning.checkpoint import load_student
+from pipeline.learning.objective import Learner, closed_set_terms
 from pipeline.ops.masks import mask_and_confidence
 from pipeline.train import train
 from tests.conftest import ROOT, TINY, forget_accelerator, is_one_line_error

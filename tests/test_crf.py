@@ -10,8 +10,8 @@ import sys
 import numpy as np
 import pytest
 
-from pipeline import crf
 from pipeline.config import UserError
+from pipeline.teaching import crf
 
 
 def mean_field(image, scores, rounds, near=(1, 3), like=(67, 3, 4)):

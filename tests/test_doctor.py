@@ -7,9 +7,9 @@ from PIL import Image
 
 from pipeline.config import load
 from pipeline.data.base import open_data_set
-from pipeline.forecast import array_bytes, flops_of_a_view, flops_of_cams, forecast, num_forwards
+from pipeline.looking.forecast import array_bytes, flops_of_a_view, flops_of_cams, forecast, num_forwards
+from pipeline.looking.survey import complaints, look
 from pipeline.models.teacher import TeacherShape, shape_of
-from pipeline.survey import complaints, look
 from tests.conftest import ROOT, is_one_line_error
 
 CLASSES = ["grass", "path", "flower", "gnome"]

@@ -9,7 +9,7 @@ from torch.nn.functional import interpolate
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from pipeline.config import Eval, Student
-from pipeline.inference import best_by_group, best_classes, class_logits, predicted, squashed
+from pipeline.learning.inference import best_by_group, best_classes, class_logits, predicted, squashed
 from pipeline.models.student import build_student
 from pipeline.ops import enlarge
 from pipeline.ops.metrics import SweptConfusion

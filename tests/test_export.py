@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from pipeline.checkpoint import Checkpoint, save_student
 from pipeline.config import Config, Student
+from pipeline.learning.checkpoint import Checkpoint, save_student
 from pipeline.models.student import build_student
 from tests.conftest import is_one_line_error
 

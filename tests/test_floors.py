@@ -19,8 +19,8 @@ DOORS = {
     "open_clip": {"pipeline/models/teacher.py"},
     "timm": {"pipeline/models/student.py"},
     "segmentation_models_pytorch": {"pipeline/models/student.py"},
-    "dask": {"pipeline/engine.py"},
-    "pydensecrf": {"pipeline/crf.py"},
+    "dask": {"pipeline/teaching/engine.py"},
+    "pydensecrf": {"pipeline/teaching/crf.py"},
 }
 STAGES = (
     "extract",
@@ -36,33 +36,7 @@ STAGES = (
     "report",
     "verify",
 )
-FLOOR_3 = (
-    "ablations",
-    "batches",
-    "checkpoint",
-    "crf",
-    "encode",
-    "engine",
-    "forecast",
-    "inference",
-    "journal",
-    "labels",
-    "loading",
-    "looking",
-    "maps",
-    "objective",
-    "pictures",
-    "processes",
-    "pseudo",
-    "results",
-    "rows",
-    "seeds",
-    "survey",
-    "tracking",
-    "training",
-    "validation",
-    "variants",
-)
+SHARED = ("evidence", "learning", "looking", "teaching", "tracking")
 
 
 def floor(module: str) -> int:
@@ -75,7 +49,7 @@ def floor(module: str) -> int:
     second = parts[1] if len(parts) > 1 else ""
     floors = (
         {"": 0, "__init__": 0, "config": 0, "ops": 1, "data": 2, "models": 2}
-        | dict.fromkeys(FLOOR_3, 3)
+        | dict.fromkeys(SHARED, 3)
         | dict.fromkeys(STAGES, 4)
     )
     return floors[second]

@@ -8,12 +8,12 @@ from PIL import Image
 
 from cache.errors import CorruptShard, StaleCache
 from cache.store import Store
-from pipeline import batches
 from pipeline import extract as stage
 from pipeline.cluster import cluster
 from pipeline.data.demo import CLASSES, render_scene
 from pipeline.extract import extract
-from pipeline.rows import in_row_order
+from pipeline.learning import batches
+from pipeline.teaching.rows import in_row_order
 from pipeline.train import train
 from pipeline.verify import verify
 from tests.conftest import ROOT, TINY

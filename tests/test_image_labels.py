@@ -10,7 +10,7 @@ from pipeline.config import load
 from pipeline.data.base import DataError, open_data_set
 from pipeline.data.prompts import templates
 from pipeline.data.words import BACKGROUNDS, background_names, fused_name, names_of_classes
-from pipeline.results import result_table
+from pipeline.evidence.results import result_table
 from tests.conftest import ROOT
 from tests.test_data_sets import save_image, save_list, save_mask
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.utils.data import default_collate
 
-from pipeline.batches import CachedViews, Plan, _Batches, data_of, training_batches
-from pipeline.loading import Kept, loader_processes, made_ahead
+from pipeline.learning.batches import CachedViews, Plan, _Batches, data_of, training_batches
+from pipeline.learning.loading import Kept, loader_processes, made_ahead
 
 
 def test_kept_until_the_room_is_taken():

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from cache.store import Store
-from pipeline.checkpoint import load_student
+from pipeline.learning.checkpoint import load_student
 from tests.conftest import ROOT, TINY
 
 CONFIG = ["--config", ROOT / "config" / "demo.yaml"]
@@ -169,8 +169,8 @@ def test_resumed_training_is_the_uninterrupted_one(finished, tmp_path, run_cli):
 
 def test_backends_agree_on_the_pseudo_labels(finished, tiny):
     """FAISS and torch on the cached tokens of a real teacher: the same fused label nearly everywhere."""
-    from pipeline.batches import data_of
-    from pipeline.pseudo import pseudo_labels, token_states
+    from pipeline.learning.batches import data_of
+    from pipeline.teaching.pseudo import pseudo_labels, token_states
 
     config = tiny()
     store, data = Store.open(finished[0] / "demo" / "cache"), data_of(config)

@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipeline import processes
-from pipeline.batches import Plan, _Batches, training_batches
 from pipeline.config import UserError, load
+from pipeline.learning import processes
+from pipeline.learning.batches import Plan, _Batches, training_batches
 from pipeline.models.glm import pooled
 from pipeline.ops import losses
 from tests.conftest import ROOT, TINY, is_one_line_error
@@ -30,7 +30,7 @@ WORKER = f"""
 import os, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
 import torch
-from pipeline import training
+from pipeline.learning import training
 from pipeline.config import from_mapping
 from tests.test_processes import spoiled
 import json
@@ -131,7 +131,7 @@ def test_two_processes_are_the_one_process_reference(whole):
     config, out = whole
     section = config.train
     kept = [[torch.load(out / f"{rank}-{i}.pt", weights_only=True) for i in range(3)] for rank in (0, 1)]
-    from pipeline.training import new_run, open_accelerator
+    from pipeline.learning.training import new_run, open_accelerator
 
     alone = config.model_copy(update={"train": section.model_copy(update={"processes": None})})
     run = new_run(alone, open_accelerator(alone, tracks=False), "", None)

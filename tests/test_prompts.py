@@ -11,9 +11,9 @@ from PIL import Image
 from torch.nn.functional import normalize
 
 from cache.store import Store
-from pipeline.batches import data_of
 from pipeline.config import config_fingerprint, load
 from pipeline.extract import extract
+from pipeline.learning.batches import data_of
 from pipeline.models.teacher import Teacher
 from pipeline.ops.sharpness import sharpness
 from pipeline.prompts import select_prompt

@@ -15,9 +15,9 @@ from PIL import Image
 from cache.errors import MissingCache, StaleCache
 from cache.ledger import write_manifest
 from cache.store import Store
-from pipeline.batches import data_of
-from pipeline.checkpoint import Checkpoint, save_student
 from pipeline.config import UserError, config_fingerprint, load
+from pipeline.learning.batches import data_of
+from pipeline.learning.checkpoint import Checkpoint, save_student
 from pipeline.looking import charts, facts, gallery, panels
 from pipeline.looking.page import render
 from pipeline.models.student import build_student

@@ -9,8 +9,8 @@ from PIL import Image
 from cache.errors import MissingCache
 from cache.ledger import write_manifest
 from cache.store import Store
-from pipeline.batches import data_of
 from pipeline.config import load
+from pipeline.learning.batches import data_of
 from pipeline.looking.gallery import Card
 from pipeline.looking.page import render
 from pipeline.looking.tagged import Tagged, percent_palette

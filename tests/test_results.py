@@ -5,7 +5,7 @@ import json
 import pytest
 
 from pipeline.config import UserError, load
-from pipeline.results import BEGIN, END, keep_contrast, lift_of_glm, results_of, results_section
+from pipeline.evidence.results import BEGIN, END, keep_contrast, lift_of_glm, results_of, results_section
 
 MADE = {"date": "2026-01-02", "machine": "2 x a processor", "torch": "2.9", "revision": "abc"}
 

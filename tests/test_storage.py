@@ -17,9 +17,9 @@ from torch.nn.functional import cosine_similarity
 from cache.errors import CacheError, CorruptShard
 from cache.store import Store
 from pipeline.cluster import cluster
-from pipeline.encode import STORAGE, STREAM
 from pipeline.extract import audit, extract
 from pipeline.ops.quantise import dequantised, quantised
+from pipeline.teaching.encode import STORAGE, STREAM
 from pipeline.verify import verify
 from tests.conftest import ROOT, TINY
 
@@ -111,8 +111,8 @@ def array(config, name):
 @pytest.mark.parametrize("tokens", CLUSTERED)
 def test_the_doctor_predicts_what_inspect_finds(made, tokens):
     """Within 3 %, pseudo labels estimated; 66 images, so a short shard too."""
-    from pipeline.forecast import forecast
     from pipeline.looking.facts import array_facts, bytes_per_view
+    from pipeline.looking.forecast import forecast
     from pipeline.models.teacher import shape_of
 
     config = made[tokens]

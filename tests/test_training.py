@@ -15,12 +15,12 @@ from torch import nn
 
 from cache.store import Store
 from pipeline import train as stage
-from pipeline.batches import CachedViews, data_of, held_out
-from pipeline.checkpoint import Checkpoint, latest_checkpoint, load_student, save_checkpoint
 from pipeline.config import Config
 from pipeline.data.base import DataError
+from pipeline.learning.batches import CachedViews, data_of, held_out
+from pipeline.learning.checkpoint import Checkpoint, latest_checkpoint, load_student, save_checkpoint
+from pipeline.learning.validation import Best, seen_miou
 from pipeline.train import TrainError, train
-from pipeline.validation import Best, seen_miou
 from tests.conftest import ROOT, TINY, forget_accelerator, is_one_line_error
 
 

@@ -235,9 +235,9 @@ def test_no_permission(tmp_path, run_cli):
 
 def test_every_error_is_of_one_family():
     from cache.errors import CacheError
-    from pipeline.checkpoint import CheckpointError
     from pipeline.config import ConfigError, UserError
     from pipeline.data.base import BadImage, DataError
+    from pipeline.learning.checkpoint import CheckpointError
     from pipeline.models.student import StudentError, build_student
     from pipeline.models.teacher import TeacherError
     from pipeline.train import TrainError

@@ -17,10 +17,10 @@ from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from cache.errors import StaleCache
 from cache.store import Store
-from pipeline.checkpoint import Checkpoint
 from pipeline.config import Config, UserError
 from pipeline.data.base import BadImage, DataError, DataSet, Sample
-from pipeline.inference import best_by_group, class_logits, predicted
+from pipeline.learning.checkpoint import Checkpoint
+from pipeline.learning.inference import best_by_group, class_logits, predicted
 from pipeline.looking.panels import Panel, Strip, class_panel, error_panel, photo
 from pipeline.models.student import DenseStudent
 from pipeline.ops import metrics

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from cache.store import Store
-from pipeline.batches import mask_from_cams
 from pipeline.config import Config
 from pipeline.data.base import DataSet, Sample
+from pipeline.learning.batches import mask_from_cams
 from pipeline.looking.gallery import IGNORE, Card, present, scores_of
 from pipeline.looking.panels import Panel, class_panel, photo
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from pipeline.batches import IGNORE, CachedViews
+from pipeline.learning.batches import IGNORE, CachedViews
+from pipeline.learning.objective import Learner
 from pipeline.looking.panels import object_palette
-from pipeline.objective import Learner
 from pipeline.ops.losses import PSEUDO_IDS, logits
 
 NUM_IMAGES = 4  # the first of the cache: the same ones whenever and wherever

@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.config import Config, UserError
-from pipeline.results import KEPT, Results, mean_and_spread, results_of
-from pipeline.variants import TABLES, VARIANTS
+from pipeline.evidence.results import KEPT, Results, mean_and_spread, results_of
+from pipeline.evidence.variants import TABLES, VARIANTS
 
 KEYS = ("mIoU_S", "mIoU_U", "hIoU")
 PAGE = Path("docs/ablations.md")

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.config import Config, UserError
-from pipeline.variants import CONTRAST, QUICK_SEEDS, SEEDS, VARIANTS, run_name
+from pipeline.evidence.variants import CONTRAST, QUICK_SEEDS, SEEDS, VARIANTS, run_name
 
 KEYS = ("pAcc", "mIoU_S", "mIoU_U", "hIoU")
 

@@ -26,10 +26,10 @@ from cache.store import Store
 from cache.verify import check_whole, read_recorded
 from pipeline.config import LABELS_FROM, Config
 from pipeline.data.base import DataError, DataSet, Sample, open_data_set
-from pipeline.loading import Kept, loader_processes, made_ahead
+from pipeline.learning.loading import Kept, loader_processes, made_ahead
 from pipeline.ops.masks import fitted_size, mask_and_confidence
 from pipeline.ops.views import replay_image, replay_labels, view_of
-from pipeline.rows import cached_samples
+from pipeline.teaching.rows import cached_samples
 from pipeline.tracking import required_manifest
 
 IGNORE = 255  # label of a pixel without annotation

@@ -11,16 +11,16 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import set_seed
 
-from pipeline.batches import CachedViews, data_of, training_batches
-from pipeline.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint
 from pipeline.config import Config, Train, UserError
+from pipeline.learning.batches import CachedViews, data_of, training_batches
+from pipeline.learning.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint
+from pipeline.learning.objective import Learner
+from pipeline.learning.processes import is_launched
+from pipeline.learning.validation import Best
 from pipeline.models.glm import ClsBank
 from pipeline.models.student import build_student, parameter_groups
 from pipeline.models.vla import VisualLanguageAdapter
-from pipeline.objective import Learner
-from pipeline.processes import is_launched
 from pipeline.tracking import revision, say
-from pipeline.validation import Best
 
 
 class TrainError(UserError):

@@ -11,9 +11,9 @@ from typing import Any
 
 from cache.ledger import Ledger
 from cache.store import Store
-from pipeline.batches import data_of
 from pipeline.config import Config, digest
-from pipeline.rows import samples_of, span
+from pipeline.learning.batches import data_of
+from pipeline.teaching.rows import samples_of, span
 from pipeline.tracking import record_shard
 
 

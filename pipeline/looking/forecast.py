@@ -16,9 +16,9 @@ import numpy as np
 
 from cache.schema import ARRAYS, SHARD, spec_of
 from pipeline.config import Config
-from pipeline.encode import STORAGE
 from pipeline.models.teacher import TeacherShape
-from pipeline.pseudo import num_centres, written_arrays
+from pipeline.teaching.encode import STORAGE
+from pipeline.teaching.pseudo import num_centres, written_arrays
 
 CRC, INDEX_ENTRY = 4, 16  # bytes: a crc32c; where a chunk begins and how long it is (cache/shards.py)
 METADATA = 1_200  # bytes of an array's zarr.json: 1,010 to 1,430 in caches of the demo

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from torchmetrics.classification import MulticlassConfusionMatrix
 
-from pipeline.batches import IGNORE, CachedViews
+from pipeline.learning.batches import IGNORE, CachedViews
 from pipeline.ops.losses import logits
 from pipeline.ops.metrics import iou_per_class
 

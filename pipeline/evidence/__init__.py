@@ -1,0 +1,1 @@
+"""Results of finished runs: tables, variants of a run, and whether their contrasts are the paper's."""

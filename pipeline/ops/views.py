@@ -143,9 +143,9 @@ def replay_image(image: NDArray, box: ArrayLike, size: int, mean_colour: ArrayLi
     columns = rows.unflatten(1, (-1, 3)).transpose(0, 1).double().flatten(1)  # (w, size * 3)
     both = _resample_rows(columns, *horizontal).unflatten(1, (-1, 3))  # (size, size, 3), axes exchanged
     pixels = both.permute((2, 0, 1) if is_wide else (2, 1, 0))  # (3, size, size), units of 2^-28
-    half = 1 << (2 * WEIGHT_BITS - 1)
-    rounded = (pixels.long() + half) >> (2 * WEIGHT_BITS)
-    return (rounded + mean[:, None, None]).to(torch.uint8).contiguous()
+    # Rounded half up. Exact, and seven times as fast as in integers: 37 bits of a double's 53 are in use.
+    rounded = pixels.mul(2.0 ** (-2 * WEIGHT_BITS)).add_(0.5).floor_().add_(mean[:, None, None])
+    return rounded.to(torch.uint8).contiguous()
 
 
 def _nearest(start: int, side: int, length: int, size: int) -> tuple[NDArray, NDArray]:

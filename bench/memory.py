@@ -22,7 +22,8 @@ from cache.schema import SHARD
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = (200, 2_000, 20_000)
-WORLD = f"import pipeline.data.demo as world; world.KEPT_SCENES = {SHARD}; "
+WORLD = "import functools, pipeline.data.demo as world; "
+WORLD += f"world._rendered = functools.lru_cache({SHARD})(world._rendered.__wrapped__); "
 RUN = WORLD + "import resource, sys; sys.argv[0] = 'cli.py'; import cli; cli.app(standalone_mode=False); "
 SAY = "print('PEAK', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
 

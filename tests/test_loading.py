@@ -77,6 +77,24 @@ def test_batches_are_the_same_from_memory(cached_demo, tiny):
     assert [len(each.replayed.held) for each in (never, some, everything)] == [0, 20, 140]
 
 
+def test_batches_are_the_same_from_processes(cached_demo, tiny):
+    """Two loader processes of each of two training processes: what a thread makes, in its order."""
+    settings = (f"cache.path={cached_demo}", "train.photometric=true")
+    batches = {}
+    for workers in (0, 2):
+        config = tiny(*settings, f"train.workers={workers}")
+        batches[workers] = [
+            list(training_batches(views, start=3, stop=8, process=process, num_processes=2))
+            for process in (0, 1)
+            for views in [CachedViews(config, data_of(config))]
+        ]
+    for made, wanted in zip(batches[2], batches[0], strict=True):
+        assert len(made) == len(wanted) == 5
+        for one, other in zip(made, wanted, strict=True):
+            assert one.keys() == other.keys()
+            assert all(torch.equal(one[name], other[name]) for name in other)
+
+
 def plan_of(views):
     return Plan(views.rows, views.config.train.batch, views.config.train.seed)
 

@@ -228,6 +228,12 @@ def _draw_thing(
     labels[depth <= 1.0] = len(TEXTURES) + which
 
 
+@lru_cache(maxsize=KEPT_SCENES)
+def _rendered(image: str, size: int, radius: tuple[float, float]) -> Scene:
+    seed, index = image.split("/")
+    return render_scene(int(seed), int(index), size, radius=radius)
+
+
 class DemoDataSet(DataSet):
     """The procedural world as a data set: `train` scenes of `seed`, `test` scenes of `test_seed`.
 
@@ -275,11 +281,10 @@ class DemoDataSet(DataSet):
             size,
         )
         self.radius = (float(radius[0]), float(radius[1]))
-        self.render = lru_cache(maxsize=min(train + test, KEPT_SCENES))(self._render)
 
-    def _render(self, image: str) -> Scene:
-        seed, index = image.split("/")
-        return render_scene(int(seed), int(index), self.size, radius=self.radius)
+    def render(self, image: str) -> Scene:
+        """The scene of a sample's `image`, "seed/index"."""
+        return _rendered(image, self.size, self.radius)
 
     def samples(self, part: str) -> list[Sample]:
         seed = self.seeds[part]

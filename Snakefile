@@ -8,7 +8,7 @@
 import sys
 
 from pipeline.config import LABELS_FROM, from_mapping
-from pipeline.evidence.variants import ABLATED, CONTRAST, run_names, stage_triggers, variant_runs
+from pipeline.evidence.variants import ABLATED, CONTRAST, run_names, side_by_side, stage_triggers, variant_runs
 
 
 if "name" not in config:
@@ -117,7 +117,7 @@ rule train:
         f"{OUT}/{{run}}/logs/train.log",
     conda:
         "config/environment.yaml"
-    threads: workflow.cores
+    threads: lambda wildcards: 1 if side_by_side() and wildcards.run != RUN.name else workflow.cores
     shell:
         "cli train {params.own} --log {log}"
 

@@ -70,7 +70,12 @@ class Text(Section):
 
 
 class Views(Section):
-    num: int = Field(1, ge=1, le=255, description="cached views per image; view 0 is the whole image")
+    num: int = Field(
+        4,
+        ge=1,
+        le=255,
+        description="cached views per image, 4 by docs/fidelity.md; view 0 is the whole image",
+    )
 
 
 class CacheSection(Section):

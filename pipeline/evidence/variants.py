@@ -5,6 +5,7 @@ The variants share the run's cache, so that the teacher and the clusters are com
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,9 +80,16 @@ def variant_runs(
         for seed in QUICK_SEEDS if quick else SEEDS:
             name = run_name(config, variant, seed, quick=quick)
             where = f"cache.path={cache.as_posix() if isinstance(cache, Path) else cache}"
-            own = (*changed.settings, *shorter, f"name={name}", where, f"train.seed={seed}")
+            own = (*changed.settings, *shorter, *side_by_side(), f"name={name}", where, f"train.seed={seed}")
             runs.setdefault(name, (*settings, *own))
     return runs
+
+
+def side_by_side() -> tuple[str, ...]:
+    """Settings of variants that train at the same time, a core each: without a GPU two small students on two cores
+    end sooner than one after the other on both (bench/README.md). On a GPU nothing, and one at a time.
+    """
+    return () if shutil.which("nvidia-smi") else ("train.threads=1",)
 
 
 def stage_triggers(raw: Mapping[str, Any], settings: Iterable[str]) -> dict[str, str]:

@@ -18,7 +18,7 @@ def changed(key: str, value: object) -> list[str]:
     [
         ("train.lr", 1e-3, ["train", "eval", "report"]),
         ("cluster.threshold", 0.7, ["cluster", "train", "eval", "report"]),
-        ("views.num", 4, list(STAGES)),
+        ("views.num", 5, list(STAGES)),
         ("teacher.image_size", 256, list(STAGES)),
         ("eval.gamma", 2.0, ["eval", "report"]),
         ("data.test_seed", 9, ["eval", "report"]),

@@ -152,13 +152,14 @@ def run_one(name: str, seed: int, chosen: argparse.Namespace) -> None:
 
 def seconds(chosen: argparse.Namespace) -> tuple[float, float]:
     """Seconds of a view in stage one (teacher, clustering, writing left out) and of a training step."""
-    config = config_of("timing", "views", chosen, "views.num=1", "train.views=1", "train.tracker=none")
+    config = config_of("timing", "views", chosen, "train.views=1", "train.tracker=none")
+    one_view = config_of("timing", "views", chosen, "views.num=1")
     data, teacher = data_of(config), teacher_of(config.teacher)
     samples = data.samples("train")[:TRIALS]
 
     def stage_one() -> None:
-        blocks, _ = shard_blocks(config, data, teacher, samples, None)
-        extract._cluster(config, data, teacher, samples, blocks)
+        blocks, _ = shard_blocks(one_view, data, teacher, samples, None)
+        extract._cluster(one_view, data, teacher, samples, blocks)
 
     run = training.new_run(config, training.open_accelerator(config, tracks=False), "", None)
     training.prepare(run)

@@ -107,6 +107,16 @@ _SPECS = (
         is_debug=True,
     ),
     ArraySpec(
+        "named",
+        ("N", "V", "K_c"),
+        "uint8",
+        254,
+        "cluster",
+        "class id of each potential object, row p - 1 for mask p; 255 without a name (cluster.named_above)",
+        blank=True,
+        compressed=True,
+    ),
+    ArraySpec(
         "cam",
         ("N", "K_max", "g_h", "g_w"),
         "float16",

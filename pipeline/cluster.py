@@ -20,6 +20,7 @@ from torch import Tensor
 
 from cache.errors import damaged
 from cache.ledger import Ledger, lock, refuse_if_locked
+from cache.schema import ARRAYS
 from cache.store import Store
 from cache.verify import read_recorded
 from pipeline.config import Config, ConfigError, config_fingerprint, digest, fingerprint
@@ -27,6 +28,7 @@ from pipeline.learning.batches import data_of
 from pipeline.ops.quantise import dequantised
 from pipeline.teaching.engine import map_shards
 from pipeline.teaching.labels import Job, done_shards, record_labels
+from pipeline.teaching.names import object_names
 from pipeline.teaching.pseudo import IGNORED, cluster_tokens, device_name, num_centres, sum_of, written_arrays
 from pipeline.teaching.rows import cached_samples, check_unchanged, made_from, samples_of
 from pipeline.tracking import finish, found_manifest, progress, required_manifest, say
@@ -43,6 +45,10 @@ def cluster(config: Config, *, workers: int = 0, scheduler: str | None = None) -
         raise ConfigError(
             "cache.tokens pooled keeps no dense tokens to cluster: set it to float16, int8 or stream, or train with "
             "recipe clip_es, which needs none."
+        )
+    if config.cluster.named_above is not None and config.cache.tokens == STREAM:
+        raise ConfigError(
+            "cluster.named_above asks for a stage of its own: set cache.tokens to float16 or int8, or leave it out."
         )
     above = required_manifest(config, "extract")
     manifest = found_manifest(config, "cluster")
@@ -117,6 +123,12 @@ def cluster_shard(job: Job, shard: int, *, tick: Any = None) -> int:
         store.attributes["teacher"]["image_size"],
         tick,
     )
+    if config.cluster.named_above is not None:
+        text, most = torch.from_numpy(store.read_whole("text")), store.sizes["K_c"]
+        is_ok = made["status"] == 0
+        names = object_names(config, data, samples, made["view"], blocks["pseudo"], is_ok, text, most)
+        names[~is_ok] = ARRAYS["named"].fill
+        blocks["named"] = names
     digests = {name: store.write_shard(name, shard, block) for name, block in blocks.items()}
     record_labels("cluster", job, store, shard, {"digests": digests, "stats": stats}, began)
     return len(rows)

@@ -97,6 +97,13 @@ class Cluster(Section):
     threshold: float = Field(0.8, gt=0, lt=1, description="lambda of Algorithm 1 (section 4.2)")
     backend: Literal["faiss", "torch"] = "faiss"
     device: str = Field("auto", description="auto takes a GPU when there is one")
+    named_above: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="name potential objects after the unseen classes that an image is tagged with, where the mean of "
+        "the tag's refined CAM is at least this (0.3; weakly supervised); null is zero-shot",
+    )
     debug: bool = Field(False, description="keep centroids and the map before fusion too")
 
 
@@ -320,7 +327,7 @@ NOT_CONTENT = {
     )
 }
 # Keys that are younger than caches worth keeping: without effect on a fingerprint while they are empty.
-YOUNGER = {"text.synonyms"}
+YOUNGER = {"text.synonyms", "cluster.named_above"}
 # Options of a data set that only other stages see.
 DATA_NOT_FOR = {"extract": ("test_seed", "test", "unseen", "split"), "cluster": ("test_seed", "test")}
 DATA_NOT_FOR["train"] = DATA_NOT_FOR["cams"] = DATA_NOT_FOR["cluster"]
@@ -344,6 +351,8 @@ def config_fingerprint(config: Config, stage: str, apart_from: tuple[str, ...] =
         upstream = LABELS_FROM[config.recipe]
     if stage == "extract" and config.cache.tokens == "stream":
         sections = (*sections, "cluster")
+    if stage == "cluster" and config.cluster.named_above is not None:
+        sections = (*sections, "cams")
     dumped = config.model_dump(mode="json", by_alias=True)
     own: dict[str, Any] = {}
     for section in sections:
@@ -353,7 +362,7 @@ def config_fingerprint(config: Config, stage: str, apart_from: tuple[str, ...] =
             for k, v in dumped[section].items()
             if f"{section}.{k}" not in NOT_CONTENT
             and k not in hidden
-            and (v or f"{section}.{k}" not in YOUNGER)
+            and (v not in (None, {}) or f"{section}.{k}" not in YOUNGER)
         }
     above = config_fingerprint(config, upstream, apart_from) if upstream else None
     return digest([stage, own, above])

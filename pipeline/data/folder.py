@@ -6,6 +6,7 @@
     ignore: 255                   # raw id of pixels without a label
     train: {images: "train/*.jpg", masks: "train_masks/*.png"}   # masks may be left out
     test: {images: "test/*.jpg", masks: "test_masks/*_ids.png", mask_suffix: _ids, list: test.txt}
+    tags: tags.yaml               # `id: [apple, pear]`, which classes an image holds; left out: its mask says so
 
 Globs and lists are relative to the yaml's folder; image and mask are paired by the file name without
 its ending (and without `mask_suffix`), which is the sample's id, in Unicode's composed form (NFC), for
@@ -28,7 +29,10 @@ import yaml
 from pipeline.data.base import IGNORE, PARTS, DataError, Sample, check_names, unknown
 from pipeline.data.files import FileDataSet, raw_table, read_ids, refuse_missing, root_of
 
-KEYS = ("name", "classes", "unseen", "seen", "ignore", "reduce_zero_label", "palette", "train", "test")
+KEYS = (
+    *("name", "classes", "unseen", "seen", "ignore", "reduce_zero_label", "palette", "train", "test"),
+    "tags",
+)
 PART_KEYS = ("images", "masks", "mask_suffix", "list")
 
 
@@ -70,6 +74,7 @@ class FolderDataSet(FileDataSet):
             raise DataError(
                 f"{self.path}: neither train nor test is described; give at least `train: {{images: ...}}`."
             )
+        self.listed_tags = _tags(self.path, described.get("tags"), classes)
         self.reduce_zero_label = _reduced(self.path, described.get("reduce_zero_label", False))
         self.table = _table(self.path, classes, described.get("ignore", IGNORE), self.reduce_zero_label)
 
@@ -92,6 +97,19 @@ class FolderDataSet(FileDataSet):
         return (
             f" List the missing classes in {self.path.name}, or give the id of unlabelled pixels as `ignore`."
         )
+
+    def tags(self, sample: Sample) -> tuple[int, ...]:
+        if self.listed_tags is None:
+            return super().tags(sample)
+        if sample.id not in self.listed_tags:
+            raise DataError(
+                f"{self.path}: tags: image {sample.id!r} is not in the list; give it, or an empty list for none."
+            )
+        return self.listed_tags[sample.id]
+
+    def mask_stamp(self, sample: Sample) -> str:
+        stamp = super().mask_stamp(sample)
+        return stamp if self.listed_tags is None else f"{stamp} {self.listed_tags.get(sample.id)}"
 
     def list_samples(self, part: str) -> list[Sample]:
         if part not in self.parts:
@@ -209,6 +227,27 @@ def _unseen(path: Path, classes: tuple[str, ...], described: Mapping[str, Any]) 
             f"{path}: {neither[0]!r} is neither seen nor unseen; leave one of the lists out, or add it."
         )
     return given["unseen"]
+
+
+def _tags(path: Path, named: object, classes: tuple[str, ...]) -> dict[str, tuple[int, ...]] | None:
+    """The class ids of each image by the list that `tags` names; None without one."""
+    if named is None:
+        return None
+    if not isinstance(named, str):
+        raise DataError(f"{path}: tags is {named!r}; want the name of a YAML file, `id: [class, ...]`.")
+    where = path.parent / named
+    try:
+        listed = yaml.safe_load(where.read_text(encoding="utf-8-sig"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise DataError(f"{where}: not readable as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(listed, dict):
+        raise DataError(f"{where}: want `id: [class, ...]` for every image; found {type(listed).__name__}.")
+    return {
+        unicodedata.normalize("NFC", str(key)): tuple(
+            classes.index(name) for name in check_names(f"{where}: {key}", names or [], classes)
+        )
+        for key, names in listed.items()
+    }
 
 
 def _palette(path: Path, palette: object, num: int) -> np.ndarray | None:

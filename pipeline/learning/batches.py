@@ -27,7 +27,7 @@ from cache.verify import check_whole, read_recorded
 from pipeline.config import LABELS_FROM, Config
 from pipeline.data.base import DataError, DataSet, Sample, open_data_set
 from pipeline.learning.loading import Kept, loader_processes, made_ahead
-from pipeline.ops.masks import fitted_size, mask_and_confidence
+from pipeline.ops.masks import fitted_size, mask_and_confidence, named_labels
 from pipeline.ops.views import replay_image, replay_labels, view_of
 from pipeline.teaching.rows import cached_samples
 from pipeline.tracking import required_manifest
@@ -104,6 +104,8 @@ class CachedViews(Dataset):
         self.samples = cached_samples(data, self.store)
         self.row_of = {sample.id: row for row, sample in enumerate(self.samples)}
         self.arrays = REFINED if self.is_tagged and config.cams.refine != "none" else READ[config.recipe]
+        if self.is_named:
+            self.arrays = (*self.arrays, "named")
         if self.is_tagged and data.unseen:
             raise DataError(
                 f"recipe clip_es learns every class from its tags, and data.unseen names {', '.join(data.unseen)}. "
@@ -130,6 +132,16 @@ class CachedViews(Dataset):
     def is_tagged(self) -> bool:
         """Whether labels come from image-level labels (clip_es)."""
         return self.config.recipe == "clip_es"
+
+    @property
+    def is_named(self) -> bool:
+        """Whether potential objects have names by the image's tags (clip_teacher with cluster.named_above)."""
+        return not self.is_tagged and self.config.cluster.named_above is not None
+
+    @property
+    def taught_ids(self) -> tuple[int, ...]:
+        """The classes whose names training may know: the seen ones, and with tags all."""
+        return tuple(range(len(self.data.classes))) if self.is_named else self.data.seen_ids
 
     def _views_used(self, cached: int) -> int:
         wanted = self.config.train.views or cached
@@ -172,7 +184,7 @@ class CachedViews(Dataset):
         sample, train = self.samples[place.row], self.config.train
         view = view_of(sample.id, place.epoch, self.num_views)
         image, labels = self.replay(sample, self._row("view", place.row)[view])
-        pseudo = self._pseudo(place.row, view)
+        labels, pseudo = self._labelled(labels, place.row, view)
         rng = np.random.Generator(
             np.random.Philox(key=[train.seed, (place.iteration << 20) + place.position])
         )
@@ -186,14 +198,18 @@ class CachedViews(Dataset):
     def whole(self, row: int) -> dict[str, Tensor]:
         """View 0 of a row as it is, neither flipped nor distorted: image, labels, pseudo, cls."""
         image, labels = self.replay(self.samples[row], self._row("view", row)[0])
+        labels, pseudo = self._labelled(labels, row, 0)
         cls = torch.from_numpy(self._row("cls", row)[0])
-        return {"image": image, "labels": labels, "pseudo": self._pseudo(row, 0), "cls": cls.float()}
+        return {"image": image, "labels": labels, "pseudo": pseudo, "cls": cls.float()}
 
-    def _pseudo(self, row: int, view: int) -> Tensor:
-        """(h, w) uint8; a single 0, all annotated, where labels are CAMs."""
+    def _labelled(self, labels: Tensor, row: int, view: int) -> tuple[Tensor, Tensor]:
+        """Labels (S, S) and pseudo labels (h, w) uint8; of these a single 0, all annotated, where labels are CAMs."""
         if self.is_tagged:
-            return torch.zeros(1, 1, dtype=torch.uint8)
-        return torch.from_numpy(self._row("pseudo", row)[view])
+            return labels, torch.zeros(1, 1, dtype=torch.uint8)
+        pseudo = torch.from_numpy(self._row("pseudo", row)[view])
+        if not self.is_named:
+            return labels, pseudo
+        return named_labels(labels, pseudo, torch.from_numpy(self._row("named", row)[view]))
 
     def _row(self, array: str, row: int) -> np.ndarray:
         return (

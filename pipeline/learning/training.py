@@ -93,7 +93,7 @@ def new_run(config: Config, accelerator: Accelerator, identity: str, cache: str 
     ):  # a channel a class: its table is the identity, for eval and export too
         channels, text = len(data.classes), torch.eye(len(data.classes))
     vla, bank = (section.vla, section.bank) if config.recipe == "clip_teacher" else ("original", 0)
-    seen = torch.tensor(list(data.seen_ids))
+    seen = torch.tensor(views.taught_ids)
     learner = Learner(
         student=build_student(config.student, channels),
         vla=VisualLanguageAdapter(channels, vla),

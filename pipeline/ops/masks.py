@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+UNLABELLED = 255
+
 
 def class_scores(cam: Tensor, size: tuple[int, int], power: float) -> Tensor:
     """Scores of the background, then of each class, that sum to 1 at every pixel.
@@ -54,6 +56,21 @@ def thresholded(
         return ids[torch.zeros(size, dtype=torch.long, device=cam.device)]
     maps = interpolate(cam[None].float(), size, mode="bilinear", align_corners=False)[0]
     return ids[torch.cat([constant, maps]).argmax(0)]
+
+
+def named_labels(labels: Tensor, pseudo: Tensor, names: Tensor) -> tuple[Tensor, Tensor]:
+    """Potential objects that have a name become labels where there was none, and are no potential objects any more.
+
+    Shapes: labels (S, S), pseudo (h, w), names (K_c,), the class of mask p at p - 1, 255 without; all uint8
+    -> labels, pseudo of the same shapes, neither written into.
+    """
+    table = torch.full((256,), UNLABELLED, dtype=torch.uint8)
+    table[1 : 1 + len(names)] = names
+    known = table[pseudo.long()]  # (h, w)
+    wide = known.repeat_interleave(labels.shape[0] // len(known), 0).repeat_interleave(
+        labels.shape[1] // known.shape[1], 1
+    )
+    return labels.where(labels != UNLABELLED, wide), pseudo.where(known == UNLABELLED, 0)
 
 
 def fitted_size(height: int, width: int, max_side: int, patch: int) -> tuple[int, int]:

@@ -28,7 +28,8 @@ QUARANTINED = 255  # pseudo label of every token of an image without tokens: pad
 
 def written_arrays(section: Cluster) -> tuple[str, ...]:
     """The arrays that clustering makes."""
-    return ("pseudo", "centroids", "pseudo_raw") if section.debug else ("pseudo",)
+    debug = ("centroids", "pseudo_raw") if section.debug else ()
+    return ("pseudo", *debug, *(("named",) if section.named_above is not None else ()))
 
 
 def cluster_tokens(

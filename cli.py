@@ -308,6 +308,20 @@ def ablations(
         keep_tables(settings, quick=quick)
 
 
+@app.command()
+def transfer(
+    config: ConfigOption = DEFAULT,
+    set_: SetOption = [],  # noqa: B006
+    on: Annotated[str, typer.Option("--on", help="the other data set, as eval's")] = "demo_other",
+) -> None:
+    """Print the paper's Table 2 beside ours: one data set's students on another, and each contrast's sign."""
+    settings = _load(config, set_)
+    from pipeline.config import load, preset
+    from pipeline.evidence.transfer import print_transfer
+
+    print_transfer(settings, load(preset(on)))
+
+
 def main() -> None:
     from cache.errors import CacheError
     from pipeline.config import UserError

@@ -4,7 +4,7 @@
 #   snakemake --cores all --config set="train.lr=1e-4"       the CLI's --set, several separated by spaces
 #   snakemake ablations --cores all                          Tables 3, 4 and 5, three seeds; --config quick=true: one
 #   snakemake transfer --cores all                           Table 2: the demo's three seeds on config/demo_other.yaml. A
-#       training that is missing takes as long as the demo's own (minutes), an evaluation seconds. Others:
+#       training that is missing takes as long as the demo's own (minutes), an evaluation ten seconds. Others:
 #       --configfile config/coco_stuff.yaml --config on=context on_set="data.root=..."
 # Outputs are the small manifests that a stage writes last; the Zarr folder and its ledger are not
 # declared, since Snakemake deletes declared outputs before a rerun, and the resume state with them.
@@ -77,8 +77,12 @@ rule transfer:
         expand("{out}/{run}/eval-on-{on}/metrics.json", out=OUT, run=run_names(RUN, ["full"]), on=OTHER.name),
     params:
         on=ON,
+    log:
+        f"{OUT}/{RUN.name}/logs/transfer-{OTHER.name}.log",
+    conda:
+        "config/environment.yaml"
     shell:
-        "cli transfer --on {params.on}"
+        "cli transfer --on {params.on} | tee {log}"
 
 
 rule extract:

@@ -161,7 +161,7 @@ def _evaluated(config: Config, student_name: str, task: Task) -> dict[str, Any]:
         and found.get("pictures") == section.pictures
     ):
         say(f"eval: nothing to do, {path} is of this student, config and data")
-        say(result_table({task.label: found}))
+        _say(task, found)
         return found
     student, checkpoint = load_student(config.run_path / "train" / student_name)
     if torch.cuda.is_available():
@@ -183,8 +183,14 @@ def _evaluated(config: Config, student_name: str, task: Task) -> dict[str, Any]:
     partial = path.with_name(".metrics.json.partial")
     partial.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     os.replace(partial, path)
-    say(result_table({task.label: result}))
+    _say(task, result)
     return result
+
+
+def _say(task: Task, result: dict[str, Any]) -> None:
+    say(result_table({task.label: result}))
+    if best := result.get("best_of_sweep"):
+        say(f"best of the sweep, chosen on these images: gamma {best['gamma']:g}, hIoU {best['hIoU']:.1f}")
 
 
 class Scored:
@@ -228,6 +234,7 @@ class Scored:
             "per_class": {data.classes[i]: _number(v) for i, v in chosen["per_class"].items()},
             "gamma": section.gamma,
             "gamma_sweep": {str(g): _rounded(s) for g, s in summaries.items()},
+            "best_of_sweep": _best(summaries),
             "unseen": list(data.unseen),
             "num_images": len(self.samples),
             "mode": section.mode,
@@ -311,6 +318,15 @@ def _write_per_class(path: Path, matrix: np.ndarray, data: DataSet) -> None:
 
 def _number(value: float) -> float | None:
     return None if math.isnan(value) else round(float(value), 2)
+
+
+def _best(summaries: dict[float, dict[str, Any]]) -> dict[str, Any] | None:
+    """The gamma of the highest hIoU and its scores; None where there is no hIoU."""
+    scored = {gamma: s["hIoU"] for gamma, s in summaries.items() if not math.isnan(s["hIoU"])}
+    if not scored:
+        return None
+    gamma = max(scored, key=scored.__getitem__)
+    return {"gamma": gamma, **_rounded(summaries[gamma])}
 
 
 def _rounded(summary: dict[str, Any]) -> dict[str, Any]:

@@ -207,6 +207,10 @@ def test_eval_is_the_definition(trained, tmp_path, run_cli):
         if gamma == found["gamma"]:
             shown = [math.nan if v is None else v for v in found["per_class"].values()]
             assert shown == pytest.approx(ious, abs=0.02, nan_ok=True)
+    best = found["best_of_sweep"]
+    assert best["hIoU"] == max(scores["hIoU"] for scores in found["gamma_sweep"].values()) > 0
+    assert best == {"gamma": best["gamma"], **found["gamma_sweep"][str(best["gamma"])]}
+    assert f"best of the sweep, chosen on these images: gamma {best['gamma']:g}" in done.stderr
     matrix = np.load(run / "eval" / "confusion.npy")
     assert (matrix.sum(0) > 0).sum() >= 3, "hardly anything is predicted"
     assert (found["mode"], found["flip"], found["scales"], found["side"]) == ("whole", False, [1.0], SIDE)

@@ -120,3 +120,6 @@ def test_the_table_is_printed(tmp_path, run_cli):
     done = run_cli("results", tmp_path / "demo", tmp_path / "demo-full-1")
     assert "demo-full-1 on demo_other" in done.stdout
     assert is_one_line_error(run_cli("transfer", *runs, "--on", "contxt"), "config/contxt.yaml")
+    path.write_text(json.dumps({"pAcc": 80.0, "mIoU_S": 40.0, "mIoU_U": None, "hIoU": None, "gamma": 1.5}))
+    path.rename(tmp_path / "demo" / "eval-on-demo_other" / "metrics.json")
+    assert is_one_line_error(run_cli("transfer", *runs), "demo_other", "data.unseen")

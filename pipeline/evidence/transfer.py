@@ -102,12 +102,19 @@ def evaluations(config: Config, folder: str) -> dict[int, dict[str, Any]]:
 
 
 def print_transfer(config: Config, other: Config) -> None:
-    """Our row and the paper's, then the contrasts with their signs. Raises: UserError when nothing was evaluated."""
+    """Our row and the paper's, then the contrasts with their signs. Raises: UserError when nothing was evaluated,
+    or the other set's classes aren't split.
+    """
     abroad, at_home = evaluations(config, f"eval-on-{other.name}"), evaluations(config, "eval")
     if not abroad:
         raise UserError(
             f"no run of {config.name!r} is evaluated on {other.name!r}. Run `snakemake transfer --cores all`, or "
             f"`cli.py eval --on {other.name}`, first."
+        )
+    if any(metrics[key] is None for metrics in abroad.values() for key in KEYS):
+        raise UserError(
+            f"{other.name!r} has no seen or no unseen class that was scored, and Table 2 wants both. Name a split "
+            "in its config (data.unseen or data.split)."
         )
     out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else WIDTH)
     table = Table(title="Table 2, another data set without training on it (percent)")

@@ -79,7 +79,9 @@ def test_things_without_a_name_have_no_label():
         ({"classes": {"lawn": ["gras"]}}, "'gras'.*nearest.*'grass'"),
         ({"classes": {"lawn": []}}, "lawn stands for"),
         ({"classes": {"lawn": ["grass"], "green": ["frog", "grass"]}}, "green stands for"),
+        ({"classes": ["grass"]}, "a class a line"),
         ({"things": (3, 99)}, "0 to 16"),
+        ({"things": 3}, "two numbers"),
     ],
 )
 def test_wrong_options(options, says):

@@ -235,6 +235,13 @@ def _rendered(image: str, size: int, radius: tuple[float, float], things: tuple[
     return render_scene(int(seed), int(index), size, radius=radius, things=things)
 
 
+def _is_range(found: object, most: int) -> bool:
+    """Two whole numbers in order, 0 to `most`."""
+    if not isinstance(found, Sequence) or len(found) != 2 or not all(isinstance(n, int) for n in found):
+        return False
+    return 0 <= found[0] <= found[1] <= most
+
+
 def _table(members: Mapping[str, Sequence[str]]) -> tuple[np.ndarray, np.ndarray]:
     """From the world's ids to those of a data set whose classes stand for the world's: (256,) ids, (K, 3) colours."""
     table, colours = np.full(256, IGNORE, np.uint8), []
@@ -282,8 +289,12 @@ class DemoDataSet(DataSet):
             raise DataError(
                 f"demo data: train={train}, test={test}, size={size}; want at least 1, 1 and 32 pixels."
             )
-        if len(things) != 2 or not 0 <= things[0] <= things[1] <= len(THINGS):
-            raise DataError(f"demo: things {list(things)}; want the least and the most, 0 to {len(THINGS)}.")
+        if not _is_range(things, len(THINGS)):
+            raise DataError(f"demo: things {things}; want two numbers, least and most, 0 to {len(THINGS)}.")
+        if classes is not None and not isinstance(classes, Mapping):
+            raise DataError(
+                f"demo: classes {classes!r}; want a name and its names in the world, a class a line."
+            )
         background = check_names("demo: background", background, CLASSES)
         members: dict[str, Sequence[str]] = {BACKGROUND: background} if background else {}
         members |= classes or {name: (name,) for name in CLASSES if name not in background}

@@ -3,12 +3,23 @@
 #   snakemake --cores all --configfile config/voc.yaml       any other run, of either recipe
 #   snakemake --cores all --config set="train.lr=1e-4"       the CLI's --set, several separated by spaces
 #   snakemake ablations --cores all                          Tables 3, 4 and 5, three seeds; --config quick=true: one
+#   snakemake transfer --cores all                           Table 2: the demo's three seeds on config/demo_other.yaml. A
+#       training that is missing takes as long as the demo's own (minutes), an evaluation ten seconds. Others:
+#       --configfile config/coco_stuff.yaml --config on=context on_set="data.root=..."
 # Outputs are the small manifests that a stage writes last; the Zarr folder and its ledger are not
 # declared, since Snakemake deletes declared outputs before a rerun, and the resume state with them.
 import sys
 
-from pipeline.config import LABELS_FROM, from_mapping
-from pipeline.evidence.variants import ABLATED, CONTRAST, run_names, side_by_side, stage_triggers, variant_runs
+from pipeline.config import LABELS_FROM, from_mapping, load, preset
+from pipeline.evidence.variants import (
+    ABLATED,
+    CONTRAST,
+    run_names,
+    side_by_side,
+    stage_triggers,
+    transfer_trigger,
+    variant_runs,
+)
 
 
 if "name" not in config:
@@ -18,7 +29,8 @@ if "name" not in config:
 
 SETTINGS = str(config.pop("set", "")).split()
 QUICK = str(config.pop("quick", "")).lower() == "true"
-RUN = from_mapping(config, SETTINGS)
+ON, ON_SETTINGS = str(config.pop("on", "demo_other")), str(config.pop("on_set", "")).split()
+RUN, OTHER = from_mapping(config, SETTINGS), load(preset(ON), ON_SETTINGS)
 RUNS = variant_runs(RUN, SETTINGS, quick=QUICK)  # run name -> its settings; the run itself comes first
 TRIGGERS = {run: stage_triggers(config, settings) for run, settings in RUNS.items()}
 # The user's settings are no params: a job runs again when its trigger changes, and for nothing else.
@@ -42,6 +54,7 @@ localrules:
     all,
     contrast,
     ablations,
+    transfer,
 
 
 rule all:
@@ -57,6 +70,19 @@ rule contrast:
 rule ablations:
     input:
         expand("{out}/{run}/eval/metrics.json", out=OUT, run=run_names(RUN, ABLATED, quick=QUICK)),
+
+
+rule transfer:
+    input:
+        expand("{out}/{run}/eval-on-{on}/metrics.json", out=OUT, run=run_names(RUN, ["full"]), on=OTHER.name),
+    params:
+        on=ON,
+    log:
+        f"{OUT}/{RUN.name}/logs/transfer-{OTHER.name}.log",
+    conda:
+        "config/environment.yaml"
+    shell:
+        "cli transfer --on {params.on} | tee {log}"
 
 
 rule extract:
@@ -137,6 +163,24 @@ rule eval:
     threads: workflow.cores
     shell:
         "cli eval {params.own} --log {log}"
+
+
+rule eval_on:
+    input:
+        rules.train.output,
+    output:
+        f"{OUT}/{{run}}/eval-on-{OTHER.name}/metrics.json",
+    params:
+        own=lambda wildcards: OWN[wildcards.run],
+        on=" ".join(["--on", ON, *(f"--on-set '{setting}'" for setting in ON_SETTINGS)]),
+        trigger=lambda wildcards: transfer_trigger(TRIGGERS[wildcards.run]["eval"], OTHER),
+    log:
+        f"{OUT}/{{run}}/logs/eval-on-{OTHER.name}.log",
+    conda:
+        "config/environment.yaml"
+    threads: workflow.cores
+    shell:
+        "cli eval {params.own} {params.on} --log {log}"
 
 
 rule report:

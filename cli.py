@@ -147,12 +147,30 @@ def train(
 
 
 @app.command(name="eval")
-def evaluate(config: ConfigOption = DEFAULT, set_: SetOption = [], log: LogOption = None) -> None:  # noqa: B006
+def evaluate(
+    config: ConfigOption = DEFAULT,
+    set_: SetOption = [],  # noqa: B006
+    on: Annotated[
+        str | None, typer.Option("--on", help="another data set: a preset of config/ by name, or a YAML")
+    ] = None,
+    on_set: Annotated[
+        list[str], typer.Option("--on-set", help="override a key of it: data.root=...; may be repeated")
+    ] = [],  # noqa: B006
+    log: LogOption = None,
+) -> None:
     """Evaluate the student on the test images: pAcc, mIoU(S), mIoU(U), hIoU, per class, over gamma."""
     settings = _load(config, set_, log)
+    from pipeline.config import ConfigError, load, preset
+
+    if on_set and on is None:
+        raise ConfigError("--on-set belongs to --on: it changes the config named there.")
+    other = None if on is None else load(preset(on), on_set)
     from pipeline import evaluate as stage
 
-    stage.evaluate(settings)
+    if other is None:
+        stage.evaluate(settings)
+    else:
+        stage.evaluate_on(settings, other)
 
 
 @app.command()
@@ -288,6 +306,20 @@ def ablations(
     print_tables(settings, quick=quick)
     if keep:
         keep_tables(settings, quick=quick)
+
+
+@app.command()
+def transfer(
+    config: ConfigOption = DEFAULT,
+    set_: SetOption = [],  # noqa: B006
+    on: Annotated[str, typer.Option("--on", help="the other data set, as eval's")] = "demo_other",
+) -> None:
+    """Print the paper's Table 2 beside ours: one data set's students on another, and each contrast's sign."""
+    settings = _load(config, set_)
+    from pipeline.config import load, preset
+    from pipeline.evidence.transfer import print_transfer
+
+    print_transfer(settings, load(preset(on)))
 
 
 def main() -> None:

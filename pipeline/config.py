@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -238,9 +238,21 @@ class Eval(Section):
     gamma_sweep: tuple[float, ...] = (0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0)
     mode: Literal["whole", "slide"] = Field("whole", description="whole: squashed to a view; slide: windows")
     stride: float = Field(
-        2 / 3, gt=0, le=1, description="step of sliding windows, in windows (mmseg: 341/512)"
+        2 / 3,
+        gt=0,
+        le=1,
+        description="step of sliding windows, in windows (mmseg: 341/512, or 0.8321: 426/512)",
+    )
+    flip: bool = Field(False, description="average with the mirrored image (mmseg's test-time augmentation)")
+    scales: tuple[Annotated[float, Field(gt=0)], ...] = Field(
+        (), description="average over the student's input at these sizes, [0.75, 1, 1.25]; empty: 1 alone"
     )
     batch: int = Field(8, ge=1)
+    pictures: int = Field(6, ge=0, description="worst and best test images that are drawn, so many of each")
+
+    @property
+    def is_averaged(self) -> bool:
+        return self.flip or self.scales not in ((), (1.0,))
 
 
 class Report(Section):
@@ -317,6 +329,7 @@ NOT_CONTENT = {
     "cluster.device",
     "cams.device",
     "eval.batch",
+    "eval.pictures",
     "cache.path",
     "cache.max_bad",
 } | {
@@ -327,7 +340,7 @@ NOT_CONTENT = {
     )
 }
 # Keys that are younger than caches worth keeping: without effect on a fingerprint while they are empty.
-YOUNGER = {"text.synonyms", "cluster.named_above"}
+YOUNGER = {"text.synonyms", "cluster.named_above", "eval.flip", "eval.scales"}
 # Options of a data set that only other stages see.
 DATA_NOT_FOR = {"extract": ("test_seed", "test", "unseen", "split"), "cluster": ("test_seed", "test")}
 DATA_NOT_FOR["train"] = DATA_NOT_FOR["cams"] = DATA_NOT_FOR["cluster"]
@@ -362,7 +375,7 @@ def config_fingerprint(config: Config, stage: str, apart_from: tuple[str, ...] =
             for k, v in dumped[section].items()
             if f"{section}.{k}" not in NOT_CONTENT
             and k not in hidden
-            and (v not in (None, {}) or f"{section}.{k}" not in YOUNGER)
+            and (v or v == 0 and v is not False or f"{section}.{k}" not in YOUNGER)
         }
     above = config_fingerprint(config, upstream, apart_from) if upstream else None
     return digest([stage, own, above])
@@ -402,6 +415,12 @@ def load(path: str | Path, settings: Iterable[str] = ()) -> Config:
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: a config is a mapping of sections, found {type(raw).__name__}.")
     return from_mapping(raw, settings, where=str(path))
+
+
+def preset(name_or_path: str) -> Path:
+    """The file of a preset in config/ called by its name, else the path itself."""
+    path = Path(name_or_path)
+    return path if path.suffix or len(path.parts) > 1 else Path("config") / f"{name_or_path}.yaml"
 
 
 def from_mapping(raw: Mapping[str, Any], settings: Iterable[str] = (), *, where: str = "config") -> Config:

@@ -33,6 +33,7 @@ from pipeline.data.base import DataError, DataSet, Sample
 from pipeline.data.prompts import prompts
 from pipeline.data.words import names_of_classes
 from pipeline.learning.batches import data_of
+from pipeline.learning.text import features_of_file
 from pipeline.models.teacher import Teacher
 from pipeline.ops.quantise import dequantised
 from pipeline.teaching.encode import OK, STORAGE, STREAM, axis_sizes, mean_colour, shard_blocks, teacher_of
@@ -242,20 +243,7 @@ def _text_features(config: Config, data: DataSet, teacher: Teacher) -> np.ndarra
         named = names_of_classes(data.classes, config.text.synonyms)
         groups = [[p for name in names for p in prompts(config.text.templates, name)] for names in named]
         return teacher.encode_text(groups).numpy()
-    path = Path(config.text.features)
-    try:
-        features = np.load(path, allow_pickle=False).astype(np.float32)
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"text.features {str(path)!r}: not a .npy of numbers: {' '.join(str(error).split())}"
-        ) from None
-    wanted = (len(data.classes), teacher.channels)
-    if features.shape != wanted or not np.isfinite(features).all():
-        raise DataError(
-            f"text.features {str(path)!r}: found shape {features.shape}, want {wanted} finite numbers "
-            f"(the {wanted[0]} classes of {data.name}, the teacher's {wanted[1]} channels)."
-        )
-    return features / np.linalg.norm(features, axis=1, keepdims=True)
+    return features_of_file(config.text.features, (len(data.classes), teacher.channels), data.name)
 
 
 def _open_store(config: Config, data: DataSet, identity: str, samples: Sequence[Sample]) -> Store:

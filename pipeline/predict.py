@@ -18,9 +18,9 @@ from torch import Tensor
 from pipeline.config import UserError
 from pipeline.data.base import BadImage, read_image
 from pipeline.data.classes import bitwise_palette
-from pipeline.data.prompts import prompts
 from pipeline.learning.checkpoint import Checkpoint, load_student, student_file
 from pipeline.learning.inference import best_by_group, class_logits, predicted
+from pipeline.learning.text import text_of_names
 
 OPACITY = 0.55  # of the class colours over the image
 MIN_SIDE = 384  # small images are enlarged to this for the overlay, so that the legend can be read
@@ -70,23 +70,14 @@ def text_features(checkpoint: Checkpoint, names: Sequence[str]) -> Tensor:
 
     Raises: UserError for such names when the student's classifier was learned.
     """
-    known = {name: checkpoint.text[i] for i, name in enumerate(checkpoint.classes)}
+    known = checkpoint.classes
     strange = [name for name in names if name not in known]
     if strange and checkpoint.config.student.classifier == "learned":
         raise UserError(
             f"--names {strange[0]!r}: this student has learned its {len(known)} classes and knows no "
             f"other ({', '.join(known)}). Train with student.classifier text for any names."
         )
-    if strange:
-        from pipeline.models.teacher import Teacher
-
-        section = checkpoint.config.teacher
-        teacher = Teacher.load(
-            section.model, section.pretrained, image_size=section.image_size, quick_gelu=section.quick_gelu
-        )
-        groups = [prompts(checkpoint.config.text.templates, name) for name in strange]
-        known |= dict(zip(strange, teacher.encode_text(groups), strict=True))
-    return torch.stack([known[name] for name in names])
+    return text_of_names(checkpoint, [(name,) for name in names])
 
 
 def overlay(image: np.ndarray, ids: np.ndarray, names: Sequence[str], palette: np.ndarray) -> Image.Image:

@@ -147,7 +147,7 @@ def test_the_command(garden, tmp_path, run_cli):
     done = run_cli("doctor", *config, "--set", f"data.root={tmp_path}")
     assert done.returncode == 2
     assert done.stdout.startswith("off by one: ")
-    assert all(word in done.stderr for word in ("10 images x 1 views", "213", "float16 (chosen)", "1 path"))
+    assert all(word in done.stderr for word in ("10 images x 4 views", "213", "float16 (chosen)", "1 path"))
     done = run_cli("doctor", *config, "--set", f"data.root={tmp_path / 'nowhere'}")
     assert done.returncode == 2
     assert "no such folder" in done.stdout

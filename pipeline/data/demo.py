@@ -11,13 +11,13 @@ Coordinates are pixels, y down; images are uint8 RGB, labels are class ids with 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 
-from pipeline.data.base import DataError, DataSet, Sample, check_names
+from pipeline.data.base import IGNORE, DataError, DataSet, Sample, check_names
 from pipeline.data.classes import BACKGROUND
 
 Colour = tuple[int, int, int]
@@ -76,7 +76,8 @@ PALETTE = np.array(
     + [(235, 240, 255), (110, 110, 125), (180, 170, 190), (40, 40, 60)],
     dtype=np.uint8,
 )
-BACKGROUND_COLOUR = np.zeros((1, 3), np.uint8)
+BACKGROUND_COLOUR = np.zeros(3, np.uint8)
+SOME = (1, 3)  # things in a scene
 
 SHADOW_REACH = 1.45  # in radii from a thing's centre: nothing of it is drawn beyond
 
@@ -94,7 +95,7 @@ def render_scene(
     index: int,
     size: int = 128,
     *,
-    things: tuple[int, int] = (1, 3),
+    things: tuple[int, int] = SOME,
     radius: tuple[float, float] = (0.15, 0.26),
 ) -> Scene:
     """Draws scene `index` of the world `seed`: same arguments, same pixels.
@@ -229,9 +230,28 @@ def _draw_thing(
 
 
 @lru_cache(maxsize=KEPT_SCENES)
-def _rendered(image: str, size: int, radius: tuple[float, float]) -> Scene:
+def _rendered(image: str, size: int, radius: tuple[float, float], things: tuple[int, int]) -> Scene:
     seed, index = image.split("/")
-    return render_scene(int(seed), int(index), size, radius=radius)
+    return render_scene(int(seed), int(index), size, radius=radius, things=things)
+
+
+def _is_range(found: object, most: int) -> bool:
+    """Two whole numbers in order, 0 to `most`."""
+    if not isinstance(found, Sequence) or len(found) != 2 or not all(isinstance(n, int) for n in found):
+        return False
+    return 0 <= found[0] <= found[1] <= most
+
+
+def _table(members: Mapping[str, Sequence[str]]) -> tuple[np.ndarray, np.ndarray]:
+    """From the world's ids to those of a data set whose classes stand for the world's: (256,) ids, (K, 3) colours."""
+    table, colours = np.full(256, IGNORE, np.uint8), []
+    for place, (name, parts) in enumerate(members.items()):
+        ids = [CLASSES.index(part) for part in check_names(f"demo: classes: {name}", parts, CLASSES)]
+        if not ids or (table[ids] != IGNORE).any():
+            raise DataError(f"demo: classes: {name} stands for {list(parts)}; want names that no other has.")
+        table[ids] = place
+        colours.append(BACKGROUND_COLOUR if name == BACKGROUND else PALETTE[ids[0]])
+    return table, np.stack(colours)
 
 
 class DemoDataSet(DataSet):
@@ -239,7 +259,10 @@ class DemoDataSet(DataSet):
 
     Nothing is on disk: a sample's image is its index. Rendered scenes stay in memory (64 KiB each).
     `background` names classes that are one class "background", id 0, of a world in which all others are seen.
-    Raises: DataError when a number is out of range, the two seeds coincide, or a background name is no class.
+    `classes` makes another data set of the world: each new name stands for one or more of the world's, and what
+    none stands for has no label. `things` bounds the number of blobs in a scene.
+    Raises: DataError when a number is out of range, the two seeds coincide, a name is no class of the world or
+    stands in two places.
     """
 
     name = "demo"
@@ -255,6 +278,8 @@ class DemoDataSet(DataSet):
         unseen: Sequence[str] | None = None,
         radius: tuple[float, float] = (0.15, 0.26),
         background: Sequence[str] = (),
+        classes: Mapping[str, Sequence[str]] | None = None,
+        things: tuple[int, int] = SOME,
     ) -> None:
         if seed == test_seed:
             raise DataError(
@@ -264,15 +289,21 @@ class DemoDataSet(DataSet):
             raise DataError(
                 f"demo data: train={train}, test={test}, size={size}; want at least 1, 1 and 32 pixels."
             )
+        if not _is_range(things, len(THINGS)):
+            raise DataError(f"demo: things {things}; want two numbers, least and most, 0 to {len(THINGS)}.")
+        if classes is not None and not isinstance(classes, Mapping):
+            raise DataError(
+                f"demo: classes {classes!r}; want a name and its names in the world, a class a line."
+            )
         background = check_names("demo: background", background, CLASSES)
-        kept = [place for place, name in enumerate(CLASSES) if name not in background]
-        first = [BACKGROUND] if background else []
-        self.table = np.zeros(256, np.uint8)  # from the world's ids to the data set's
-        self.table[kept] = np.arange(len(first), len(first) + len(kept))
+        members: dict[str, Sequence[str]] = {BACKGROUND: background} if background else {}
+        members |= classes or {name: (name,) for name in CLASSES if name not in background}
+        self.table, colours = _table(members)
+        has_own_split = not background and classes is None
         super().__init__(
-            classes=[*first, *(CLASSES[place] for place in kept)],
-            unseen=unseen if unseen is not None else () if background else UNSEEN,
-            palette=np.concatenate([BACKGROUND_COLOUR[: len(first)], PALETTE[kept]]),
+            classes=list(members),
+            unseen=unseen if unseen is not None else UNSEEN if has_own_split else (),
+            palette=colours,
         )
         self.background = 0 if background else None
         self.seeds, self.counts, self.size = (
@@ -280,11 +311,11 @@ class DemoDataSet(DataSet):
             {"train": train, "test": test},
             size,
         )
-        self.radius = (float(radius[0]), float(radius[1]))
+        self.radius, self.things = (float(radius[0]), float(radius[1])), (int(things[0]), int(things[1]))
 
     def render(self, image: str) -> Scene:
         """The scene of a sample's `image`, "seed/index"."""
-        return _rendered(image, self.size, self.radius)
+        return _rendered(image, self.size, self.radius, self.things)
 
     def samples(self, part: str) -> list[Sample]:
         seed = self.seeds[part]
@@ -300,4 +331,6 @@ class DemoDataSet(DataSet):
         return self.table[self.render(sample.image).labels]
 
     def stamp(self, sample: Sample) -> str:
-        return f"{sample.image}@{self.size}:{self.radius}"
+        return f"{sample.image}@{self.size}:{self.radius}" + (
+            f":{self.things}" if self.things != SOME else ""
+        )

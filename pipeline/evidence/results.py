@@ -42,6 +42,9 @@ def result_table(results: dict[str, dict[str, Any]]) -> Table:
 def print_results(runs: Sequence[Path]) -> None:
     """The table of the runs that were evaluated, and where the first one's report lies."""
     found = {run.name: m for run in runs if (m := read_metrics(run / "eval" / "metrics.json")) is not None}
+    for path in (path for run in runs for path in sorted(run.glob("eval-on-*/metrics.json"))):
+        if (m := read_metrics(path)) is not None:
+            found[f"{path.parts[-3]} on {path.parent.name.removeprefix('eval-on-')}"] = m
     if not found:
         raise UserError(
             f"none of {', '.join(map(str, runs))} holds eval/metrics.json. Run `cli.py eval` first."

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import STAGES, Config, config_fingerprint, from_mapping
+from pipeline.config import STAGES, Config, config_fingerprint, digest, from_mapping
 
 
 @dataclass(frozen=True)
@@ -96,3 +96,10 @@ def stage_triggers(raw: Mapping[str, Any], settings: Iterable[str]) -> dict[str,
     """What Snakemake watches: the config fingerprint of every stage."""
     config = from_mapping(raw, settings)
     return {stage: config_fingerprint(config, stage) for stage in STAGES}
+
+
+def transfer_trigger(of_eval: str, other: Config) -> str:
+    """The same of an evaluation on another config's data set: of it, data and text count."""
+    return digest(
+        [of_eval, other.name, other.data.model_dump(mode="json"), other.text.model_dump(mode="json")]
+    )

@@ -5,6 +5,8 @@ Axes: K classes, C channels, H x W the image's own size, S the student's input s
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -16,6 +18,7 @@ from pipeline.ops.enlarge import best_enlarged
 from pipeline.ops.views import replay_image
 
 BLACK = np.zeros(3, np.uint8)
+SIDES = 32  # encoders halve their input five times
 Best = tuple[
     Tensor, Tensor, Tensor
 ]  # best seen class, best unseen class, the gamma to be passed: (H, W) each
@@ -28,12 +31,32 @@ def class_logits(student: DenseStudent, text: Tensor, image: np.ndarray, size: i
     Shapes: text (K, C), image (H, W, 3) uint8 -> (K, H, W) float32.
     `whole` squashes the image to the student's side, as view 0; `slide` scales the short side to it and
     averages the logits of overlapping windows (mmseg's slide_inference).
+    With `flip` or `scales` the softmax is averaged over all sights of the image (mmseg's SegTTAModel), and its
+    logarithm returned: of a single sight that is the logits but for a number a pixel, so gamma means the same.
     """
-    return {"whole": _whole, "slide": _slide}[section.mode](student, text, image, size, section)
+    see = {"whole": _whole, "slide": _slide}[section.mode]
+    if not section.is_averaged:
+        return see(student, text, image, size, section, 1.0)
+    total: Tensor | None = None
+    for scale in section.scales or (1.0,):
+        for is_mirrored in (False, True) if section.flip else (False,):
+            seen = np.ascontiguousarray(image[:, ::-1]) if is_mirrored else image
+            logs = see(student, text, seen, size, section, scale).log_softmax(0)
+            logs = logs.flip(2) if is_mirrored else logs
+            total = logs if total is None else torch.logaddexp(total, logs, out=total)
+    assert total is not None
+    return total - math.log(len(section.scales or (1.0,)) * (1 + section.flip))
 
 
-def _whole(student: DenseStudent, text: Tensor, image: np.ndarray, size: int, section: Eval) -> Tensor:
-    logits = _logits(student, text, squashed(image, size)[None])
+def scaled(size: int, scale: float) -> int:
+    """The input's side at a scale: the nearest multiple of SIDES, at least one of them; at 1 the side itself."""
+    return size if scale == 1 else max(1, round(size * scale / SIDES)) * SIDES
+
+
+def _whole(
+    student: DenseStudent, text: Tensor, image: np.ndarray, size: int, section: Eval, scale: float
+) -> Tensor:
+    logits = _logits(student, text, squashed(image, scaled(size, scale))[None])
     return interpolate(logits, image.shape[:2], mode="bilinear", align_corners=False)[0]
 
 
@@ -76,21 +99,25 @@ def best_classes(
     return found
 
 
-def _slide(student: DenseStudent, text: Tensor, image: np.ndarray, size: int, section: Eval) -> Tensor:
+def _slide(
+    student: DenseStudent, text: Tensor, image: np.ndarray, size: int, section: Eval, scale: float
+) -> Tensor:
     height, width = image.shape[:2]
-    scale = size / min(height, width)
-    rows, columns = max(size, round(height * scale)), max(size, round(width * scale))
+    short = scaled(size, scale)
+    side = min(size, short)  # of a window: mmseg's shrink with an image that is smaller than they are
+    factor = short / min(height, width)
+    rows, columns = max(short, round(height * factor)), max(short, round(width * factor))
     pixels = torch.from_numpy(image).permute(2, 0, 1)[None].float()
     pixels = interpolate(pixels, (rows, columns), mode="bilinear", align_corners=False, antialias=True)
     total = torch.zeros(len(text), rows, columns)
     count = torch.zeros(rows, columns)
-    for top in _starts(rows, size, section.stride):
-        for left in _starts(columns, size, section.stride):
-            window = pixels[:, :, top : top + size, left : left + size]
+    for top in _starts(rows, side, section.stride):
+        for left in _starts(columns, side, section.stride):
+            window = pixels[:, :, top : top + side, left : left + side]
             logits = _logits(student, text, window)
-            logits = interpolate(logits, (size, size), mode="bilinear", align_corners=False)[0]
-            total[:, top : top + size, left : left + size] += logits.cpu()
-            count[top : top + size, left : left + size] += 1
+            logits = interpolate(logits, (side, side), mode="bilinear", align_corners=False)[0]
+            total[:, top : top + side, left : left + side] += logits.cpu()
+            count[top : top + side, left : left + side] += 1
     return interpolate((total / count)[None], (height, width), mode="bilinear", align_corners=False)[0]
 
 

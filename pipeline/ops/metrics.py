@@ -65,6 +65,29 @@ class SweptConfusion:
         return np.asarray(seen.sum(2) + unseen.sum(2))
 
 
+def class_accuracy(matrix: Matrix) -> NDArray:
+    """Share of each class's own pixels that is predicted right, 0..1, NaN for a class without pixels: (K,)."""
+    counts = _counts(matrix)
+    pixels = counts.sum(1)
+    return np.divide(counts.diagonal(), pixels, out=np.full(len(counts), np.nan), where=pixels > 0)
+
+
+def image_iou(truth: NDArray, prediction: NDArray, num_classes: int, ignore: int) -> float:
+    """Mean IoU of one image over the classes of its truth or prediction, 0..1; NaN without a labelled pixel.
+
+    To find images by; the benchmark's mIoU is no mean of these.
+    Shapes: class ids, both (H, W).
+    """
+    truth, prediction = truth.ravel(), prediction.ravel()
+    is_known = truth != ignore
+    truth, prediction = truth[is_known], prediction[is_known]
+    right, true, said = (
+        np.bincount(ids, minlength=num_classes) for ids in (truth[truth == prediction], truth, prediction)
+    )
+    union = true + said - right
+    return _mean(np.divide(right, union, out=np.full(num_classes, np.nan), where=union > 0))
+
+
 def pixel_accuracy(matrix: Matrix) -> float:
     """Share of pixels predicted right, 0..1; NaN for an empty matrix."""
     counts = _counts(matrix)

@@ -1,0 +1,80 @@
+"""Pictures of the images that a student does worst and best on: image, truth, prediction, errors, score."""
+
+from __future__ import annotations
+
+import math
+import re
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.data.base import IGNORE, DataSet
+from pipeline.looking.panels import (
+    ERROR_PALETTE,
+    ERRORS,
+    RIGHT,
+    UNLABELLED,
+    Strip,
+    class_panel,
+    error_panel,
+    photo,
+    sheet,
+)
+
+SIDE = 320  # pixels of a panel's longer side: with four panels a picture is some 100 kB
+QUALITY = 90  # of the JPEGs
+
+
+@dataclass(frozen=True)
+class Extreme:
+    """One image, its truth and its prediction, all (H, W); the score is its own mean IoU, 0..1."""
+
+    name: str
+    score: float
+    image: np.ndarray  # (H, W, 3) uint8
+    truth: np.ndarray  # class ids and 255
+    guess: np.ndarray  # class ids
+
+
+def worst_and_best(scores: Sequence[float], num: int) -> tuple[list[int], list[int]]:
+    """The places of the `num` lowest scores, lowest first, and of the highest, highest first; NaN is left out.
+
+    No place is in both: of few images half are worst, half best.
+    """
+    known = sorted(
+        (place for place, score in enumerate(scores) if not math.isnan(score)), key=scores.__getitem__
+    )
+    num_worst = min(num, math.ceil(len(known) / 2))
+    return known[:num_worst], known[num_worst:][::-1][:num]
+
+
+def save_extremes(folder: Path, extremes: Iterable[Extreme], data: DataSet) -> None:
+    """Draws each into a JPEG of its own, in place of the pictures that were there."""
+    shutil.rmtree(folder, ignore_errors=True)
+    for extreme in extremes:
+        folder.mkdir(parents=True, exist_ok=True)
+        name = re.sub(r"[^A-Za-z0-9._-]", "_", extreme.name)
+        sheet([_strip(extreme, data)], side=SIDE).save(folder / f"{name}.jpg", quality=QUALITY)
+
+
+def _strip(extreme: Extreme, data: DataSet) -> Strip:
+    shown = [i for i in np.union1d(extreme.truth, extreme.guess) if i != IGNORE]
+    legend = []
+    for i in shown:
+        red, green, blue = (int(value) for value in data.palette[i])
+        legend.append((data.classes[i] + "*" * (i in data.unseen_ids), (red, green, blue)))
+    errors = error_panel("errors", extreme.truth, extreme.guess, list(data.unseen_ids))
+    panels = (
+        photo(extreme.image),
+        class_panel("truth", extreme.truth, data.palette),
+        class_panel("prediction", extreme.guess, data.palette),
+        errors,
+    )
+    mark = "  (* unseen)" if any(name.endswith("*") for name, _ in legend) else ""
+    for kind in np.setdiff1d(errors.pixels, (RIGHT, UNLABELLED)):
+        red, green, blue = (int(value) for value in ERROR_PALETTE[kind])
+        legend.append((f"error: {ERRORS[kind]}", (red, green, blue)))
+    return Strip(f"{extreme.name}: mean IoU {100 * extreme.score:.1f}{mark}", panels, legend)

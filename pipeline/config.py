@@ -375,7 +375,7 @@ def config_fingerprint(config: Config, stage: str, apart_from: tuple[str, ...] =
             for k, v in dumped[section].items()
             if f"{section}.{k}" not in NOT_CONTENT
             and k not in hidden
-            and (v or v == 0 and v is not False or f"{section}.{k}" not in YOUNGER)
+            and (not (v is False or v in (None, [], {})) or f"{section}.{k}" not in YOUNGER)
         }
     above = config_fingerprint(config, upstream, apart_from) if upstream else None
     return digest([stage, own, above])

@@ -143,11 +143,18 @@ def test_broken_images_are_counted_against_max_bad(garden, tmp_path):
 
 def test_the_command(garden, tmp_path, run_cli):
     garden(ids(1, 2, 3))
-    config = ["--config", ROOT / "config" / "vit_b16.yaml", "--set", "data.kind=folder"]
+    config = [
+        "--config",
+        ROOT / "config" / "vit_b16.yaml",
+        "--set",
+        "data.kind=folder",
+        "--set",
+        "views.num=1",
+    ]
     done = run_cli("doctor", *config, "--set", f"data.root={tmp_path}")
     assert done.returncode == 2
     assert done.stdout.startswith("off by one: ")
-    assert all(word in done.stderr for word in ("10 images x 4 views", "213", "float16 (chosen)", "1 path"))
+    assert all(word in done.stderr for word in ("10 images x 1 views", "213", "float16 (chosen)", "1 path"))
     done = run_cli("doctor", *config, "--set", f"data.root={tmp_path / 'nowhere'}")
     assert done.returncode == 2
     assert "no such folder" in done.stdout

@@ -225,12 +225,30 @@ def inspect(
 
 
 @app.command()
-def report(config: ConfigOption = DEFAULT, set_: SetOption = [], log: LogOption = None) -> None:  # noqa: B006
-    """Write the run's HTML report: runs/<name>/report/index.html."""
-    settings = _load(config, set_, log)
-    from pipeline import report as stage
+def report(
+    runs: Annotated[list[Path] | None, typer.Argument(help="run folders, side by side; or --config")] = None,
+    config: ConfigOption = DEFAULT,
+    set_: SetOption = [],  # noqa: B006
+    out: Annotated[Path | None, typer.Option(help="the page to write, of run folders")] = None,
+    log: LogOption = None,
+) -> None:
+    """Write a run's HTML report: runs/<name>/report/index.html; or one page of several runs side by side."""
+    if not runs:
+        settings = _load(config, set_, log)
+        from pipeline import report as stage
 
-    stage.report(settings)
+        if out:
+            raise stage.UserError("--out belongs to run folders: `cli.py report runs/demo --out page.html`.")
+        stage.report(settings)
+        return
+    from pipeline import report as stage
+    from pipeline.tracking import log_to
+
+    if set_:
+        raise stage.UserError("--set belongs to --config; a run folder has its own config.yaml.")
+    if log:
+        log_to(log)
+    stage.report_runs(runs, out)
 
 
 @app.command()

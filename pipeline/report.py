@@ -1,7 +1,8 @@
 """Looking into a run: the cache as a tree, and labels, pseudo labels and predictions as one HTML page.
 
     python cli.py report --config config/demo.yaml          runs/demo/report/index.html
-    python cli.py inspect runs/demo                          the same of a run that is half done
+    python cli.py report runs/demo runs/demo-glm_off-0      both side by side: runs/demo/report/side-by-side.html
+    python cli.py inspect runs/demo                          a page of a run that is half done
     python cli.py inspect runs/demo --image train-00007 --png panels.png
     python cli.py inspect runs/demo --export pseudo/         pseudo labels, or CLIP-ES's masks, as indexed PNGs
     python cli.py inspect runs/demo --shard 3                one shard: samples, sizes, checksums, when and where
@@ -13,17 +14,15 @@ from __future__ import annotations
 
 import io
 import os
+import string
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-from rich.tree import Tree
 
 from cache.errors import MissingCache, StaleCache
 from cache.ledger import read_manifest
@@ -32,12 +31,13 @@ from pipeline.config import LABELS_FROM, Config, UserError, config_fingerprint
 from pipeline.data.base import DataError, DataSet
 from pipeline.learning.batches import data_of
 from pipeline.learning.checkpoint import CheckpointError, load_student, student_file
-from pipeline.looking import facts
+from pipeline.looking import charts, facts
 from pipeline.looking.clustered import Clustered
-from pipeline.looking.facts import human_bytes, human_seconds
+from pipeline.looking.facts import Run
 from pipeline.looking.gallery import (
     MAX_CARDS,
     Card,
+    Pupil,
     Selection,
     Taught,
     eval_cards,
@@ -49,9 +49,9 @@ from pipeline.looking.page import render
 from pipeline.looking.panels import indexed, sheet
 from pipeline.looking.shard import shard_tree
 from pipeline.looking.tagged import Tagged
+from pipeline.looking.tree import cache_tree
 from pipeline.tracking import run_config, say
 
-MANY = 8  # quarantined images listed in the tree
 LABELS = {"clip_teacher": "Pseudo labels", "clip_es": "CAMs"}
 LABEL_MAPS = {"clip_teacher": "pseudo label maps", "clip_es": "masks"}
 TAUGHT: dict[str, Callable[[Config, Store, DataSet, set[int]], Taught]] = {
@@ -66,10 +66,7 @@ def report(config: Config) -> Path:
 
     Raises: MissingCache (not evaluated), StaleCache (evaluated by another config), CheckpointError.
     """
-    path = facts.metrics_path(config)
-    metrics = read_manifest(path)
-    if metrics is None:
-        raise MissingCache(f"{path}: `eval` has not been completed. Run `cli.py eval` first.")
+    path, metrics = facts.metrics_path(config), _evaluated(config)
     wanted = config_fingerprint(config, "eval")
     if metrics.get("config") != wanted:
         raise StaleCache(
@@ -78,9 +75,61 @@ def report(config: Config) -> Path:
         )
     student_file(config.run_path)
     page = config.run_path / "report" / "index.html"
-    _write_page(page, config, Selection(limit=config.report.images), metrics)
+    _write_page(page, [Run(config, metrics)], Selection(limit=config.report.images))
     say(f"report: {page}")
     return page
+
+
+def report_runs(folders: Sequence[Path], out: Path | None = None) -> Path:
+    """Writes one page of several evaluated runs side by side, or of one, into the first one's folder or to `out`.
+
+    Raises: UserError for runs that can't stand side by side (other classes, other test images) or are too many,
+    MissingCache (not evaluated), CheckpointError.
+    """
+    configs = [_config_of(folder) for folder in folders]
+    first, names = configs[0], [config.name for config in configs]
+    if len(configs) > charts.STYLES:
+        raise UserError(
+            f"{len(configs)} runs: at most {charts.STYLES} lines can be told apart on a page. Give fewer."
+        )
+    if len({config.run_path.resolve() for config in configs}) < len(configs):
+        raise UserError(f"{', '.join(names)}: one of these runs is named twice. Name each once.")
+    runs, about = list[Run](), list[str]()
+    for config, letter in zip(configs, string.ascii_uppercase, strict=False):
+        _refuse_other_data(first, config)
+        metrics = _evaluated(config)
+        student_file(config.run_path)
+        if metrics.get("config") != config_fingerprint(config, "eval"):
+            about.append(f"{config.name} was evaluated with other settings than those in its config.yaml.")
+        letter = letter if len(configs) > 1 else ""
+        runs.append(Run(config, metrics, letter, facts.differences(first, config)))
+    page = out or first.run_path / "report" / ("index.html" if len(runs) == 1 else "side-by-side.html")
+    _write_page(page, runs, Selection(limit=first.report.images), about)
+    say(f"report: {page}")
+    return page
+
+
+def _evaluated(config: Config) -> dict[str, Any]:
+    """The run's metrics. Raises: MissingCache when there are none."""
+    path = facts.metrics_path(config)
+    metrics = read_manifest(path)
+    if metrics is None:
+        raise MissingCache(f"{path}: `eval` has not been completed. Run `cli.py eval` first.")
+    return metrics
+
+
+def _refuse_other_data(first: Config, other: Config) -> None:
+    one, two = data_of(first), data_of(other)
+    for what, a, b in (
+        ("classes", one.classes, two.classes),
+        ("unseen classes", one.unseen, two.unseen),
+        ("test images", one.identity("test"), two.identity("test")),
+    ):
+        if a != b:
+            raise UserError(
+                f"{other.name} was made with other {what} than {first.name}: they can't stand side by side. "
+                "Write a report of each, or compare their scores with `cli.py results`."
+            )
 
 
 def inspect(
@@ -115,7 +164,7 @@ def inspect(
         count = export_labels(export, config, store, data, chosen)
         out.print(f"{count} {LABEL_MAPS[config.recipe]}: {export}", markup=False, soft_wrap=True)
     if png is not None:
-        cards, _ = _cards(config, store, data, chosen, metrics)
+        cards, _ = _cards(store, data, chosen, [Run(config, metrics)])
         shown = [card.strip(data) for card in cards if card.panels]
         if not shown:
             raise UserError(f"{run}: no picture to show yet. Run `cli.py extract` first.")
@@ -125,7 +174,7 @@ def inspect(
         out.print(f"panels: {png}", markup=False, soft_wrap=True)
     if png is None and export is None:
         page = config.run_path / "inspect" / "index.html"
-        _write_page(page, config, chosen, metrics)
+        _write_page(page, [Run(config, metrics)], chosen)
         out.print(f"page: {page}", markup=False, soft_wrap=True)
 
 
@@ -159,10 +208,9 @@ def _selection(
 # ---- pictures ----------------------------------------------------------------------------------
 
 
-def _cards(
-    config: Config, store: Store, data: DataSet, chosen: Selection, metrics: Mapping[str, Any] | None
-) -> tuple[list[Card], list[str]]:
+def _cards(store: Store, data: DataSet, chosen: Selection, runs: Sequence[Run]) -> tuple[list[Card], list[str]]:
     """The cards of both galleries, and lines on what is shown and why something isn't."""
+    config = runs[0].config
     extracted, labelled = facts.done_shards(config, "extract"), _labelled(config)
     about = []
     if chosen.limit > MAX_CARDS:
@@ -178,23 +226,33 @@ def _cards(
     taught = TAUGHT[config.recipe](config, store, data, labelled)
     cards = list(training_cards(store, data, chosen, extracted, taught))
     try:
-        path = student_file(config.run_path)
+        pupils = [_pupil(run) for run in runs]
     except CheckpointError:
         about.append("No student yet: test images come with training.")
         return cards, about
-    if metrics is None:
-        about.append(f"Not evaluated yet; predictions are of {path.relative_to(config.run_path)}.")
-    student, checkpoint = load_student(path)
+    about += [
+        f"Not evaluated yet; predictions are of {student_file(run.config.run_path).relative_to(run.config.run_path)}."
+        for run in runs
+        if run.metrics is None
+    ]
+    return [*cards, *eval_cards(data, chosen, pupils)], about
+
+
+def _pupil(run: Run) -> Pupil:
+    """The run's student, at the gamma of its evaluation. Raises: CheckpointError."""
+    student, checkpoint = load_student(student_file(run.config.run_path))
     if torch.cuda.is_available():
         student = student.cuda()
-    gamma = metrics["gamma"] if metrics else config.eval.gamma
-    return [*cards, *eval_cards(config, data, chosen, student, checkpoint, gamma)], about
+    gamma = run.metrics["gamma"] if run.metrics else run.config.eval.gamma
+    return Pupil(run.config, student, checkpoint, gamma, run.letter)
 
 
-def _write_page(path: Path, config: Config, chosen: Selection, metrics: Mapping[str, Any] | None) -> None:
+def _write_page(path: Path, runs: Sequence[Run], chosen: Selection, about: Sequence[str] = ()) -> None:
+    """The page of one run, or of several side by side; training images are the first one's."""
+    config = runs[0].config
     store, data = Store.open(config.cache_path), data_of(config)
-    cards, about = _cards(config, store, data, chosen, metrics)
-    _write(path, render(config, store, data, cards, metrics=metrics, about=about).encode())
+    cards, more = _cards(store, data, chosen, runs)
+    _write(path, render(runs, store, data, cards, about=[*about, *more]).encode())
 
 
 def _labelled(config: Config) -> set[int]:
@@ -249,51 +307,3 @@ def _write(path: Path, content: bytes) -> None:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
-
-
-# ---- the tree ----------------------------------------------------------------------------------
-
-
-def cache_tree(config: Config, store: Store, metrics: Mapping[str, Any] | None) -> Tree:
-    """The cache at a glance: provenance, arrays with their sizes, how far each stage is, bad images."""
-    tree = Tree(Text(str(config.cache_path), "bold"))
-    origin = tree.add("made from")
-    for name, group in facts.provenance(store).items():
-        branch = origin.add(Text(name, "bold"))
-        for key, value in group.items():
-            branch.add(Text(f"{key}  {value}"))
-    arrays = facts.array_facts(config, store)
-    total = sum(fact.size_bytes for fact in arrays)
-    branch = tree.add(Text(f"arrays, {human_bytes(total)} ({total} bytes)"))
-    branch.add("axes  " + ", ".join(f"{axis} {length}" for axis, length in store.sizes.items()))
-    branch.add(_array_table(arrays))
-    per_view = facts.bytes_per_view(arrays)
-    if per_view is not None:
-        branch.add(f"a view of an image: {per_view:.0f} bytes, arrays of cluster.debug apart")
-    stages = tree.add("stages")
-    for fact in facts.stage_facts(config, store, metrics):
-        word = "complete" if fact.is_complete else "not run" if not fact.done else "not complete"
-        took = f", {human_seconds(fact.seconds)} of work" if fact.seconds else ""
-        so_far = f"{fact.done} of {fact.total} {fact.unit}, " if fact.total else ""
-        stages.add(Text(f"{fact.name}  {so_far}{word}{took}"))
-    bad = facts.quarantined(config)
-    branch = tree.add(f"quarantined images: {len(bad) or 'none'}")
-    for name, why in list(bad.items())[:MANY]:
-        branch.add(Text(f"{name}  {why}"))
-    if len(bad) > MANY:
-        branch.add(f"and {len(bad) - MANY} more")
-    return tree
-
-
-def _array_table(arrays: list[facts.ArrayFact]) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for name in ("array", "shape", "dtype"):
-        table.add_column(name, overflow="fold", no_wrap=name != "shape")
-    for name in ("shards", "bytes", "size", "a view"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for fact in arrays:
-        a_view = "" if fact.bytes_per_view is None else human_bytes(fact.bytes_per_view)
-        shape = " x ".join(map(str, fact.shape))
-        numbers = (str(fact.num_shards), str(fact.size_bytes), human_bytes(fact.size_bytes), a_view)
-        table.add_row(fact.name, shape, fact.dtype, *numbers)
-    return table

@@ -141,6 +141,7 @@ def _loop(run: Run) -> int:
             if done % section.log_every == 0 or is_last:
                 values = _mean(accelerator, values) | clock.shares()
                 values["lr"] = run.optimiser.param_groups[0]["lr"]
+                values["time/elapsed_s"] = clock.elapsed_s()
                 if section.validation.fraction:
                     values["best_mIoU_S"] = run.best.score
                 accelerator.log(values, step=done)

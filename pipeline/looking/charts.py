@@ -13,6 +13,7 @@ from html import escape
 
 Points = Sequence[tuple[float, float]]
 
+STYLES = 6  # lines that the style sheet tells apart, by colour and dash
 MAX_POINTS = 300  # of a curve; more would only fatten the file
 TOP, BOTTOM, LEFT = 16, 34, 46  # room in SVG units for the mark's word, the x axis and the y axis
 NAME_HEIGHT = 13  # least distance of two names at the ends of lines
@@ -78,7 +79,8 @@ def line_chart(
     xs, ys = zip(*(point for points in drawn.values() for point in points), strict=True)
     y_ticks = ticks(min(*ys, 0.0), max(*ys, 0.0))
     is_named = len(drawn) > 1
-    frame = Frame(width, height, 64 if is_named else 14, min(xs), max(xs), y_ticks[0], y_ticks[-1])
+    right = 20 + 7 * max(map(len, drawn)) if is_named else 14
+    frame = Frame(width, height, right, min(xs), max(xs), y_ticks[0], y_ticks[-1])
     parts = _axes(frame, y_ticks, x_name, y_name)
     inside = [tick for tick in ticks(min(xs), max(xs)) if min(xs) <= tick <= max(xs)] or [min(xs)]
     parts += [_text("tick", frame.x(t), height - BOTTOM + 14, short(t), "middle") for t in inside]
@@ -87,11 +89,11 @@ def line_chart(
         parts += [_line("mark", x, x, TOP, height - BOTTOM), _text("tick", x + 4, TOP - 4, mark_x[1])]
     for place, (name, points) in enumerate(drawn.items()):
         path = " ".join(f"{frame.x(x):.1f},{frame.y(y):.1f}" for x, y in points)
-        parts.append(_titled(f'polyline class="line s{place % 4}" points="{path}"', name))
+        parts.append(_titled(f'polyline class="line s{place % STYLES}" points="{path}"', name))
         for x, y in points if dots or len(points) == 1 else []:
             says = f"{name}: {y:.4g} at {x_name} {x:g}"
             at = f'cx="{frame.x(x):.1f}" cy="{frame.y(y):.1f}"'
-            parts.append(_titled(f'circle class="dot s{place % 4}" {at} r="3"', says))
+            parts.append(_titled(f'circle class="dot s{place % STYLES}" {at} r="3"', says))
     return _svg(frame, what, parts + (_end_names(frame, drawn) if is_named else []))
 
 
@@ -101,7 +103,7 @@ def _end_names(frame: Frame, drawn: Mapping[str, Points]) -> list[str]:
     parts, lowest = [], -math.inf
     for y, place, name in sorted(ends):
         lowest = max(y, lowest + NAME_HEIGHT)
-        parts.append(_text(f"name t{place % 4}", frame.width - frame.right + 7, lowest + 4, name))
+        parts.append(_text(f"name t{place % STYLES}", frame.width - frame.right + 7, lowest + 4, name))
     return parts
 
 

@@ -20,6 +20,7 @@ from pipeline.config import LABELS_FROM, Config, UserError
 from pipeline.tracking import found_manifest, run_config
 
 SHARD_STAGES = ("extract", "cluster", "cams")
+ELAPSED = "time/elapsed_s"  # in a loss curve: seconds since training was started or resumed
 NOT_A_DIFFERENCE = ("name", "runs", "cache.", "report.")  # of two runs that are to be compared
 
 
@@ -47,7 +48,18 @@ class StageFact:
     unit: str
     is_complete: bool
     seconds: float | None = None
-    num_images: int | None = None
+    num_images: int | None = None  # that the seconds are of
+    size_bytes: int = 0  # of what the stage has written: arrays, weights and checkpoints, metrics
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run on a page: its letter where there are several, and the settings in which it differs from the first."""
+
+    config: Config
+    metrics: Mapping[str, Any] | None = None
+    letter: str = ""
+    differences: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -98,22 +110,47 @@ def bytes_per_view(arrays: Sequence[ArrayFact]) -> float | None:
 
 def stage_facts(config: Config, store: Store, metrics: Mapping[str, Any] | None) -> list[StageFact]:
     """extract, cluster or cams, train, eval, in the order in which they run."""
-    facts = []
+    facts, sizes = [], {name: (store.spec(name).stage, store.size_bytes(name)) for name in store.arrays}
     for stage in ("extract", LABELS_FROM[config.recipe]):
         ledger, done = Ledger(config.cache_path, stage), done_shards(config, stage)
         seconds = sum(float((ledger.entry(shard) or {}).get("seconds", 0)) for shard in done)
         num_images = sum(len(store.rows(shard)) for shard in done)
         is_complete = found_manifest(config, stage) is not None and len(done) == store.num_shards
+        size = sum(size for made_by, size in sizes.values() if made_by == stage)
         facts.append(
-            StageFact(stage, len(done), store.num_shards, "shards", is_complete, seconds, num_images)
+            StageFact(stage, len(done), store.num_shards, "shards", is_complete, seconds, num_images, size)
         )
     curve, trained = losses(config), found_manifest(config, "train")
     done_iterations = int(trained["iterations"]) if trained else int(curve[-1]["iteration"]) if curve else 0
     total = done_iterations if trained else config.train.iterations
-    facts.append(StageFact("train", done_iterations, total, "iterations", trained is not None))
-    tested = int(metrics["num_images"]) if metrics else 0
-    facts.append(StageFact("eval", tested, tested, "test images", metrics is not None))
+    drawn = done_iterations * config.train.batch
+    facts.append(
+        StageFact(
+            "train",
+            done_iterations,
+            total,
+            "iterations",
+            trained is not None,
+            elapsed_s(curve),
+            drawn,
+            folder_bytes(config.run_path / "train"),
+        )
+    )
+    tested, took = (int(metrics["num_images"]), metrics.get("seconds")) if metrics else (0, None)
+    size = folder_bytes(config.run_path / "eval")
+    facts.append(StageFact("eval", tested, tested, "test images", metrics is not None, took, tested, size))
     return facts
+
+
+def elapsed_s(curve: Sequence[Mapping[str, float]]) -> float | None:
+    """The seconds of a training that may have been resumed: each start counts from zero. None if not logged."""
+    clock = [row[ELAPSED] for row in curve if ELAPSED in row]
+    ends = [now for now, then in zip(clock, clock[1:], strict=False) if then < now]
+    return sum(ends) + clock[-1] if clock else None
+
+
+def folder_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def quarantined(config: Config) -> dict[str, str]:
@@ -161,7 +198,7 @@ def losses(config: Config) -> list[dict[str, float]]:
 
 def sisters(config: Config) -> list[Sister]:
     """Other runs beside this one that were evaluated and read the same cache, by name."""
-    own, found = settings_of(config), []
+    found = []
     for path in sorted(config.run_path.parent.glob("*/config.yaml")):
         try:
             other = run_config(path.parent)
@@ -175,10 +212,14 @@ def sisters(config: Config) -> list[Sister]:
             or place(other.cache_path).resolve() != place(config.cache_path).resolve()
         ):
             continue
-        theirs = settings_of(other)
-        differs = tuple(f"{key} = {_word(theirs.get(key))}" for key in theirs if theirs[key] != own.get(key))
-        found.append(Sister(path.parent.name, metrics, differs))
+        found.append(Sister(path.parent.name, metrics, differences(config, other)))
     return found
+
+
+def differences(config: Config, other: Config) -> tuple[str, ...]:
+    """The settings of another run that aren't this one's, as `key = value`."""
+    own, theirs = settings_of(config), settings_of(other)
+    return tuple(f"{key} = {_word(theirs.get(key))}" for key in theirs if theirs[key] != own.get(key))
 
 
 def settings_of(config: Config) -> dict[str, Any]:

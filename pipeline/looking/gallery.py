@@ -47,7 +47,11 @@ class Selection:
 
 @dataclass(frozen=True)
 class Card:
-    """One image with its panels. accuracy and iou are percent of this image alone, None without truth."""
+    """One image with its panels. accuracy and iou are percent of this image alone, None without truth.
+
+    `rivals` are the IoUs of the other runs' students by their letters. num_objects counts potential objects of a
+    training image, classes in the truth of a test image.
+    """
 
     id: str
     part: Literal["train", "test"]
@@ -57,6 +61,7 @@ class Card:
     iou: float | None = None
     num_objects: int | None = None
     notes: tuple[str, ...] = field(default=())
+    rivals: tuple[tuple[str, float], ...] = ()
 
     def strip(self, data: DataSet) -> Strip:
         """The card as a row of a contact sheet; unseen names carry a star."""
@@ -136,21 +141,32 @@ def training_cards(
 # ---- test images -------------------------------------------------------------------------------
 
 
-def eval_cards(
-    config: Config,
-    data: DataSet,
-    chosen: Selection,
-    student: DenseStudent,
-    checkpoint: Checkpoint,
-    gamma: float,
-) -> Iterator[Card]:
-    """Cards of test images, segmented by the student as `eval` does."""
+@dataclass(frozen=True)
+class Pupil:
+    """A trained student and how it is evaluated; its run's letter where a page shows several, else ""."""
+
+    config: Config
+    student: DenseStudent
+    checkpoint: Checkpoint
+    gamma: float
+    letter: str = ""
+
+    def guess(self, data: DataSet, image: np.ndarray) -> np.ndarray:
+        """Class ids of an image, as `eval` predicts them: (H, W, 3) uint8 -> (H, W) uint8."""
+        size = self.checkpoint.config.teacher.image_size
+        logits = class_logits(self.student, self.checkpoint.text, image, size, self.config.eval)
+        best = best_by_group(logits, list(data.seen_ids), list(data.unseen_ids))
+        return predicted(best, self.gamma).numpy().astype(np.uint8)
+
+
+def eval_cards(data: DataSet, chosen: Selection, pupils: Sequence[Pupil]) -> Iterator[Card]:
+    """Cards of test images, segmented by one student or by several."""
     samples = eval_samples(data)
     picked = _chosen(
         range(len(samples)), chosen, lambda i: samples[i].id, lambda i: _labels(data, samples[i])
     )
     for index in picked:
-        yield eval_card(config, data, samples[index], student, checkpoint, gamma)
+        yield eval_card(data, samples[index], pupils)
 
 
 def eval_samples(data: DataSet) -> list[Sample]:
@@ -161,31 +177,28 @@ def eval_samples(data: DataSet) -> list[Sample]:
         return []
 
 
-def eval_card(
-    config: Config, data: DataSet, sample: Sample, student: DenseStudent, checkpoint: Checkpoint, gamma: float
-) -> Card:
-    """Image, truth, prediction and errors; without a mask image and prediction alone."""
+def eval_card(data: DataSet, sample: Sample, pupils: Sequence[Pupil]) -> Card:
+    """Image, truth, and prediction and errors of each student; without a mask image and predictions alone."""
     try:
         image = data.image(sample)
     except BadImage as error:
         return Card(sample.id, "test", notes=(str(error),))
-    seen, unseen = list(data.seen_ids), list(data.unseen_ids)
-    logits = class_logits(student, checkpoint.text, image, checkpoint.config.teacher.image_size, config.eval)
-    guess = predicted(best_by_group(logits, seen, unseen), gamma).numpy().astype(np.uint8)
+    guesses = [(f" {pupil.letter}".rstrip(), pupil.guess(data, image)) for pupil in pupils]
     truth = data.labels(sample)
-    guessed = class_panel("prediction", guess, data.palette)
     if truth is None:
-        return Card(sample.id, "test", (photo(image), guessed), present(guess), notes=("no mask",))
-    shown = (
-        photo(image),
-        class_panel("truth", truth, data.palette),
-        guessed,
-        error_panel("errors", truth, guess, unseen),
-    )
-    classes, scores = present(truth, guess), scores_of(guess, truth, len(data.classes))
-    if scores is None:
-        return Card(sample.id, "test", shown, classes, notes=("no labelled pixel",))
-    return Card(sample.id, "test", shown, classes, *scores)
+        shown = [class_panel(f"prediction{which}", guess, data.palette) for which, guess in guesses]
+        classes = present(*(guess for _, guess in guesses))
+        return Card(sample.id, "test", (photo(image), *shown), classes, notes=("no mask",))
+    panels = [photo(image), class_panel("truth", truth, data.palette)]
+    for which, guess in guesses:
+        panels.append(class_panel(f"prediction{which}", guess, data.palette))
+        panels.append(error_panel(f"errors{which}", truth, guess, list(data.unseen_ids)))
+    classes, num = present(truth, *(guess for _, guess in guesses)), len(present(truth))
+    scores = [scores_of(guess, truth, len(data.classes)) for _, guess in guesses]
+    if scores[0] is None:
+        return Card(sample.id, "test", tuple(panels), classes, notes=("no labelled pixel",))
+    others = tuple((p.letter, s[1]) for p, s in zip(pupils[1:], scores[1:], strict=True) if s is not None)
+    return Card(sample.id, "test", tuple(panels), classes, *scores[0], num_objects=num, rivals=others)
 
 
 def scores_of(guess: np.ndarray, truth: np.ndarray, num_classes: int) -> tuple[float, float] | None:

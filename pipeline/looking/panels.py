@@ -175,6 +175,11 @@ def encoded(panel: Panel, max_side: int, max_bytes: int | None = None) -> tuple[
         side = int(side * 0.8)
 
 
+def hex_colour(colour: np.ndarray) -> str:
+    """(3,) uint8 -> "#rrggbb"."""
+    return "#" + "".join(f"{int(value):02x}" for value in colour)
+
+
 def data_uri(mime: str, content: bytes) -> str:
     return f"data:{mime};base64,{base64.b64encode(content).decode('ascii')}"
 

@@ -3,10 +3,11 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 CORES ?= all
-# The tests that read ../shared/data run where that folder is, those of the dense CRF where its package is. Asked
-# when `test` runs, not before there is an environment.
+# The tests that read ../shared/data run where that folder is, those of the dense CRF where its package is, those of
+# pages where Chromium is. Asked when `test` runs, not before there is an environment.
+BROWSER = $(shell command -v chromium chromium-browser google-chrome)
 CRF = $(shell $(BIN)/python -c 'from importlib.util import find_spec; print(find_spec("pydensecrf") or "")')
-MARKS = not gpu$(if $(wildcard ../shared/data),, and not shared_data)$(if $(CRF),, and not crf)
+MARKS = not gpu$(if $(wildcard ../shared/data),, and not shared_data)$(if $(CRF),, and not crf)$(if $(BROWSER),, and not browser)
 
 .PHONY: help demo demo-clip-es demo-contrast test check format clean
 .DEFAULT_GOAL := help

@@ -2,6 +2,7 @@
 #   snakemake --cores all                                    the demo
 #   snakemake --cores all --configfile config/voc.yaml       any other run, of either recipe
 #   snakemake --cores all --config set="train.lr=1e-4"       the CLI's --set, several separated by spaces
+#   snakemake --cores 1 --report report.html                 Snakemake's own report, the run's page in it
 #   snakemake ablations --cores all                          Tables 3, 4 and 5, three seeds; --config quick=true: one
 #   snakemake transfer --cores all                           Table 2: the demo's three seeds on config/demo_other.yaml. A
 #       training that is missing takes as long as the demo's own (minutes), an evaluation ten seconds. Others:
@@ -187,7 +188,7 @@ rule report:
     input:
         rules.eval.output,
     output:
-        f"{OUT}/{{run}}/report/index.html",
+        report(f"{OUT}/{{run}}/report/index.html", category="runs", labels={"run": "{run}"}),
     params:
         own=lambda wildcards: OWN[wildcards.run],
         trigger=lambda wildcards: TRIGGERS[wildcards.run]["report"],

@@ -208,7 +208,9 @@ def _selection(
 # ---- pictures ----------------------------------------------------------------------------------
 
 
-def _cards(store: Store, data: DataSet, chosen: Selection, runs: Sequence[Run]) -> tuple[list[Card], list[str]]:
+def _cards(
+    store: Store, data: DataSet, chosen: Selection, runs: Sequence[Run]
+) -> tuple[list[Card], list[str]]:
     """The cards of both galleries, and lines on what is shown and why something isn't."""
     config = runs[0].config
     extracted, labelled = facts.done_shards(config, "extract"), _labelled(config)

@@ -11,6 +11,7 @@ import os
 import select
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -21,6 +22,14 @@ PATIENCE_S = 60.0  # for one answer, on a machine that is busy with other things
 QUIET = ("--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update")
 # No sandbox: CI runs as root, where Chromium refuses to have one; only pages made here are opened.
 FLAGS = ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--hide-scrollbars", *QUIET)
+# Becomes the program in its arguments with the first two of them, descriptors, as 3 and 4.
+START = """
+import fcntl, os, sys
+ends = [fcntl.fcntl(int(end), fcntl.F_DUPFD, 10) for end in sys.argv[1:3]]
+for place, end in enumerate(ends, start=3):
+    os.dup2(end, place)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 CODES = {"ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40, "Escape": 27}
 
 
@@ -29,13 +38,15 @@ class Browser:
 
     def __init__(self) -> None:
         program = next((found for found in map(shutil.which, NAMES) if found), None)
-        assert program, f"none of {', '.join(NAMES)} is installed; leave these tests out with -m 'not browser'"
+        assert program, (
+            f"none of {', '.join(NAMES)} is installed; leave these tests out with -m 'not browser'"
+        )
         self.home = tempfile.mkdtemp()
         to_child, self.write = os.pipe()
         self.read, from_child = os.pipe()
-        command = f'exec "$0" "$@" --remote-debugging-pipe 3<&{to_child} 4>&{from_child}'
+        command = [sys.executable, "-c", START, str(to_child), str(from_child), program, *FLAGS]
         self.process = subprocess.Popen(
-            ["/bin/sh", "-c", command, program, *FLAGS, f"--user-data-dir={self.home}"],
+            [*command, f"--user-data-dir={self.home}", "--remote-debugging-pipe"],
             pass_fds=(to_child, from_child),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

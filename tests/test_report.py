@@ -336,14 +336,14 @@ def test_the_report_holds_everything_and_asks_nothing_of_the_network(run):
 
 def test_images_with_potential_objects_come_first(run):
     page = Page(report(run))
-    objects = [card["data-objects"] for card in page.cards if "data-objects" in card]
+    objects = [card["data-objects"] for card in page.cards if "data-iou" not in card]
     assert objects == ["2", "2", "2"]  # a third of the images has none
 
 
 def test_names_can_not_break_out_of_the_page(run, monkeypatch):
     data = data_of(run)
     monkeypatch.setattr(data, "classes", ("</script><i>", *data.classes[1:]))
-    html = render(run, Store.open(run.cache_path), data, [], metrics=None, about=["<u>"])
+    html = render([facts.Run(run)], Store.open(run.cache_path), data, [], about=["<u>"])
     assert "</script><i>" not in html
     assert "<u>" not in html
 

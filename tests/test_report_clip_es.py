@@ -11,6 +11,7 @@ from cache.ledger import write_manifest
 from cache.store import Store
 from pipeline.config import load
 from pipeline.learning.batches import data_of
+from pipeline.looking.facts import Run
 from pipeline.looking.gallery import Card
 from pipeline.looking.page import render
 from pipeline.looking.tagged import Tagged, percent_palette
@@ -206,7 +207,7 @@ def test_the_page(run, capsys):
 
 def test_the_key_of_errors_is_of_a_closed_set(run):
     store, data = Store.open(run.cache_path), data_of(run)
-    html = render(run, store, data, [Card("test-00000", "test")], metrics=None)
+    html = render([Run(run)], store, data, [Card("test-00000", "test")])
     key = html.partition('<ul class="key"')[2].partition("</ul>")[0]
     assert "mixed up within its group" in key
     assert "no label" in key

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +146,7 @@ def stage_facts(config: Config, store: Store, metrics: Mapping[str, Any] | None)
 def elapsed_s(curve: Sequence[Mapping[str, float]]) -> float | None:
     """The seconds of a training that may have been resumed: each start counts from zero. None if not logged."""
     clock = [row[ELAPSED] for row in curve if ELAPSED in row]
-    ends = [now for now, then in zip(clock, clock[1:], strict=False) if then < now]
+    ends = [now for now, then in pairwise(clock) if then < now]
     return sum(ends) + clock[-1] if clock else None
 
 

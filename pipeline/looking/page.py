@@ -14,7 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from cache.places import place
 from cache.store import Store
-from pipeline.config import LABELS_FROM, Config
+from pipeline.config import LABELS_FROM
 from pipeline.data.base import DataSet
 from pipeline.looking import facts, scores
 from pipeline.looking.facts import Run
@@ -114,10 +114,10 @@ def _made(runs: Sequence[Run]) -> dict[str, dict[str, str]]:
     """When, on what and from which code each run was evaluated."""
     found = {}
     for run in runs:
-        made = (run.metrics or {}).get("made")
-        if made:
-            said = {key: str(value) for key, value in made.items()}
-            found[f"evaluation {run.letter}".rstrip()] = said | {"fingerprint": run.metrics["fingerprint"]}
+        metrics = run.metrics or {}
+        said = {key: str(value) for key, value in metrics.get("made", {}).items()}
+        if said:
+            found[f"evaluation {run.letter}".rstrip()] = said | {"fingerprint": metrics["fingerprint"]}
     return found
 
 
@@ -148,7 +148,7 @@ def _encoded(cards: Sequence[Card], data: DataSet) -> list[dict[str, Any]]:
             for p, file in zip(card.panels, row, strict=True)
         ]
         legend = [(i, data.classes[i], hex_colour(data.palette[i]), i in unseen) for i in card.classes]
-        rest = {
+        rest: dict[str, Any] = {
             "id": card.id,
             "part": card.part,
             "notes": card.notes,
@@ -176,7 +176,9 @@ def _names(data: DataSet) -> dict[str, dict[str, str]]:
         named = f"{name} (unseen)" if i in data.unseen_ids else name
         classes[key] = f"{classes[key]} or {named}" if key in classes else named
     objects = {
-        hex_colour(colour): f"potential object {i}" for i, colour in enumerate(object_palette()) if 0 < i < 255
+        hex_colour(colour): f"potential object {i}"
+        for i, colour in enumerate(object_palette())
+        if 0 < i < 255
     }
     objects[hex_colour(object_palette()[255])] = "padding"
     errors = {hex_colour(ERROR_PALETTE[i]): word for i, word in enumerate(ERRORS) if i}

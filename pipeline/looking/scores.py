@@ -54,7 +54,9 @@ def per_class(runs: Sequence[Run], data: DataSet) -> list[dict[str, Any]]:
         }
         for name in found[0][1]
     ]
-    return sorted(rows, key=lambda row: -1.0 if row["ious"][0][1] is None else row["ious"][0][1], reverse=True)
+    return sorted(
+        rows, key=lambda row: -1.0 if row["ious"][0][1] is None else row["ious"][0][1], reverse=True
+    )
 
 
 def confusion_of(config: Config, data: DataSet) -> np.ndarray | None:

@@ -31,6 +31,7 @@ from pipeline.teaching.labels import Job, done_shards, record_labels
 from pipeline.teaching.names import object_names
 from pipeline.teaching.pseudo import IGNORED, cluster_tokens, device_name, num_centres, sum_of, written_arrays
 from pipeline.teaching.rows import cached_samples, check_unchanged, made_from, samples_of
+from pipeline.teaching.verdict import verdict
 from pipeline.tracking import finish, found_manifest, progress, required_manifest, say
 
 STREAM, POOLED = "stream", "pooled"
@@ -87,6 +88,8 @@ def cluster(config: Config, *, workers: int = 0, scheduler: str | None = None) -
                 if not local:
                     advance(rows)
         entries = [ledger.entry(shard) or {} for shard in range(store.num_shards)]
+        summary = summarise([entry["stats"] for entry in entries])
+        summary["verdict"] = [str(complaint) for complaint in verdict(summary, config.cluster)]
         manifest = {
             "stage": "cluster",
             "fingerprint": identity,
@@ -97,7 +100,7 @@ def cluster(config: Config, *, workers: int = 0, scheduler: str | None = None) -
             "num_shards": store.num_shards,
             "backend": config.cluster.backend,
             "device": device_name(config.cluster),
-            "summary": summarise([entry["stats"] for entry in entries]),
+            "summary": summary,
             "digests": digest([entry["digests"] for entry in entries]),
         }
         store.update_attributes("cluster", {k: manifest[k] for k in ("fingerprint", "backend", "device")})
@@ -179,9 +182,14 @@ def summarise(parts: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def print_summary(summary: dict[str, Any]) -> None:
+    """The numbers, then what they predict for training; caches from before there were verdicts have none."""
     purity = f"{summary['purity']:.1f} %" if summary["purity"] is not None else "unknown (no full labels)"
     say(
         f"pseudo labels: {summary['views']} views, {summary['objects_per_view']} potential objects a view, "
         f"{summary['tokens_per_mask']} tokens each; ignored area {summary['coverage']:.1f} % of the image; "
         f"purity {purity}"
     )
+    for complaint in summary.get("verdict", ()):
+        say(f"trouble ahead: {complaint}")
+    if summary.get("verdict") == []:
+        say("pseudo labels: nothing here predicts trouble in training")

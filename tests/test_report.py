@@ -204,6 +204,7 @@ def make_cache(config, *, clustered=(0, 1)):
             "largest_mask_share": 60.0,
         }
         summary |= {"views": 2 * TRAIN, "objects_histogram": {"0": 44, "2": 88}, "purity": None}
+        summary["verdict"] = ["few objects: 1.0 in a <view>"]
         write_manifest(manifest_path(config, "cluster"), {"fingerprint": "c0", "summary": summary})
     save_config(config)
 
@@ -329,6 +330,7 @@ def test_the_report_holds_everything_and_asks_nothing_of_the_network(run):
     assert sum(parts[:3] == ["image", "seen labels", "pseudo labels"] for parts in shown.values()) == 3
     for words in ("61.2", "40.0", "ladybird", "unseen", "cluster.debug", "sweep", "weights_sha256", "absent"):
         assert words in page.words
+    assert "few objects: 1.0 in a <view>" in page.words  # the verdict, as the manifest has it
     assert "[truncated] file" in page.words  # the quarantined image's reason
     assert page.html.count("<svg") == 5  # gamma, objects, and the three curves that the log has
     assert not list(run.run_path.rglob("*.partial"))

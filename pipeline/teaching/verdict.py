@@ -1,0 +1,138 @@
+"""What a clustering's summary says about the training to come, before it is paid for: trouble, and the knob to turn.
+
+The limits lie between sane and deliberately bad settings on the demo's training images (`bench/verdict.py`, table in
+bench/README.md). Photographs are another world: there a complaint is a reason to look (`cli.py inspect`), not a proof.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pipeline.config import Cluster
+from pipeline.looking.survey import Complaint
+
+FEW = 2.0  # objects in a view that has an ignored area: sane 2.6 to 7.4, lambda 0.5 gives 1.6, one window 1.0
+MANY = 9.0  # the same: lambda 0.95 gives 10.3
+LEAST_LARGEST = (
+    60.0  # percent of the ignored area in each view's largest object: sane 68 to 84, lambda 0.95 gives 52
+)
+MOST_LARGEST = 88.0  # the same: lambda 0.5 gives 91
+THIN = 5.0  # percent of the image that is ignored: the demo's split 24, one rare class unseen 1.9
+PURE = 95.0  # percent: sane 96.5 to 99.2, lambda 0.5 gives 93.8, tokens of another image 91.4
+ENOUGH_WINDOWS = 3  # a side, on the finest scale: 3 alone is sane (2.6 objects), 1 is not
+
+
+def signs(summary: Mapping[str, Any]) -> dict[str, float]:
+    """Objects in a view with an ignored area, percent of these with a single one; percent of all views without any."""
+    views = {int(num): int(count) for num, count in summary["objects_histogram"].items()}
+    total, empty = sum(views.values()), views.get(0, 0)
+    with_area = max(total - empty, 1)
+    return {
+        "objects": sum(num * count for num, count in views.items()) / with_area,
+        "single": 100 * views.get(1, 0) / with_area,
+        "empty": 100 * empty / max(total, 1),
+    }
+
+
+def verdict(summary: Mapping[str, Any], section: Cluster) -> list[Complaint]:
+    """What is likely to go wrong in training, most basic first; nothing when all is as on a healthy cache."""
+    if not summary["views"]:
+        return []
+    area = _no_area(summary)
+    return [*filter(None, (area, *(() if area else (check(summary, section) for check in CHECKS))))]
+
+
+def _no_area(summary: Mapping[str, Any]) -> Complaint | None:
+    """Nothing was clustered: what the objects are like can't be asked then."""
+    if summary["coverage"] > 0:
+        return None
+    return Complaint(
+        "no ignored area",
+        f"every pixel of {summary['views']} views has a seen label, so there is nothing to find.",
+        "Are data.unseen (or data.split) and the ignored id what you meant?",
+    )
+
+
+def _thin_area(summary: Mapping[str, Any], section: Cluster) -> Complaint | None:
+    if summary["coverage"] >= THIN:
+        return None
+    return Complaint(
+        "little ignored area",
+        f"{summary['coverage']:.1f} % of the image, none at all in {signs(summary)['empty']:.0f} % of the views.",
+        "Potential objects will hardly take part: hold more classes back (data.unseen, data.split), or cut more "
+        "crops (views.num).",
+    )
+
+
+def _no_label(summary: Mapping[str, Any], section: Cluster) -> Complaint | None:
+    if summary["coverage"] < 100:
+        return None
+    return Complaint(
+        "no seen label",
+        f"the whole of {summary['views']} views is ignored area: training has no class to learn a name from.",
+        "Are these the right masks, and is data.unseen not all of the classes?",
+    )
+
+
+def _few_objects(summary: Mapping[str, Any], section: Cluster) -> Complaint | None:
+    found = signs(summary)
+    if found["objects"] >= FEW:
+        return None
+    return Complaint(
+        "few objects",
+        f"{found['objects']:.1f} in a view with an ignored area, in {found['single']:.0f} % of them a single one: "
+        "different things are one object.",
+        _finer(section),
+    )
+
+
+def _giant_object(summary: Mapping[str, Any], section: Cluster) -> Complaint | None:
+    """A view's largest object has swallowed the others, crumbs apart; with few objects that has been said."""
+    if summary["largest_mask_share"] <= MOST_LARGEST or signs(summary)["objects"] < FEW:
+        return None
+    return Complaint(
+        "one giant object",
+        f"a view's largest object holds {summary['largest_mask_share']:.0f} % of its ignored area, the rest is crumbs.",
+        _finer(section),
+    )
+
+
+def _finer(section: Cluster) -> str:
+    """Windows first: without enough of them no lambda can help."""
+    if section.window == "grid" and max(section.sizes) < ENOUGH_WINDOWS:
+        return f"Begin from more windows: cluster.sizes is {list(section.sizes)}, the paper's [3, 7]."
+    return f"Merge less: raise cluster.threshold, now {section.threshold:g}, the paper's 0.8."
+
+
+def _splinters(summary: Mapping[str, Any], section: Cluster) -> Complaint | None:
+    found = signs(summary)
+    if found["objects"] <= MANY or summary["largest_mask_share"] >= LEAST_LARGEST:
+        return None
+    return Complaint(
+        "splinters",
+        f"{found['objects']:.1f} objects in a view with an ignored area, {summary['tokens_per_mask']:.0f} tokens each, "
+        f"the largest {summary['largest_mask_share']:.0f} % of the area: one thing is many objects.",
+        f"Merge more: lower cluster.threshold, now {section.threshold:g}, the paper's 0.8; or begin from fewer "
+        f"windows, cluster.sizes, now {list(section.sizes)}.",
+    )
+
+
+def _impure(summary: Mapping[str, Any], section: Cluster) -> Complaint | None:
+    if summary["purity"] is None or summary["purity"] >= PURE:
+        return None
+    how = _few_objects(summary, section) or _giant_object(summary, section)
+    todo = (
+        "What merges them is said above."
+        if how
+        else "Do the teacher's tokens follow the image at all (`cli.py inspect`)? Then raise cluster.threshold or "
+        "cluster.iterations."
+    )
+    return Complaint(
+        "mixed objects",
+        f"purity {summary['purity']:.1f} %: objects mix classes (known from full labels, which training never reads).",
+        todo,
+    )
+
+
+CHECKS = (_thin_area, _no_label, _few_objects, _giant_object, _splinters, _impure)

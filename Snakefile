@@ -7,6 +7,7 @@
 #   snakemake transfer --cores all                           Table 2: the demo's three seeds on config/demo_other.yaml. A
 #       training that is missing takes as long as the demo's own (minutes), an evaluation ten seconds. Others:
 #       --configfile config/coco_stuff.yaml --config on=context on_set="data.root=..."
+#   snakemake figures --cores all                            Figures 5, 6 and 7 of the run: runs/<name>/figures/
 # Outputs are the small manifests that a stage writes last; the Zarr folder and its ledger are not
 # declared, since Snakemake deletes declared outputs before a rerun, and the resume state with them.
 import sys
@@ -56,6 +57,7 @@ localrules:
     contrast,
     ablations,
     transfer,
+    figures,
 
 
 rule all:
@@ -84,6 +86,11 @@ rule transfer:
         "config/environment.yaml"
     shell:
         "cli transfer --on {params.on} | tee {log}"
+
+
+rule figures:
+    input:
+        expand("{out}/{run}/figures/clusters.png", out=OUT, run=RUN.name),
 
 
 rule extract:
@@ -199,3 +206,20 @@ rule report:
     threads: workflow.cores
     shell:
         "cli report {params.own} --log {log}"
+
+
+rule draw:
+    input:
+        rules.eval.output,
+    output:
+        report(f"{OUT}/{{run}}/figures/clusters.png", category="figures", labels={"run": "{run}"}),
+    params:
+        own=lambda wildcards: OWN[wildcards.run],
+        trigger=lambda wildcards: TRIGGERS[wildcards.run]["report"],
+    log:
+        f"{OUT}/{{run}}/logs/figures.log",
+    conda:
+        "config/environment.yaml"
+    threads: workflow.cores
+    shell:
+        "cli figures {params.own} --log {log}"

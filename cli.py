@@ -252,6 +252,28 @@ def report(
 
 
 @app.command()
+def figures(
+    run: Annotated[Path | None, typer.Argument(help="a run folder; or --config")] = None,
+    config: ConfigOption = DEFAULT,
+    set_: SetOption = [],  # noqa: B006
+    out: Annotated[Path | None, typer.Option(help="folder; default: figures/ of the run")] = None,
+    log: LogOption = None,
+) -> None:
+    """Draw the paper's Figures 5, 6 and 7 of a run, and what clustering found, as small PNGs."""
+    if run is None:
+        settings = _load(config, set_, log)
+        from pipeline import report as stage
+
+        stage.draw_figures(settings, out)
+        return
+    from pipeline import report as stage
+
+    if set_:
+        raise stage.UserError("--set belongs to --config; a run folder has its own config.yaml.")
+    stage.run_figures(run, out)
+
+
+@app.command()
 def verify(config: ConfigOption = DEFAULT, set_: SetOption = []) -> None:  # noqa: B006
     """Check a cache: checksums, coverage, finiteness, fingerprints. Exit code 2 when something is found."""
     settings = _load(config, set_)

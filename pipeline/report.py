@@ -13,14 +13,12 @@
 from __future__ import annotations
 
 import io
-import os
 import string
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
 
@@ -33,7 +31,9 @@ from pipeline.learning.batches import data_of
 from pipeline.learning.checkpoint import CheckpointError, load_student, student_file
 from pipeline.looking import charts, facts
 from pipeline.looking.clustered import Clustered
+from pipeline.looking.exported import export_labels, write
 from pipeline.looking.facts import Run
+from pipeline.looking.figures import figures
 from pipeline.looking.gallery import (
     MAX_CARDS,
     Card,
@@ -46,7 +46,7 @@ from pipeline.looking.gallery import (
     training_cards,
 )
 from pipeline.looking.page import render
-from pipeline.looking.panels import indexed, sheet
+from pipeline.looking.panels import sheet
 from pipeline.looking.shard import shard_tree
 from pipeline.looking.tagged import Tagged
 from pipeline.looking.tree import cache_tree
@@ -132,6 +132,34 @@ def _refuse_other_data(first: Config, other: Config) -> None:
             )
 
 
+def draw_figures(config: Config, out: Path | None = None) -> list[Path]:
+    """Writes Figures 5, 6 and 7 of a trained run and what clustering found, into its folder or `out`; the paths.
+
+    Raises: MissingCache (no pseudo labels), CheckpointError (no student), UserError (clip_es has no clusters).
+    """
+    if config.recipe != "clip_teacher":
+        raise UserError(
+            f"figures are of recipe clip_teacher, {config.name} is {config.recipe}: use `cli.py report`."
+        )
+    store, data, labelled = Store.open(config.cache_path), data_of(config), _labelled(config)
+    if not labelled:
+        raise MissingCache(f"{config.cache_path}: no pseudo labels yet. Run `cli.py cluster` first.")
+    pupil = _pupil(Run(config, read_manifest(facts.metrics_path(config))))
+    folder, written = out or config.run_path / "figures", []
+    for figure in figures(store, data, labelled, pupil):
+        written.append(folder / f"{figure.name}.png")
+        write(written[-1], figure.png)
+        say(f"{written[-1]}: {figure.caption}")
+    if not store.has("pseudo_raw"):
+        say("figures: single centres are not kept; set cluster.debug: true and run `cli.py cluster` again.")
+    return written
+
+
+def run_figures(folder: Path, out: Path | None = None) -> list[Path]:
+    """`draw_figures` of a run folder."""
+    return draw_figures(_config_of(folder), out)
+
+
 def inspect(
     run: Path,
     *,
@@ -161,16 +189,18 @@ def inspect(
     chosen = _selection(config, store, data, image, class_name)
     out.print(tree)
     if export is not None:
-        count = export_labels(export, config, store, data, chosen)
+        taught = TAUGHT[config.recipe](config, store, data, _labelled(config))
+        count = export_labels(export, store, data, chosen, taught, LABELS_FROM[config.recipe])
         out.print(f"{count} {LABEL_MAPS[config.recipe]}: {export}", markup=False, soft_wrap=True)
     if png is not None:
-        cards, _ = _cards(store, data, chosen, [Run(config, metrics)])
+        run_shown = [Run(config, metrics)]
+        cards, _ = _cards(store, data, chosen, run_shown, _pupils(run_shown))
         shown = [card.strip(data) for card in cards if card.panels]
         if not shown:
             raise UserError(f"{run}: no picture to show yet. Run `cli.py extract` first.")
         content = io.BytesIO()
         sheet(shown).save(content, "PNG", optimize=True)
-        _write(png, content.getvalue())
+        write(png, content.getvalue())
         out.print(f"panels: {png}", markup=False, soft_wrap=True)
     if png is None and export is None:
         page = config.run_path / "inspect" / "index.html"
@@ -209,7 +239,7 @@ def _selection(
 
 
 def _cards(
-    store: Store, data: DataSet, chosen: Selection, runs: Sequence[Run]
+    store: Store, data: DataSet, chosen: Selection, runs: Sequence[Run], pupils: Sequence[Pupil]
 ) -> tuple[list[Card], list[str]]:
     """The cards of both galleries, and lines on what is shown and why something isn't."""
     config = runs[0].config
@@ -227,16 +257,12 @@ def _cards(
         about.append(f"{LABELS[config.recipe]}: {len(labelled)} of {store.num_shards} shards are done.")
     taught = TAUGHT[config.recipe](config, store, data, labelled)
     cards = list(training_cards(store, data, chosen, extracted, taught))
-    try:
-        pupils = [_pupil(run) for run in runs]
-    except CheckpointError:
+    if not pupils:
         about.append("No student yet: test images come with training.")
         return cards, about
-    about += [
-        f"Not evaluated yet; predictions are of {student_file(run.config.run_path).relative_to(run.config.run_path)}."
-        for run in runs
-        if run.metrics is None
-    ]
+    if runs[0].metrics is None:
+        path = student_file(config.run_path).relative_to(config.run_path)
+        about.append(f"Not evaluated yet; predictions are of {path}.")
     return [*cards, *eval_cards(data, chosen, pupils)], about
 
 
@@ -249,63 +275,25 @@ def _pupil(run: Run) -> Pupil:
     return Pupil(run.config, student, checkpoint, gamma, run.letter)
 
 
+def _pupils(runs: Sequence[Run]) -> list[Pupil]:
+    """The students of all runs; none when the only run has none yet."""
+    try:
+        return [_pupil(run) for run in runs]
+    except CheckpointError:
+        return []
+
+
 def _write_page(path: Path, runs: Sequence[Run], chosen: Selection, about: Sequence[str] = ()) -> None:
-    """The page of one run, or of several side by side; training images are the first one's."""
-    config = runs[0].config
+    """The page of one run, or of several side by side; training images and figures are the first one's."""
+    config, pupils = runs[0].config, _pupils(runs)
     store, data = Store.open(config.cache_path), data_of(config)
-    cards, more = _cards(store, data, chosen, runs)
-    _write(path, render(runs, store, data, cards, about=[*about, *more]).encode())
+    cards, more = _cards(store, data, chosen, runs, pupils)
+    drawn = []
+    if config.recipe == "clip_teacher" and chosen.image is None and chosen.class_id is None:
+        drawn = figures(store, data, _labelled(config), pupils[0] if pupils else None, predictions=False)
+    write(path, render(runs, store, data, cards, figures=drawn, about=[*about, *more]).encode())
 
 
 def _labelled(config: Config) -> set[int]:
     """Shards that have the labels which the recipe trains on."""
     return facts.done_shards(config, LABELS_FROM[config.recipe])
-
-
-def export_labels(folder: Path, config: Config, store: Store, data: DataSet, chosen: Selection) -> int:
-    """Writes the whole image's pseudo labels or CLIP-ES's mask as <sample id>.png, and returns how many.
-
-    At the image's own size. Pseudo labels: 0 annotated, 1..P potential objects, 255 padding, the token grid by
-    nearest. Masks: class ids. Quarantined images have none. Raises: MissingCache (no labels yet).
-    """
-    stage = LABELS_FROM[config.recipe]
-    done = sorted(_labelled(config))
-    if not done:
-        raise MissingCache(f"{config.cache_path}: no labels yet. Run `cli.py {stage}` first.")
-    holds = _holders(data, chosen)
-    ids, count = store.samples, 0
-    taught = TAUGHT[config.recipe](config, store, data, set(done))
-    for shard in done:
-        status = store.read_shard("status", shard)
-        for place, row in enumerate(store.rows(shard)):
-            is_wanted = chosen.image in (None, ids[row]) and (holds is None or ids[row] in holds)
-            if is_wanted and status[place] == 0:
-                _write(_png_path(folder, ids[row]), indexed(*taught.exported(row)))
-                count += 1
-    return count
-
-
-def _holders(data: DataSet, chosen: Selection) -> set[str] | None:
-    """Ids of the training images that hold the selected class; None when no class is selected."""
-    if chosen.class_id is None:
-        return None
-    labelled = ((sample.id, data.labels(sample)) for sample in data.samples("train"))
-    return {name for name, labels in labelled if labels is not None and np.any(labels == chosen.class_id)}
-
-
-def _png_path(folder: Path, name: str) -> Path:
-    path = folder / f"{name}.png"
-    if not path.resolve().is_relative_to(folder.resolve()):
-        raise UserError(f"image {name!r}: its id leads out of {folder}, so it can't name a file there.")
-    return path
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Atomically: readers and Snakemake see the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_bytes(content)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

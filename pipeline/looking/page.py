@@ -18,6 +18,7 @@ from pipeline.config import LABELS_FROM
 from pipeline.data.base import DataSet
 from pipeline.looking import facts, scores
 from pipeline.looking.facts import Run
+from pipeline.looking.figures import Figure
 from pipeline.looking.gallery import Card
 from pipeline.looking.panels import (
     ERROR_PALETTE,
@@ -41,7 +42,13 @@ CLOSED_ERRORS = (OTHER_WRONG, UNLABELLED)  # where nothing is unseen
 
 
 def render(
-    runs: Sequence[Run], store: Store, data: DataSet, cards: Sequence[Card], *, about: Sequence[str] = ()
+    runs: Sequence[Run],
+    store: Store,
+    data: DataSet,
+    cards: Sequence[Card],
+    *,
+    figures: Sequence[Figure] = (),
+    about: Sequence[str] = (),
 ) -> str:
     """The page of a run as far as it has got, or of several, of which the first owns store and training cards.
 
@@ -87,6 +94,7 @@ def render(
         time_shares=[(run, scores.time_shares(run)) for run in runs],
         cluster=labels if config.recipe == "clip_teacher" else None,
         cams=labels if config.recipe == "clip_es" else None,
+        figures=[(figure, data_uri("image/png", figure.png)) for figure in figures],
         objects_chart=scores.objects_chart(config),
         arrays=facts.array_facts(config, store),
         sizes=store.sizes,

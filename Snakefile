@@ -8,14 +8,20 @@
 #       training that is missing takes as long as the demo's own (minutes), an evaluation ten seconds. Others:
 #       --configfile config/coco_stuff.yaml --config on=context on_set="data.root=..."
 #   snakemake figures --cores all                            Figures 5, 6 and 7 of the run: runs/<name>/figures/
+#   snakemake ablations_more --cores all                     tables beyond the paper; says their time first, with -n only that;
+#                                                            --config table=lambda: one of them
 # Outputs are the small manifests that a stage writes last; the Zarr folder and its ledger are not
 # declared, since Snakemake deletes declared outputs before a rerun, and the resume state with them.
 import sys
 
 from pipeline.config import LABELS_FROM, from_mapping, load, preset
+from pipeline.evidence.more import announced
 from pipeline.evidence.variants import (
     ABLATED,
     CONTRAST,
+    EVERY,
+    cache_runs,
+    more_tables,
     run_names,
     side_by_side,
     stage_triggers,
@@ -31,16 +37,25 @@ if "name" not in config:
 
 SETTINGS = str(config.pop("set", "")).split()
 QUICK = str(config.pop("quick", "")).lower() == "true"
+TABLE = str(config.pop("table", ""))
 ON, ON_SETTINGS = str(config.pop("on", "demo_other")), str(config.pop("on_set", "")).split()
 RUN, OTHER = from_mapping(config, SETTINGS), load(preset(ON), ON_SETTINGS)
-RUNS = variant_runs(RUN, SETTINGS, quick=QUICK)  # run name -> its settings; the run itself comes first
-TRIGGERS = {run: stage_triggers(config, settings) for run, settings in RUNS.items()}
+# Run name -> its settings; the run itself comes first. OWN_CACHES: those that make a cache for some variants.
+RUNS = variant_runs(RUN, SETTINGS, quick=QUICK, variants=EVERY)
+OWN_CACHES = cache_runs(RUN, SETTINGS)
+TRIGGERS = {run: stage_triggers(config, settings) for run, settings in (RUNS | OWN_CACHES).items()}
 # The user's settings are no params: a job runs again when its trigger changes, and for nothing else.
 SETS = " ".join(f"--set '{setting}'" for setting in SETTINGS)
 OWN = {
-    run: " ".join(f"--set '{setting}'" for setting in settings[len(SETTINGS) :]) for run, settings in RUNS.items()
+    run: " ".join(f"--set '{setting}'" for setting in settings[len(SETTINGS) :]) for run, settings in (RUNS | OWN_CACHES).items()
 }
 CACHE, OUT = RUN.manifest_folder.as_posix(), RUN.runs
+# Where a run's labels are: its own settings say, or it is the run's cache.
+CACHES = {
+    run: from_mapping(config, settings).manifest_folder.as_posix() for run, settings in RUNS.items()
+}
+if said := announced(RUN, sys.argv, TABLE, quick=QUICK):
+    print(said, file=sys.stderr)
 CONFIG = (workflow.overwrite_configfiles or ["config/demo.yaml"])[-1]
 
 # Every shell command begins with this: `cli STAGE` is cli.py with the run's config and the user's settings.
@@ -50,12 +65,14 @@ shell.prefix(PREFIX.replace("{", "{{").replace("}", "}}"))
 
 wildcard_constraints:
     run="|".join(RUNS),
+    made="|".join(OWN_CACHES),
 
 
 localrules:
     all,
     contrast,
     ablations,
+    ablations_more,
     transfer,
     figures,
 
@@ -73,6 +90,15 @@ rule contrast:
 rule ablations:
     input:
         expand("{out}/{run}/eval/metrics.json", out=OUT, run=run_names(RUN, ABLATED, quick=QUICK)),
+
+
+rule ablations_more:
+    input:
+        [
+            f"{OUT}/{run}/eval/metrics.json"
+            for variants in more_tables(RUN, TABLE).values()
+            for run in run_names(RUN, variants, quick=QUICK)
+        ],
 
 
 rule transfer:
@@ -123,6 +149,40 @@ rule cluster:
         "cli cluster --log {log}"
 
 
+rule extract_like:
+    input:
+        rules.extract.output,
+    output:
+        f"{OUT}/{{made}}/cache/extract.manifest.json",
+    params:
+        own=lambda wildcards: OWN[wildcards.made],
+        trigger=lambda wildcards: TRIGGERS[wildcards.made]["extract"],
+    log:
+        f"{OUT}/{{made}}/logs/extract.log",
+    conda:
+        "config/environment.yaml"
+    threads: workflow.cores
+    shell:
+        "cli extract {params.own} --like $(dirname {input}) --log {log}"
+
+
+rule cluster_own:
+    input:
+        rules.extract_like.output,
+    output:
+        f"{OUT}/{{made}}/cache/cluster.manifest.json",
+    params:
+        own=lambda wildcards: OWN[wildcards.made],
+        trigger=lambda wildcards: TRIGGERS[wildcards.made]["cluster"],
+    log:
+        f"{OUT}/{{made}}/logs/cluster.log",
+    conda:
+        "config/environment.yaml"
+    threads: workflow.cores
+    shell:
+        "cli cluster {params.own} --log {log}"
+
+
 rule cams:
     input:
         rules.extract.output,
@@ -141,7 +201,7 @@ rule cams:
 
 rule train:
     input:
-        f"{CACHE}/{LABELS_FROM[RUN.recipe]}.manifest.json",
+        lambda wildcards: f"{CACHES[wildcards.run]}/{LABELS_FROM[RUN.recipe]}.manifest.json",
     output:
         f"{OUT}/{{run}}/train/train.manifest.json",
     params:

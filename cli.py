@@ -49,10 +49,18 @@ def extract(
     workers: WorkersOption = 0,
     scheduler: SchedulerOption = None,
     audit: Annotated[int, typer.Option(help="recompute this many random rows and compare, instead")] = 0,
+    like: Annotated[
+        Path | None,
+        typer.Option(help="begin a new cache as this one, by hard links, if extraction is the same"),
+    ] = None,
     log: LogOption = None,
 ) -> None:
     """Run the frozen teacher once over the training images: views, CLS, dense tokens, text features."""
     settings = _load(config, set_, log)
+    if like:
+        from pipeline.evidence.takeover import take_over
+
+        take_over(like, settings)
     from pipeline import extract as stage
     from pipeline.tracking import say
 
@@ -337,15 +345,17 @@ def ablations(
     config: ConfigOption = DEFAULT,
     set_: SetOption = [],  # noqa: B006
     quick: Annotated[bool, typer.Option("--quick", help="those of `snakemake ... quick=true`")] = False,
+    more: Annotated[bool, typer.Option("--more", help="the tables beyond the paper instead")] = False,
+    table: Annotated[str, typer.Option(help="one of these: lambda, windows, tau, ...")] = "",
     keep: Annotated[bool, typer.Option("--keep", help="write docs/ablations.md and docs/results/")] = False,
 ) -> None:
     """Print the paper's Tables 3, 4 and 5 beside ours, and whether each contrast has the paper's sign."""
     settings = _load(config, set_)
     from pipeline.evidence.ablations import keep_tables, print_tables
 
-    print_tables(settings, quick=quick)
+    print_tables(settings, quick=quick, more=more or bool(table), only=table)
     if keep:
-        keep_tables(settings, quick=quick)
+        keep_tables(settings, quick=quick, more=more or bool(table))
 
 
 @app.command()

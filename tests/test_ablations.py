@@ -1,12 +1,30 @@
 """The paper's tables beside ours: verdicts by hand, run names, and what is written."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
-from pipeline.config import UserError, from_mapping, load
-from pipeline.evidence.ablations import AS_PAPER, OPPOSITE, UNRESOLVED, Row, keep_tables, rows
-from pipeline.evidence.variants import ABLATED, CONTRAST, TABLES, VARIANTS, run_names, variant_runs
+from pipeline.config import UserError, config_fingerprint, from_mapping, load
+from pipeline.evidence.ablations import AS_PAPER, OPPOSITE, RESOLVED, UNRESOLVED, Row, keep_tables, rows
+from pipeline.evidence.more import announced, cache_seconds, foretold
+from pipeline.evidence.takeover import take_over
+from pipeline.evidence.variants import (
+    ABLATED,
+    CONTRAST,
+    EVERY,
+    MORE,
+    MORE_TABLES,
+    TABLES,
+    VARIANTS,
+    cache_runs,
+    more_tables,
+    own_cache,
+    run_names,
+    variant_runs,
+)
+from tests.conftest import ROOT, TINY
 
 
 def results(**hious):
@@ -30,6 +48,16 @@ def test_verdicts_by_hand():
     (_, alone) = rows(table, results(full=[50, 51], glm_off=[20]))
     assert alone.verdict == "not resolved (one seed)"
     assert rows(table, results(glm_off=[20])) == []
+
+
+def test_beyond_the_paper_a_difference_is_resolved_or_not():
+    found = rows(
+        dict.fromkeys(("full", "tau_0.2", "bank_0")),
+        results(full=[49, 50, 51], **{"tau_0.2": [59, 60], "bank_0": [50]}),
+    )
+    assert [row.verdict for row in found] == ["", RESOLVED, "not resolved (one seed)"]
+    (_, near) = rows(dict.fromkeys(("full", "bank_0")), results(full=[49, 50, 51], bank_0=[49, 51]))
+    assert near.verdict == UNRESOLVED
 
 
 def test_every_variant_is_a_config_of_its_own_on_one_cache():
@@ -75,3 +103,130 @@ def test_tables_are_written_from_metrics(tmp_path, run_cli):
     done = run_cli("ablations", "--set", f"runs={tmp_path}/runs")
     assert done.returncode == 0, done.stderr
     assert "GLM by max pooling" in done.stdout
+
+
+# ---- beyond the paper --------------------------------------------------------------------------
+
+
+def test_variants_beyond_the_paper_have_caches_of_their_own_where_they_change_them():
+    config = load("config/demo.yaml")
+    raw = config.model_dump(mode="json", by_alias=True)
+    assert set(MORE) == {variant for variants in MORE_TABLES.values() for variant in variants}
+    runs, caches = (
+        variant_runs(config, ["train.lr=0.001"], variants=EVERY),
+        cache_runs(config, ["train.lr=0.001"]),
+    )
+    for variant in MORE:
+        own, trained = own_cache(config, variant), from_mapping(raw, runs[f"demo-{variant}-1"])
+        assert trained.cache_path == (own or config.cache_path)
+        assert trained.train.lr == 0.001
+        if own:
+            made = from_mapping(raw, caches[own.parent.name])
+            assert made.cache_path == own == made.run_path / "cache"
+            # Training there finds just the labels that it asks for.
+            assert config_fingerprint(made, "cluster") == config_fingerprint(trained, "cluster")
+            assert config_fingerprint(made, "cluster") != config_fingerprint(config, "cluster")
+        else:
+            assert config_fingerprint(trained, "cluster") == config_fingerprint(config, "cluster")
+
+
+def test_what_the_run_is_already_is_no_variant():
+    # The demo's focal and dice cover seen classes, and its potential objects are the batch's.
+    tables = more_tables(load("config/demo.yaml"))
+    assert tables["nel"] == ("full", "nel_all")
+    assert tables["potentials"] == ("full", "potentials_image")
+    assert more_tables(load("config/demo.yaml", ["train.nel=all"]), "nel") == {"nel": ("full", "nel_seen")}
+    with pytest.raises(UserError, match="lambda"):
+        more_tables(load("config/demo.yaml"), "lamda")
+
+
+def test_the_time_by_hand(tmp_path):
+    config = load("config/demo.yaml", [f"runs={tmp_path}/runs", "views.num=2"])
+    assert announced(config, ["snakemake", "ablations"]) == ""
+    words = ["snakemake", "ablations_more", "-n"]
+    assert "is known once demo itself is trained" in announced(config, words, "lambda")
+    folder = config.run_path / "train"
+    folder.mkdir(parents=True)
+    (folder / "train.manifest.json").write_text(json.dumps({"iterations": 2}))
+    (folder / "losses.jsonl").write_text(json.dumps({"iteration": 2, "time/elapsed_s": 50.0}) + "\n")
+    for stage, seconds in (("extract", 30.0), ("cluster", 4.0)):
+        ledger = config.cache_path / "ledger" / stage
+        ledger.mkdir(parents=True)
+        (ledger / "00000.json").write_text(json.dumps({"shard": 0, "seconds": seconds}))
+    # Lambda: full, 0.7 and 0.9, three seeds each: 9 trainings of 50 s, and two clusterings of 4 s.
+    said = announced(config, words, "lambda")
+    assert "9 of 9 trainings and 2 of 2 caches" in said
+    assert "8 min and 8.0 s one after the other" in said
+    assert (
+        cache_seconds(config, "views_8") == (30 + 4) * 8 / 2
+    )  # other views: the teacher again, four times as many
+    assert cache_seconds(config, "tokens_int8") == 34
+    assert "3 of 3 trainings" in foretold(config, "lambda", quick=True)
+    assert "30.0 s and" in foretold(config, "lambda", quick=True)  # three of a fifth of the iterations
+    done = config.run_path / "eval"
+    done.mkdir()
+    (done / "metrics.json").write_text("{}")
+    assert "8 of 9 trainings" in foretold(config, "lambda")
+
+
+def test_snakemake_plans_them_and_says_the_time():
+    command = [sys.executable, "-m", "snakemake", "ablations_more", "--cores", "1", "-n", "--quiet", "rules"]
+    done = subprocess.run(
+        [*command, "--config", "table=lambda", "quick=true", "set=name=nosuchrun"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "ablations_more: 3 of 3 trainings and 2 of 2 caches" in done.stderr
+    said = done.stdout + done.stderr
+    for job, count in (("extract", 1), ("cluster", 1), ("extract_like", 2), ("cluster_own", 2), ("train", 3)):
+        assert any(line.split() == [job, str(count)] for line in said.splitlines()), (job, said)
+
+
+def test_another_lambda_end_to_end(cached_demo, run_cli, tmp_path):
+    """The settings that Snakemake hands on: the teacher's part taken over, clustered anew, trained and evaluated."""
+    base = [f"runs={tmp_path}/runs", *TINY, f"cache.path={cached_demo}"]
+    config = load(ROOT / "config" / "demo.yaml", base)
+
+    def stage(name, settings, *more):
+        words = [word for setting in settings for word in ("--set", setting)]
+        done = run_cli(name, "--config", ROOT / "config" / "demo.yaml", *words, *more)
+        assert done.returncode == 0, done.stderr
+        return done.stderr
+
+    before = {path: path.read_bytes() for path in cached_demo.rglob("*") if path.is_file()}
+    own = cache_runs(config, base)["demo-cache-lambda_0.7"]
+    said = stage("extract", own, "--like", cached_demo)
+    assert "takes over" in said
+    assert "nothing to do" in said
+    cache = own_cache(config, "lambda_0.7")
+    shard = next(
+        p for p in (cache / "data.zarr" / "tokens").rglob("*") if p.is_file() and p.name != "zarr.json"
+    )
+    assert shard.samefile(cached_demo / shard.relative_to(cache))  # hard links
+    assert not (cache / "data.zarr" / "pseudo").exists()
+    stage("cluster", own)
+    runs = variant_runs(config, base, quick=True, variants=EVERY)
+    for run in ("demo-quick-lambda_0.7-0", "demo-quick-full-0"):
+        stage("train", runs[run])
+        stage("eval", runs[run])
+    assert before == {path: path.read_bytes() for path in cached_demo.rglob("*") if path.is_file()}
+    done = run_cli("ablations", *(w for s in base for w in ("--set", s)), "--table", "lambda", "--quick")
+    assert done.returncode == 0, done.stderr
+    assert "lambda 0.7" in done.stdout
+    assert "mIoU(U) / hIoU at gamma" in done.stdout
+    assert "not resolved (one seed)" in done.stdout
+    wrong = run_cli("ablations", "--table", "lamda")
+    assert wrong.returncode == 2
+
+
+def test_nothing_is_taken_over_that_was_extracted_otherwise(cached_demo, tiny, tmp_path):
+    other = tiny(f"cache.path={tmp_path}/other", "views.num=3")
+    assert not take_over(cached_demo, other)
+    assert not (tmp_path / "other").exists()
+    with pytest.raises(UserError, match="no finished extraction"):
+        take_over(tmp_path / "nowhere", other)
+    same = tiny(f"cache.path={tmp_path}/same")
+    assert take_over(cached_demo, same)
+    assert not take_over(cached_demo, same)  # it is there

@@ -166,10 +166,10 @@ def results_section(results: Results) -> str:
             f"GLM lifts mIoU(U) by {lift:+.1f} points, {word} than the larger spread, {spread:.1f} (the paper's",
             "Table 3, on PASCAL Context: 8.6 to 50.7).",
         ]
-    return "\n".join([*lines, *_sweep(results)]) + "\n"
+    return "\n".join([*lines, *sweep_lines(results)]) + "\n"
 
 
-def _sweep(results: Results) -> list[str]:
+def sweep_lines(results: Results) -> list[str]:
     """mIoU(U) and hIoU by gamma, means over the seeds: shown as a sweep, nothing is chosen from it."""
     sweeps = {c: [m["gamma_sweep"] for m in seeds.values()] for c, seeds in results.items()}
     if not all(sweep for parts in sweeps.values() for sweep in parts):

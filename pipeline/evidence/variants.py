@@ -1,6 +1,7 @@
 """One run and its variants: the same cache, seeds and budget, a part of the method taken away or exchanged.
 
-The variants share the run's cache, so that the teacher and the clusters are computed once for all of them.
+The variants share the run's cache, so that the teacher and the clusters are computed once for all of them. Those that
+change what is cached have a cache of their own, which takes over the teacher's part where that is the same.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import STAGES, Config, config_fingerprint, digest, from_mapping
+from pipeline.config import STAGES, Config, UserError, config_fingerprint, digest, from_mapping
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,12 @@ class Variant:
     label: str
     settings: tuple[str, ...] = ()
 
+    @property
+    def has_own_cache(self) -> bool:
+        return any(setting.startswith(CACHED) for setting in self.settings)
 
+
+CACHED = ("views.", "cluster.", "cache.")  # sections that say what is in a cache
 VARIANTS = {
     "full": Variant("full method"),
     "glm_off": Variant("without GLM", ("train.glm=off",)),
@@ -35,6 +41,45 @@ VARIANTS = {
     "glm_mean": Variant("GLM by mean pooling", ("train.glm=mean",)),
     "vla_mlp": Variant("VLA an MLP", ("train.vla=mlp",)),
     "vla_original": Variant("no VLA, original features", ("train.vla=original",)),
+}
+# Beyond the paper: what it leaves open, and what only a cache makes possible.
+MORE = {
+    "lambda_0.7": Variant("lambda 0.7", ("cluster.threshold=0.7",)),
+    "lambda_0.9": Variant("lambda 0.9", ("cluster.threshold=0.9",)),
+    "sizes_3": Variant("3 x 3 windows alone", ("cluster.sizes=[3]",)),
+    "sizes_7": Variant("7 x 7 windows alone", ("cluster.sizes=[7]",)),
+    "window_tokens": Variant("windows of s tokens (other reading of eq. 4-5)", ("cluster.window=tokens",)),
+    "iterations_1": Variant("one iteration of K-means", ("cluster.iterations=1",)),
+    "iterations_5": Variant("five iterations of K-means", ("cluster.iterations=5",)),
+    "tau_0.03": Variant("tau 0.03", ("train.tau=0.03",)),
+    "tau_0.2": Variant("tau 0.2", ("train.tau=0.2",)),
+    "bank_0": Variant("no bank, negatives from the batch", ("train.bank=0",)),
+    "bank_8": Variant("bank of 8 iterations", ("train.bank=8",)),
+    "bank_96": Variant("bank of 96 iterations: an epoch, all images, of the demo", ("train.bank=96",)),
+    "potentials_image": Variant("potential objects of the image alone compete", ("train.potentials=image",)),
+    "potentials_batch": Variant(
+        "potential objects of the batch compete (eq. 9)", ("train.potentials=batch",)
+    ),
+    "nel_seen": Variant("focal and dice on seen classes", ("train.nel=seen",)),
+    "nel_all": Variant("focal and dice on potential objects too", ("train.nel=all",)),
+    "views_1": Variant("the first cached view alone", ("train.views=1",)),
+    "views_2": Variant("the first two cached views", ("train.views=2",)),
+    "views_8": Variant("eight cached views", ("views.num=8",)),
+    "tokens_int8": Variant("tokens kept as int8", ("cache.tokens=int8",)),
+    "tokens_stream": Variant("tokens clustered and not kept", ("cache.tokens=stream",)),
+}
+EVERY = VARIANTS | MORE
+# gamma's table costs nothing: every evaluation sweeps it (`cli.py ablations --more`).
+MORE_TABLES: dict[str, tuple[str, ...]] = {
+    "lambda": ("lambda_0.7", "lambda_0.9"),
+    "windows": ("sizes_3", "sizes_7", "window_tokens"),
+    "iterations": ("iterations_1", "iterations_5"),
+    "tau": ("tau_0.03", "tau_0.2"),
+    "bank": ("bank_0", "bank_8", "bank_96"),
+    "potentials": ("potentials_image", "potentials_batch"),
+    "nel": ("nel_seen", "nel_all"),
+    "views": ("views_1", "views_2", "views_8"),
+    "tokens": ("tokens_int8", "tokens_stream"),
 }
 SEEDS = (0, 1, 2)
 CONTRAST = ("full", "glm_off", "seen_only")  # what the paper's main claim rests on (Table 3)
@@ -59,7 +104,7 @@ def run_name(config: Config, variant: str, seed: int, *, quick: bool = False) ->
     """The run of one variant and seed; the run itself stands for its own seed of the full method."""
     if quick:
         return f"{config.name}-{QUICK}-{variant}-{seed}"
-    is_itself = not VARIANTS[variant].settings and seed == config.train.seed
+    is_itself = not EVERY[variant].settings and seed == config.train.seed
     return config.name if is_itself else f"{config.name}-{variant}-{seed}"
 
 
@@ -70,13 +115,18 @@ def run_names(config: Config, variants: Iterable[str], *, quick: bool = False) -
 
 
 def variant_runs(
-    config: Config, settings: Iterable[str], *, quick: bool = False
+    config: Config,
+    settings: Iterable[str],
+    *,
+    quick: bool = False,
+    variants: Mapping[str, Variant] = VARIANTS,
 ) -> dict[str, tuple[str, ...]]:
-    """Run names and their settings: the run itself, then each variant and seed, all on the run's cache."""
-    settings, cache = tuple(settings), config.cache_path
+    """Run names and their settings: the run itself, then each variant and seed, on the run's cache or their own."""
+    settings = tuple(settings)
     runs = {config.name: settings}
     shorter = (f"train.iterations={max(config.train.iterations // QUICK_SHARE, 1)}",) if quick else ()
-    for variant, changed in VARIANTS.items():
+    for variant, changed in variants.items():
+        cache = own_cache(config, variant) or config.cache_path
         for seed in QUICK_SEEDS if quick else SEEDS:
             name = run_name(config, variant, seed, quick=quick)
             where = f"cache.path={cache.as_posix() if isinstance(cache, Path) else cache}"
@@ -90,6 +140,42 @@ def side_by_side() -> tuple[str, ...]:
     end sooner than one after the other on both (bench/README.md). On a GPU nothing, and one at a time.
     """
     return () if shutil.which("nvidia-smi") else ("train.threads=1",)
+
+
+def own_cache(config: Config, variant: str) -> Path | None:
+    """The cache of a variant that changes what is cached, of all its seeds; None for those on the run's."""
+    if not EVERY[variant].has_own_cache:
+        return None
+    return Path(config.runs) / f"{config.name}-cache-{variant}" / "cache"
+
+
+def cache_runs(config: Config, settings: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """The runs that only make such caches, and their settings."""
+    found = {}
+    for variant, changed in MORE.items():
+        if (cache := own_cache(config, variant)) is not None:
+            name = cache.parent.name
+            found[name] = (*settings, *changed.settings, f"name={name}", f"cache.path={cache.as_posix()}")
+    return found
+
+
+def varied(config: Config, settings: Iterable[str]) -> Config:
+    """The config with some settings changed."""
+    return from_mapping(config.model_dump(mode="json", by_alias=True), settings)
+
+
+def more_tables(config: Config, only: str = "") -> dict[str, tuple[str, ...]]:
+    """The tables beyond the paper, or the one named, without variants that are what the run is already.
+
+    Raises: UserError for a table that isn't there.
+    """
+    if only and only not in MORE_TABLES:
+        raise UserError(f"table {only!r}: there are {', '.join(MORE_TABLES)}.")
+    return {
+        table: ("full", *(name for name in names if varied(config, MORE[name].settings) != config))
+        for table, names in MORE_TABLES.items()
+        if only in ("", table)
+    }
 
 
 def stage_triggers(raw: Mapping[str, Any], settings: Iterable[str]) -> dict[str, str]:

@@ -1,0 +1,62 @@
+"""A cache that begins as another one: the teacher's part by hard links, where both were extracted the same way."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from cache.ledger import read_manifest
+from cache.schema import ARRAYS
+from pipeline.config import Config, UserError, config_fingerprint
+from pipeline.tracking import say
+
+SMALL = 4096  # bytes: what is this small is copied, such as zarr.json, of which each cache keeps its own
+
+
+def take_over(like: Path, config: Config) -> bool:
+    """Gives a cache that isn't there yet the extraction of `like`; whether it did.
+
+    Shards are written anew and renamed, never changed in place, so two caches can share a file. Nothing is
+    taken over where extraction differs or there is a cache already: `extract` does what is to be done.
+    Raises: UserError when `like` holds no finished extraction.
+    """
+    made, target = read_manifest(like / "extract.manifest.json"), config.cache_path
+    if made is None:
+        raise UserError(f"--like {like}: no finished extraction there. Run `cli.py extract` for it first.")
+    is_same = made["config"] == config_fingerprint(config, "extract")
+    if not is_same or not isinstance(target, Path) or target.exists():
+        return False
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        for source in _files(like):
+            place = partial / source.relative_to(like)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            _link(source, place)
+        os.replace(partial, target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    say(f"extract: {target} takes over the extraction of {like}")
+    return True
+
+
+def _files(cache: Path) -> list[Path]:
+    """What extract has written: its arrays, ids, group metadata, ledger and manifest."""
+    later = {name for name, spec in ARRAYS.items() if spec.stage != "extract"}
+    data = [
+        path
+        for path in (cache / "data.zarr").rglob("*")
+        if path.is_file() and path.relative_to(cache / "data.zarr").parts[0] not in later
+    ]
+    return [*data, *(cache / "ledger" / "extract").glob("*.json"), cache / "extract.manifest.json"]
+
+
+def _link(source: Path, place: Path) -> None:
+    if source.stat().st_size > SMALL:
+        try:
+            os.link(source, place)
+            return
+        except OSError:  # another file system, or one without hard links
+            pass
+    shutil.copy2(source, place)

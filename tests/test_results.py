@@ -1,12 +1,16 @@
 """Result tables: means and spreads by hand, and what `contrast --keep` writes into a repository."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 
 from pipeline.config import UserError, load
 from pipeline.evidence.results import BEGIN, END, keep_contrast, lift_of_glm, results_of, results_section
+from pipeline.evidence.variants import CONTRAST
 
+ROOT = Path(__file__).parents[1]
 MADE = {"date": "2026-01-02", "machine": "2 x a processor", "torch": "2.9", "revision": "abc"}
 
 
@@ -63,3 +67,28 @@ def test_keep_says_what_is_missing(config, tmp_path):
     (tmp_path / "README.md").write_text("no place\n")
     with pytest.raises(UserError, match="Put them where"):
         keep_contrast(config, tmp_path)
+
+
+def test_readme_says_what_the_kept_results_say():
+    """Every number of README's section is made from docs/results/, with date, machine and revision."""
+    results: dict[str, dict[int, dict]] = {}
+    for contrast in CONTRAST:
+        for path in sorted((ROOT / "docs" / "results").glob(f"demo-{contrast}-[0-9].json")):
+            results.setdefault(contrast, {})[int(path.stem[-1])] = json.loads(path.read_text())
+    readme = (ROOT / "README.md").read_text()
+    section = readme.split(f"{BEGIN}\n")[1].split(END)[0]
+    assert section == results_section(results)
+    assert {len(seeds) for seeds in results.values()} == {3}
+    made = [m["made"] for seeds in results.values() for m in seeds.values()]
+    assert all(
+        f"{one['date']}, {one['machine']}, torch {one['torch']}, revision {one['revision']}" in section
+        for one in made
+    )
+
+
+def test_readme_has_no_other_scores():
+    """Outside that section a score stands only where it is said to be wanted, measured elsewhere or the paper's."""
+    readme = (ROOT / "README.md").read_text()
+    rest = readme.split(BEGIN)[0] + readme.split(END)[1]
+    found = [line for line in rest.splitlines() if re.search(r"(IoU|pAcc)[^|]*\b\d", line)]
+    assert all("What we wanted" in line for line in found), found

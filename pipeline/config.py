@@ -104,6 +104,9 @@ class Cluster(Section):
         description="name potential objects after the unseen classes that an image is tagged with, where the mean of "
         "the tag's refined CAM is at least this (0.3; weakly supervised); null is zero-shot",
     )
+    distance: Literal["euclidean"] | None = Field(
+        None, description="null: cosine, spherical K-means (settled); euclidean: plain means, in torch"
+    )
     debug: bool = Field(False, description="keep centroids and the map before fusion too")
 
 
@@ -340,7 +343,7 @@ NOT_CONTENT = {
     )
 }
 # Keys that are younger than caches worth keeping: without effect on a fingerprint while they are empty.
-YOUNGER = {"text.synonyms", "cluster.named_above", "eval.flip", "eval.scales"}
+YOUNGER = {"text.synonyms", "cluster.named_above", "cluster.distance", "eval.flip", "eval.scales"}
 # Options of a data set that only other stages see.
 DATA_NOT_FOR = {"extract": ("test_seed", "test", "unseen", "split"), "cluster": ("test_seed", "test")}
 DATA_NOT_FOR["train"] = DATA_NOT_FOR["cams"] = DATA_NOT_FOR["cluster"]

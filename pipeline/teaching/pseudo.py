@@ -20,6 +20,7 @@ from torch.nn.functional import normalize
 from pipeline.config import Cluster, ConfigError
 from pipeline.data.base import DataSet, Sample
 from pipeline.ops import fusion, kmeans, views
+from pipeline.ops.kmeans_euclidean import lloyd_euclidean
 
 IGNORED = 1  # token_state's code of a token in the ignored area
 MAX_CENTRES = 253  # the ids that a uint8 pseudo label has: 0, 254 and 255 mean something else
@@ -85,7 +86,7 @@ def num_centres(section: Cluster, side: int) -> int:
 
 def device_name(section: Cluster) -> str:
     """The device that clustering really runs on."""
-    if section.backend == "faiss":
+    if section.backend == "faiss" and section.distance is None:
         from pipeline.ops import kmeans_faiss
 
         return kmeans_faiss.device_name(gpu=section.device != "cpu")
@@ -132,7 +133,7 @@ def pseudo_labels(grid: Tensor, state: Tensor, section: Cluster) -> tuple[Tensor
     num, _, _, channels = grid.shape
     centres, alive = kmeans.window_centres(grid, state, section.sizes, section.window)
     flat, active = grid.reshape(num, -1, channels), (state == IGNORED).reshape(num, -1)
-    if section.backend == "faiss":
+    if section.backend == "faiss" and section.distance is None:
         from pipeline.ops import kmeans_faiss
 
         gpu = device_name(section) != "cpu"
@@ -143,7 +144,8 @@ def pseudo_labels(grid: Tensor, state: Tensor, section: Cluster) -> tuple[Tensor
     else:
         device = _torch_device(section)
         tokens, is_active, starts, living = (x.to(device) for x in (flat, active, centres, alive))
-        found = kmeans.lloyd(tokens, is_active, starts, living, section.iterations)
+        lloyd = kmeans.lloyd if section.distance is None else lloyd_euclidean
+        found = lloyd(tokens, is_active, starts, living, section.iterations)
         found = kmeans.Clusters(*(x.cpu() for x in found))
         similar = fusion.similar_pairs(found.centres, found.alive, section.threshold)
     maps, means, before = [], torch.full((num, centres.shape[1], channels), float("nan")), []

@@ -14,6 +14,7 @@ import csv
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -155,12 +156,15 @@ def _evaluated(config: Config, student_name: str, task: Task) -> dict[str, Any]:
     if torch.cuda.is_available():
         student = student.cuda()
     scored = Scored(student, task.text(checkpoint), task.data, config.teacher.image_size, section)
+    began = time.perf_counter()
     scored.count_all()
+    seconds = round(time.perf_counter() - began, 2)
     result = scored.summary() | {
         "fingerprint": task.identity,
         "config": task.config,
         **task.said(checkpoint),
-        "made": (made := provenance()) | {"revision": checkpoint.revision, "evaluated": made["revision"]},
+        "made": (made := provenance())
+        | {"revision": checkpoint.revision, "evaluated": made["revision"], "seconds": seconds},
     }
     task.folder.mkdir(parents=True, exist_ok=True)
     matrix = scored.swept.matrix(section.gamma)

@@ -121,6 +121,10 @@ def test_bytes_by_stage(pair):
     assert found["train"].size_bytes == sum(p.stat().st_size for p in files) > 0
     assert found["extract"].size_bytes > found["cluster"].size_bytes > 0
     assert found["train"].num_images == 8 * config.train.batch
+    assert found["eval"].seconds is None  # not recorded
+    made = {"num_images": 5, "made": {"seconds": 2.5}}
+    *_, tested = facts.stage_facts(config, facts.Store.open(config.cache_path), made)
+    assert (tested.name, tested.seconds, tested.num_images) == ("eval", 2.5, 5)
 
 
 # ---- in a browser ------------------------------------------------------------------------------

@@ -137,7 +137,9 @@ def stage_facts(config: Config, store: Store, metrics: Mapping[str, Any] | None)
             folder_bytes(config.run_path / "train"),
         )
     )
-    tested, took = (int(metrics["num_images"]), metrics.get("seconds")) if metrics else (0, None)
+    tested, took = (
+        (int(metrics["num_images"]), metrics.get("made", {}).get("seconds")) if metrics else (0, None)
+    )
     size = folder_bytes(config.run_path / "eval")
     facts.append(StageFact("eval", tested, tested, "test images", metrics is not None, took, tested, size))
     return facts

@@ -190,7 +190,7 @@ class Segmenter:
         """
         ids = np.empty(size, np.uint8)
         for rows, enlarged in strips(scores, size):
-            best = enlarged.argmax(0).to(torch.uint8)  # (R, W)
+            best = enlarged.max(0).indices.to(torch.uint8)  # (R, W); argmax takes three times as long
             if reject is not None:
                 score = SCORES[self.config.student.classifier](enlarged)
                 best[score < reject] = NONE

@@ -50,8 +50,9 @@ def pictures(
         other = by_place.setdefault(str(picture.place).casefold(), picture.path)  # some disks ignore case
         if other != picture.path:
             raise DataError(
-                f"{other} and {picture.path}: the results of both would be called {picture.place}.*. Name the folder "
-                "that holds both, whose structure is kept, or run them into two folders."
+                f"{other} and {picture.path}: the results of both would be called {picture.place}.*. Choose by a "
+                f"pattern such as '{other.parent / ('*' + other.suffix)}', or name the folder that both lie below, "
+                "whose structure is kept."
             )
     return list(found.values())
 

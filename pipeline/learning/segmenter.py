@@ -20,13 +20,15 @@ from torch import Tensor
 
 from pipeline.config import UserError
 from pipeline.data.base import BadImage
-from pipeline.data.prompts import prompts
 from pipeline.learning.checkpoint import load_student, student_file
 from pipeline.learning.inference import class_logits, squashed
+from pipeline.learning.text import text_of_names, text_teacher
 from pipeline.ops.enlarge import strips
 
 Name = tuple[str, ...]
 
+# How `slide` looks here: once, whatever the evaluation's flips and scales; their averaged softmax has no logits.
+ONE_SIGHT = {"mode": "slide", "flip": False, "scales": ()}
 NONE = 255  # the id of a pixel that is none of the names
 MOST_NAMES = 255  # ids are 8 bits, and 255 is NONE
 MOST_SLID_BYTES = 2**31  # of one image's logits in mode `slide`, which are kept at the windows' resolution
@@ -90,12 +92,7 @@ class Segmenter:
 
     @cached_property
     def _teacher(self) -> Any:
-        from pipeline.models.teacher import Teacher
-
-        section = self.config.teacher
-        return Teacher.load(
-            section.model, section.pretrained, image_size=section.image_size, quick_gelu=section.quick_gelu
-        )
+        return text_teacher(self.checkpoint)
 
     def ask(self, names: Sequence[Name] | None) -> Asked:
         """The names as the student takes them; None: the run's own classes.
@@ -119,26 +116,22 @@ class Segmenter:
                 f"other name ({', '.join(checkpoint.classes)}). Train with student.classifier text for any names."
             )
         if strange:
-            templates = self.config.text.templates
-            groups = [[prompt for word in name for prompt in prompts(templates, word)] for name in strange]
-            encoded = self._encoded(strange, groups)
             new = [tuple(_key(word) for word in name) for name in strange]
-            self._features |= dict(zip(new, encoded, strict=True))
+            self._features |= dict(zip(new, self._encoded(strange), strict=True))
         text = torch.stack([known[key] if key in known else self._features[key] for key in keys])
         labelled = [checkpoint.classes[i] for i in checkpoint.seen_ids]
         synonyms = self.config.text.synonyms
         trained = {_key(word) for name in labelled for word in (name, *synonyms.get(name, ()))}
         return Asked(names, text, tuple(not trained.isdisjoint(key) for key in keys))
 
-    def _encoded(self, names: Sequence[Name], groups: list[list[str]]) -> Tensor:
+    def _encoded(self, names: Sequence[Name]) -> Tensor:
         try:
-            teacher = self._teacher
+            return text_of_names(self.checkpoint, names, lambda _: self._teacher)
         except UserError as error:
             raise UserError(
                 f"--names {'|'.join(names[0])!r} is none of the run's classes, so the teacher's text encoder must read "
                 f"it, and: {error}"
             ) from None
-        return teacher.encode_text(groups)
 
     @torch.inference_mode()
     def scores(
@@ -161,7 +154,7 @@ class Segmenter:
         return list(torch.einsum("bchw,kc->bkhw", dense, text.to(device)))
 
     def _slide(self, images: Sequence[np.ndarray], text: Tensor) -> list[Tensor]:
-        size, section = self.config.teacher.image_size, self.config.eval.model_copy(update={"mode": "slide"})
+        size, section = self.config.teacher.image_size, self.config.eval.model_copy(update=ONE_SIGHT)
         found = []
         for image in images:
             height, width = image.shape[:2]

@@ -46,8 +46,11 @@ def serve(run: Path, host: str = "127.0.0.1", port: int = 7860) -> None:
     page = build(segmenter)
     try:
         _, address, _ = page.launch(**options(), server_name=host, server_port=port)
-    except OSError as error:
-        raise UserError(f"--host {host} --port {port}: {error}") from None
+    except OSError:  # gradio's words name options of its own
+        raise UserError(
+            f"--host {host} --port {port}: nobody can listen there; the port is taken, or the host isn't this machine. "
+            "Choose another."
+        ) from None
     say(f"demo: {segmenter.file} at {address} (Ctrl-C ends it)")
     page.block_thread()
 

@@ -4,10 +4,12 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 CORES ?= all
 # The tests that read ../shared/data run where that folder is, those of the dense CRF where its package is, those of
-# pages where Chromium is. Asked when `test` runs, not before there is an environment.
+# pages where Chromium is, those of the page for trying where gradio is too. Asked when `test` runs, not before there
+# is an environment.
 BROWSER = $(shell command -v chromium chromium-browser google-chrome)
-CRF = $(shell $(BIN)/python -c 'from importlib.util import find_spec; print(find_spec("pydensecrf") or "")')
-MARKS = not gpu$(if $(wildcard ../shared/data),, and not shared_data)$(if $(CRF),, and not crf)$(if $(BROWSER),, and not browser)
+HAS = $(shell $(BIN)/python -c 'from importlib.util import find_spec; print(find_spec("$(1)") or "")')
+MARKS = not gpu$(if $(wildcard ../shared/data),, and not shared_data)$(if $(call HAS,pydensecrf),, and not crf)$(if \
+	$(BROWSER),, and not browser)$(if $(and $(BROWSER),$(call HAS,gradio)),, and not page)
 
 .PHONY: help demo demo-clip-es demo-contrast test check format clean
 .DEFAULT_GOAL := help

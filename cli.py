@@ -183,18 +183,63 @@ def evaluate(
 
 @app.command()
 def predict(
-    images: Annotated[list[Path], typer.Argument(help="image files")],
+    images: Annotated[
+        list[str],
+        typer.Argument(
+            help="files, folders, patterns ('photos/**/*.jpg'), or - for a list on standard input"
+        ),
+    ],
     run: Annotated[Path, typer.Option(help="a run folder or a checkpoint")] = Path("runs/demo"),
-    names: Annotated[str | None, typer.Option(help='class names, "a,b,c"; default: those of the run')] = None,
-    out: Annotated[Path, typer.Option(help="folder for overlays and masks")] = Path("predictions"),
-    gamma: Annotated[float | None, typer.Option(help="added to unseen logits; default: the run's")] = None,
+    names: Annotated[
+        str | None, typer.Option(help='class names, synonyms by |: "sofa|couch,cat"; default: the run\'s')
+    ] = None,
+    out: Annotated[
+        Path, typer.Option(help="folder for overlays and masks; a folder's structure is kept in it")
+    ] = Path("predictions"),
+    gamma: Annotated[
+        float | None,
+        typer.Option(help="added to the logits of names never labelled in training; default: the run's"),
+    ] = None,
+    reject: Annotated[
+        float | None,
+        typer.Option(
+            help="'none of these', id 255, where the best name's score is below this; the score is the sigmoid of "
+            "its logit with gamma, 0 to 1 (a learned classifier's: the largest softmax)"
+        ),
+    ] = None,
+    mode: Annotated[
+        str | None, typer.Option(help="whole, or slide for finer detail in large images; default: the run's")
+    ] = None,
+    probabilities: Annotated[
+        bool, typer.Option("--probabilities", help="also NAME.probabilities.npy: float16 (K, H, W), softmax")
+    ] = False,
 ) -> None:
-    """Segment any image with any class names: an overlay with a legend, and the raw mask."""
+    """Segment any images with any class names: overlays with a legend, and indexed masks. Resumes by itself."""
     from pipeline import predict as stage
+    from pipeline.data.inputs import pictures
+    from pipeline.learning.segmenter import parsed_names
 
-    wanted = [name.strip() for name in names.split(",") if name.strip()] if names is not None else None
-    for overlay, mask in stage.predict(run, images, names=wanted, out=out, gamma=gamma):
-        typer.echo(f"{overlay}  {mask}")
+    asked = parsed_names(names) if names is not None else None
+    wanted = stage.Wanted(asked, gamma, reject, mode, probabilities)
+    found = pictures(images, sys.stdin, results=stage.RESULTS)
+    # A bar on a terminal draws what is printed above itself, and would take it from a pipe.
+    paper = None if sys.stdout.isatty() else sys.stdout
+    for overlay, mask in stage.predict(run, found, out, wanted):
+        typer.echo(f"{overlay}  {mask}", file=paper)
+
+
+@app.command()
+def demo(
+    run: Annotated[Path, typer.Argument(help="a run folder or a checkpoint")],
+    host: Annotated[
+        str, typer.Option(help="whom to listen to; 0.0.0.0: everybody in the network")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="of the page's address")] = 7860,
+) -> None:
+    """Open a page on this machine: an image, any names, and what is found. Needs the extra `demo`."""
+    from pipeline import demo as stage
+
+    stage.serve(run, host, port)
 
 
 @app.command()

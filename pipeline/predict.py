@@ -1,105 +1,204 @@
-"""Any image, any class names: a coloured overlay with its legend, and the raw mask.
+"""Any images, any class names: for each a coloured overlay with its legend, and the mask of ids.
 
-    python cli.py predict photo.jpg --run runs/demo --names "zebra,grass,water"
+    python cli.py predict photos/ --run runs/demo --names "zebra,grass|lawn,water"
 
-Names that the student's file knows need nothing else; others need the teacher's text encoder.
+Names that the student's file knows need nothing else; others need the teacher's text encoder. A mask carries what
+it was made from and with, so the same command again makes what is missing or changed, and nothing else.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from pipeline.config import UserError
-from pipeline.data.base import BadImage, read_image
-from pipeline.data.classes import bitwise_palette
-from pipeline.learning.checkpoint import Checkpoint, load_student, student_file
-from pipeline.learning.inference import best_by_group, class_logits, predicted
-from pipeline.learning.text import text_of_names
+from pipeline.data.base import BadImage, DataError, read_image
+from pipeline.data.files import file_stamp, image_sizes
+from pipeline.data.inputs import Picture
+from pipeline.learning.loading import made_ahead
+from pipeline.learning.segmenter import Asked, Name, Segmenter, check
+from pipeline.looking.overlay import painted, palette_of, shares, with_legend
+from pipeline.tracking import progress, say
 
-OPACITY = 0.55  # of the class colours over the image
-MIN_SIDE = 384  # small images are enlarged to this for the overlay, so that the legend can be read
+MASK, OVERLAY, PROBABILITIES = ".mask.png", ".overlay.png", ".probabilities.npy"
+STAMP, RECIPE = "made from", "recipe"  # a mask's own words: its image's stamp, and how it was made
+RESULTS = (MASK, OVERLAY)  # pictures that a folder of photographs may hold from an earlier run
+MOST_PIXELS = 2**25  # of a batch's images together, 96 MiB decoded; one that is larger is a batch by itself
 
 
-def predict(
-    run: Path, images: Sequence[Path], *, names: list[str] | None, out: Path, gamma: float | None = None
-) -> Iterator[tuple[Path, Path]]:
-    """Segments each image and yields the paths of its overlay and its indexed mask.
+@dataclass(frozen=True)
+class Wanted:
+    """What to find, and how. `reject` as Segmenter.decide has it; gamma and mode None: the run's."""
 
-    The mask's ids follow `names` (default: the run's classes). gamma is added to the logits of names
-    that are not the run's seen classes.
-    Raises: CheckpointError, BadImage, UserError for empty or repeated names.
+    names: Sequence[Name] | None = None
+    gamma: float | None = None
+    reject: float | None = None
+    mode: str | None = None
+    probabilities: bool = False
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """An image, the stamp of its file, or the reason that there is none."""
+
+    picture: Picture
+    image: np.ndarray | None = None  # (H, W, 3) uint8
+    stamp: str = ""
+    reason: str = ""
+
+
+def predict(run: Path, pictures: Sequence[Picture], out: Path, wanted: Wanted) -> Iterator[tuple[Path, Path]]:
+    """Segments each picture and yields the paths of its overlay and its indexed mask, also of those already there.
+
+    The mask's ids follow the names, NONE where all were rejected; gamma is for names that the run never had labels
+    for. A picture that can't be read is named and passed over.
+    Raises: CheckpointError, UserError; at the end a UserError that counts what was passed over.
     """
-    student, checkpoint = load_student(student_file(run))
-    names = list(checkpoint.classes) if names is None else names
-    if not names or len(set(names)) != len(names) or len(names) > 255:
-        raise UserError(f"--names {','.join(names)!r}: want 1 to 255 different names, separated by commas.")
-    missing = [path for path in images if not path.is_file()]
-    if missing:
-        raise BadImage(f"{missing[0]}: no such image file.")
-    text = text_features(checkpoint, names)
-    if torch.cuda.is_available():
-        student = student.cuda()
-    trained = {checkpoint.classes[i] for i in checkpoint.seen_ids}
-    seen = [i for i, name in enumerate(names) if name in trained]
-    unseen = [i for i, name in enumerate(names) if name not in trained]
-    added = checkpoint.config.eval.gamma if gamma is None else gamma
-    palette = bitwise_palette(len(names))
-    out.mkdir(parents=True, exist_ok=True)
-    for path in images:
-        image = read_image(path)
-        logits = class_logits(
-            student, text, image, checkpoint.config.teacher.image_size, checkpoint.config.eval
+    check(wanted.reject, wanted.mode)
+    segmenter = Segmenter(run)
+    asked = segmenter.ask(wanted.names)
+    recipe = _recipe(segmenter, asked, wanted)
+    at = {picture: out / picture.place for picture in pictures}
+    missing = {each: None for each in pictures if not _is_done(each, at[each], recipe, wanted)}  # in order
+    if len(missing) < len(pictures):
+        say(
+            f"predict: {len(pictures) - len(missing)} of {len(pictures)} are in {out} already, made the same way"
         )
-        ids = predicted(best_by_group(logits, seen, unseen), added).numpy().astype(np.uint8)
-        mask = Image.fromarray(ids, mode="P")
-        mask.putpalette(palette.tobytes())
-        mask_path, overlay_path = out / f"{path.stem}.mask.png", out / f"{path.stem}.overlay.png"
-        mask.save(mask_path)
-        overlay(image, ids, names, palette).save(overlay_path)
-        yield overlay_path, mask_path
-
-
-def text_features(checkpoint: Checkpoint, names: Sequence[str]) -> Tensor:
-    """(K, C): rows of the run's own table, and the teacher's text encoder for names that aren't in it.
-
-    Raises: UserError for such names when the student's classifier was learned.
-    """
-    known = checkpoint.classes
-    strange = [name for name in names if name not in known]
-    if strange and checkpoint.config.student.classifier == "learned":
+    for picture in pictures:
+        if picture not in missing:
+            yield _named(at[picture], OVERLAY), _named(at[picture], MASK)
+    failed: list[Loaded] = []
+    num = segmenter.config.eval.batch if (wanted.mode or segmenter.config.eval.mode) == "whole" else 1
+    bar = progress("predict", len(missing)) if len(missing) > num else nullcontext(lambda count: None)
+    with bar as advance:
+        for group in made_ahead(_groups(list(missing), num), lambda group: [_load(each) for each in group]):
+            for item, scores in _scored(segmenter, asked, wanted, group):
+                advance(1)
+                if scores is None:
+                    failed.append(item)
+                    say(f"predict: passed over: {item.reason}")
+                else:
+                    yield _written(segmenter, asked, wanted, item, scores, at[item.picture], recipe)
+    if failed:
         raise UserError(
-            f"--names {strange[0]!r}: this student has learned its {len(known)} classes and knows no "
-            f"other ({', '.join(known)}). Train with student.classifier text for any names."
+            f"{len(failed)} of {len(pictures)} images can't be segmented (named above; the first is "
+            f"{failed[0].picture.path}). The results of the others are in {out}."
         )
-    return text_of_names(checkpoint, [(name,) for name in names])
 
 
-def overlay(image: np.ndarray, ids: np.ndarray, names: Sequence[str], palette: np.ndarray) -> Image.Image:
-    """The image under its class colours, and beside it the names found, most pixels first."""
-    height, width = ids.shape
-    zoom = max(1, round(MIN_SIDE / min(height, width)))
-    mixed = ((1 - OPACITY) * image + OPACITY * palette[ids]).astype(np.uint8)
-    picture = Image.fromarray(mixed).resize((width * zoom, height * zoom), Image.Resampling.NEAREST)
-    found = sorted(np.unique(ids), key=lambda i: -int((ids == i).sum()))
-    line = max(16, picture.height // 24)
-    font = ImageFont.load_default(line * 0.75)
-    widest = max(font.getlength(f"{names[i]} 100 %") for i in found)
-    page = Image.new(
-        "RGB", (picture.width + int(widest) + 3 * line, max(picture.height, line * (len(found) + 1))), "white"
-    )
-    page.paste(picture, (0, 0))
-    pen = ImageDraw.Draw(page)
-    for row, i in enumerate(found):
-        x, y = picture.width + line // 2, line // 2 + row * line
-        pen.rectangle(
-            (x, y, x + int(line * 0.8), y + int(line * 0.8)), fill=tuple(int(v) for v in palette[i])
-        )
-        share = 100 * (ids == i).mean()
-        pen.text((x + int(line * 1.2), y - line * 0.05), f"{names[i]} {share:.0f} %", fill="black", font=font)
-    return page
+def _recipe(segmenter: Segmenter, asked: Asked, wanted: Wanted) -> str:
+    """What a result depends on beside its image, as JSON: the student, the names and what is done with them."""
+    gamma = segmenter.config.eval.gamma if wanted.gamma is None else wanted.gamma
+    text = hashlib.blake2b(asked.text.numpy().tobytes(), digest_size=8).hexdigest()
+    mode = wanted.mode or segmenter.config.eval.mode
+    facts = {"student": file_stamp(segmenter.file), "names": asked.names, "text": text, "gamma": gamma}
+    return json.dumps(facts | {"reject": wanted.reject, "mode": mode}, ensure_ascii=False)
+
+
+def _is_done(picture: Picture, base: Path, recipe: str, wanted: Wanted) -> bool:
+    needed = [OVERLAY, *([PROBABILITIES] if wanted.probabilities else [])]
+    if not all(_named(base, ending).is_file() for ending in needed):
+        return False
+    try:
+        with Image.open(_named(base, MASK)) as mask:
+            return mask.info.get(STAMP) == file_stamp(picture.path) and mask.info.get(RECIPE) == recipe
+    except (
+        OSError,
+        DataError,
+        SyntaxError,
+        ValueError,
+    ):  # no mask, or none that can be read; or the image's own fault
+        return False
+
+
+def _groups(pictures: Sequence[Picture], num: int) -> Iterator[list[Picture]]:
+    """Batches of at most `num` pictures and MOST_PIXELS, by their headers alone."""
+    group: list[Picture] = []
+    pixels = 0
+    for picture in pictures:
+        try:
+            (width, height), _ = image_sizes(picture.path)
+        except DataError:  # whoever loads it says why
+            width = height = 0
+        if group and (len(group) == num or pixels + width * height > MOST_PIXELS):
+            yield group
+            group, pixels = [], 0
+        group.append(picture)
+        pixels += width * height
+    if group:
+        yield group
+
+
+def _load(picture: Picture) -> Loaded:
+    try:
+        return Loaded(picture, read_image(picture.path), file_stamp(picture.path))
+    except DataError as error:
+        return Loaded(picture, reason=str(error))
+
+
+def _scored(
+    segmenter: Segmenter, asked: Asked, wanted: Wanted, group: list[Loaded]
+) -> Iterator[tuple[Loaded, Tensor | None]]:
+    """Each item of a batch with its scores (K, h, w), or with None and the reason that it has none."""
+    good = [item for item in group if item.image is not None]
+    yield from ((item, None) for item in group if item.image is None)
+    try:
+        images = [item.image for item in good if item.image is not None]
+        scores = segmenter.scores(images, asked, wanted.gamma, wanted.mode) if images else []
+    except BadImage as error:  # of mode slide, whose batches hold one image
+        yield replace(good[0], reason=f"{good[0].picture.path}: {error}"), None
+    else:
+        yield from zip(good, scores, strict=True)
+
+
+def _written(
+    segmenter: Segmenter, asked: Asked, wanted: Wanted, item: Loaded, scores: Tensor, base: Path, recipe: str
+) -> tuple[Path, Path]:
+    """Writes an image's results, the mask last: where it is whole, all are."""
+    assert item.image is not None
+    base.parent.mkdir(parents=True, exist_ok=True)
+    size = (item.image.shape[0], item.image.shape[1])
+    if wanted.probabilities:
+        with _whole(_named(base, PROBABILITIES)) as partial:
+            kept = np.lib.format.open_memmap(partial, "w+", np.float16, (len(asked.names), *size))
+            ids = segmenter.decide(scores, size, wanted.reject, kept)
+            kept.flush()
+            del kept
+    else:
+        ids = segmenter.decide(scores, size, wanted.reject)
+    overlay, mask = _named(base, OVERLAY), _named(base, MASK)
+    with _whole(overlay) as partial:
+        picture = painted(item.image, ids, len(asked.names))
+        with_legend(picture, shares(ids, asked.titles)).save(partial, "PNG")
+    indexed, facts = Image.fromarray(ids, mode="P"), PngInfo()
+    indexed.putpalette(palette_of(len(asked.names)).tobytes())
+    for key, value in ((STAMP, item.stamp), (RECIPE, recipe)):
+        facts.add_text(key, value)
+    with _whole(mask) as partial:
+        indexed.save(partial, "PNG", pnginfo=facts)
+    return overlay, mask
+
+
+def _named(base: Path, ending: str) -> Path:
+    return base.with_name(base.name + ending)
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """A path to write to; the file appears under its own name when it is whole, or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

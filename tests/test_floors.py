@@ -21,11 +21,13 @@ DOORS = {
     "segmentation_models_pytorch": {"pipeline/models/student.py"},
     "dask": {"pipeline/teaching/engine.py"},
     "pydensecrf": {"pipeline/teaching/crf.py"},
+    "gradio": {"pipeline/demo.py"},
 }
 STAGES = (
     "extract",
     "cluster",
     "cams",
+    "demo",
     "doctor",
     "train",
     "evaluate",

@@ -5,7 +5,8 @@ Axes: K classes, C the teacher's joint space.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,23 +17,32 @@ from pipeline.data.prompts import prompts
 from pipeline.learning.checkpoint import Checkpoint
 
 
-def text_of_names(checkpoint: Checkpoint, named: Sequence[Sequence[str]]) -> Tensor:
+def text_teacher(checkpoint: Checkpoint) -> Any:
+    """The student's teacher, for its text encoder. Raises: TeacherError."""
+    from pipeline.models.teacher import Teacher
+
+    section = checkpoint.config.teacher
+    return Teacher.load(
+        section.model, section.pretrained, image_size=section.image_size, quick_gelu=section.quick_gelu
+    )
+
+
+def text_of_names(
+    checkpoint: Checkpoint,
+    named: Sequence[Sequence[str]],
+    load: Callable[[Checkpoint], Any] = text_teacher,
+) -> Tensor:
     """(K, C) unit norm: a class that goes by one name of the student's takes its row, others the teacher encodes.
 
     `named` holds what each class is called, one name or several that are averaged; the templates are those the
-    student was trained with. The teacher is loaded only if there is something to encode.
+    student was trained with. The teacher is loaded, by `load`, only if there is something to encode.
     """
     known: dict[tuple[str, ...], Tensor] = {
         (name,): row for name, row in zip(checkpoint.classes, checkpoint.text, strict=True)
     }
     strange = list(dict.fromkeys(tuple(names) for names in named if tuple(names) not in known))
     if strange:
-        from pipeline.models.teacher import Teacher
-
-        section = checkpoint.config.teacher
-        teacher = Teacher.load(
-            section.model, section.pretrained, image_size=section.image_size, quick_gelu=section.quick_gelu
-        )
+        teacher = load(checkpoint)
         templates = checkpoint.config.text.templates
         groups = [[prompt for name in names for prompt in prompts(templates, name)] for names in strange]
         known |= dict(zip(strange, teacher.encode_text(groups), strict=True))

@@ -10,11 +10,16 @@ whose largest corner reaches the best class's smallest one: one class within an 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
 FEW = 24  # classes up to which enlarging them all is faster (measured: bench/evaluation.py)
+STRIP_VALUES = (
+    2**22
+)  # logits enlarged at once where all are wanted: 16 MiB, whatever the image (2**24: half as fast)
 Taps = tuple[Tensor, Tensor, Tensor]
 
 
@@ -102,3 +107,16 @@ def _taps(length: int, size: int) -> Taps:
     place = ((torch.arange(size) + 0.5) * (length / size) - 0.5).clamp(min=0)
     first = place.long()
     return first, (first + 1).clamp(max=length - 1), (place - first).float()
+
+
+def strips(planes: Tensor, size: tuple[int, int]) -> Iterator[tuple[slice, Tensor]]:
+    """All planes at the image's size, as interpolate gives them, so many rows at a time that memory is bounded.
+
+    Shapes: planes (K, h, w) float32 -> (rows, (K, R, W)) from top to bottom, R rows each but in the last.
+    """
+    num = max(1, STRIP_VALUES // (len(planes) * max(size[1], planes.shape[2])))
+    top, bottom, down = (tap.to(planes.device) for tap in _taps(planes.shape[1], size[0]))
+    for first in range(0, size[0], num):
+        rows = slice(first, min(first + num, size[0]))
+        part = torch.lerp(planes[:, top[rows]], planes[:, bottom[rows]], down[rows, None])  # (K, R, w)
+        yield rows, interpolate(part[None], (part.shape[1], size[1]), mode="bilinear", align_corners=False)[0]

@@ -1,0 +1,204 @@
+"""A trained student that can be asked for any names: which text features they have, which of them gamma is for.
+
+A name is a tuple of synonyms, the first of which it is shown under. Axes: K names, C channels, h x w the
+student's grid (in mode `slide` that of the windows' pixels), H x W the image.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from pipeline.config import UserError
+from pipeline.data.base import BadImage
+from pipeline.learning.checkpoint import load_student, student_file
+from pipeline.learning.inference import class_logits, squashed
+from pipeline.learning.text import text_of_names, text_teacher
+from pipeline.ops.enlarge import strips
+
+Name = tuple[str, ...]
+
+# How `slide` looks here: once, whatever the evaluation's flips and scales; their averaged softmax has no logits.
+ONE_SIGHT = {"mode": "slide", "flip": False, "scales": ()}
+NONE = 255  # the id of a pixel that is none of the names
+MOST_NAMES = 255  # ids are 8 bits, and 255 is NONE
+MOST_SLID_BYTES = 2**31  # of one image's logits in mode `slide`, which are kept at the windows' resolution
+
+# What `reject` is compared with, from the scores that decide (logits, gamma added), (K, R, W) -> (R, W), 0 to 1.
+# A text student's focal loss trains the sigmoid of each name's logit by itself, so it says the same whatever other
+# names are asked for; a learned classifier knows cross-entropy alone, and that says nothing of a logit by itself.
+SCORES = {
+    "text": lambda scores: scores.amax(0).sigmoid(),
+    "learned": lambda scores: scores.softmax(0).amax(0),
+}
+
+
+def parsed_names(text: str) -> tuple[Name, ...]:
+    """Names separated by commas, synonyms by bars: "sofa|couch,cat" -> (("sofa", "couch"), ("cat",)).
+
+    Raises: UserError when there is none, more than 255, or one word twice (case doesn't count).
+    """
+    groups = [[" ".join(word.split()) for word in group.split("|")] for group in text.split(",")]
+    names = tuple(tuple(word for word in group if word) for group in groups if any(group))
+    repeated = [
+        word for word, num in Counter(_key(word) for name in names for word in name).items() if num > 1
+    ]
+    if repeated or not 1 <= len(names) <= MOST_NAMES:
+        what = f"{repeated[0]!r} stands there twice" if repeated else f"{len(names)} names"
+        raise UserError(
+            f"--names {text!r}: {what}; want 1 to {MOST_NAMES} different names, separated by commas, "
+            "synonyms of one by |."
+        )
+    return names
+
+
+def _key(word: str) -> str:
+    return " ".join(word.split()).casefold()  # CLIP's tokenizer reads lower case
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Names with their text features (K, C), and which of them the student was trained on with labels."""
+
+    names: tuple[Name, ...]
+    text: Tensor
+    is_trained: tuple[bool, ...]
+
+    @property
+    def titles(self) -> tuple[str, ...]:
+        return tuple(name[0] for name in self.names)
+
+
+class Segmenter:
+    """A run's student, loaded once, on the GPU where there is one. Raises: CheckpointError."""
+
+    def __init__(self, run: Path) -> None:
+        self.file = student_file(run)
+        self.student, self.checkpoint = load_student(self.file)
+        if torch.cuda.is_available():
+            self.student = self.student.cuda()
+        self.config = self.checkpoint.config
+        self.is_closed = self.config.student.classifier == "learned"
+        self._features: dict[Name, Tensor] = {}  # of names that the run's own table lacks
+
+    @cached_property
+    def _teacher(self) -> Any:
+        return text_teacher(self.checkpoint)
+
+    def ask(self, names: Sequence[Name] | None) -> Asked:
+        """The names as the student takes them; None: the run's own classes.
+
+        A class of the run has its row of the run's table. Other names, and all with synonyms, are encoded by the
+        teacher: every prompt of every synonym, averaged, as `text.synonyms` does.
+        Raises: UserError for names that a learned classifier hasn't learned, or a teacher that can't be loaded.
+        """
+        checkpoint = self.checkpoint
+        names = tuple((name,) for name in checkpoint.classes) if names is None else tuple(names)
+        known = {(_key(name),): row for name, row in zip(checkpoint.classes, checkpoint.text, strict=True)}
+        keys = [tuple(_key(word) for word in name) for name in names]
+        strange = [
+            name
+            for name, key in zip(names, keys, strict=True)
+            if key not in known and key not in self._features
+        ]
+        if strange and self.is_closed:
+            raise UserError(
+                f"--names {'|'.join(strange[0])!r}: this student has learned its {len(known)} classes and knows no "
+                f"other name ({', '.join(checkpoint.classes)}). Train with student.classifier text for any names."
+            )
+        if strange:
+            new = [tuple(_key(word) for word in name) for name in strange]
+            self._features |= dict(zip(new, self._encoded(strange), strict=True))
+        text = torch.stack([known[key] if key in known else self._features[key] for key in keys])
+        labelled = [checkpoint.classes[i] for i in checkpoint.seen_ids]
+        synonyms = self.config.text.synonyms
+        trained = {_key(word) for name in labelled for word in (name, *synonyms.get(name, ()))}
+        return Asked(names, text, tuple(not trained.isdisjoint(key) for key in keys))
+
+    def _encoded(self, names: Sequence[Name]) -> Tensor:
+        try:
+            return text_of_names(self.checkpoint, names, lambda _: self._teacher)
+        except UserError as error:
+            raise UserError(
+                f"--names {'|'.join(names[0])!r} is none of the run's classes, so the teacher's text encoder must read "
+                f"it, and: {error}"
+            ) from None
+
+    @torch.inference_mode()
+    def scores(
+        self, images: Sequence[np.ndarray], asked: Asked, gamma: float | None = None, mode: str | None = None
+    ) -> list[Tensor]:
+        """What decides, before it is enlarged: logits with gamma (None: the run's) on names never labelled.
+
+        Shapes: images (H, W, 3) uint8 of any sizes -> (K, h, w) float32 each.
+        Raises: BadImage in mode `slide` for an image so long that its windows' logits don't fit.
+        """
+        gamma = self.config.eval.gamma if gamma is None else gamma
+        added = torch.tensor([0.0 if trained else gamma for trained in asked.is_trained])
+        found = MODES[mode or self.config.eval.mode](self, images, asked.text)
+        return [logits + added.to(logits.device)[:, None, None] for logits in found]
+
+    def _whole(self, images: Sequence[np.ndarray], text: Tensor) -> list[Tensor]:
+        device = next(self.student.parameters()).device
+        views = torch.stack([squashed(image, self.config.teacher.image_size) for image in images])
+        dense = self.student(views.to(device)).float()  # (B, C, h, w)
+        return list(torch.einsum("bchw,kc->bkhw", dense, text.to(device)))
+
+    def _slide(self, images: Sequence[np.ndarray], text: Tensor) -> list[Tensor]:
+        size, section = self.config.teacher.image_size, self.config.eval.model_copy(update=ONE_SIGHT)
+        found = []
+        for image in images:
+            height, width = image.shape[:2]
+            scale = size / min(height, width)
+            rows, columns = max(size, round(height * scale)), max(size, round(width * scale))
+            if 4 * len(text) * rows * columns > MOST_SLID_BYTES:
+                raise BadImage(
+                    f"{width} x {height} pixels: too long for its width and {len(text)} names in mode slide. Crop it, "
+                    "name fewer, or take mode whole."
+                )
+            small = np.array(Image.fromarray(image).resize((columns, rows), Image.Resampling.BILINEAR))
+            found.append(class_logits(self.student, text, small, size, section))
+        return found
+
+    def decide(
+        self,
+        scores: Tensor,
+        size: tuple[int, int],
+        reject: float | None = None,
+        probabilities: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """The winning name of every pixel, NONE where its score (see SCORES) lies below `reject`.
+
+        Shapes: scores (K, h, w), size (H, W) -> (H, W) uint8. The softmax of the scores over the names is written
+        into `probabilities` (K, H, W), where given.
+        """
+        ids = np.empty(size, np.uint8)
+        for rows, enlarged in strips(scores, size):
+            best = enlarged.max(0).indices.to(torch.uint8)  # (R, W); argmax takes three times as long
+            if reject is not None:
+                score = SCORES[self.config.student.classifier](enlarged)
+                best[score < reject] = NONE
+            ids[rows] = best.cpu().numpy()
+            if probabilities is not None:
+                probabilities[:, rows] = enlarged.softmax(0).cpu().numpy()
+        return ids
+
+
+MODES = {"whole": Segmenter._whole, "slide": Segmenter._slide}
+
+
+def check(reject: float | None, mode: str | None) -> None:
+    """Raises: UserError for a threshold that isn't within 0 and 1, or an unknown mode."""
+    if reject is not None and not 0 <= reject <= 1:
+        raise UserError(f"--reject {reject}: want a score from 0, which rejects nothing, to 1.")
+    if mode is not None and mode not in MODES:
+        raise UserError(f"--mode {mode!r}: want one of {', '.join(MODES)}.")

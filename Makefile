@@ -7,7 +7,7 @@ CORES ?= all
 # pages where Chromium is. Asked when `test` runs, not before there is an environment.
 BROWSER = $(shell command -v chromium chromium-browser google-chrome)
 CRF = $(shell $(BIN)/python -c 'from importlib.util import find_spec; print(find_spec("pydensecrf") or "")')
-MARKS = not gpu$(if $(wildcard ../shared/data),, and not shared_data)$(if $(CRF),, and not crf)$(if $(BROWSER),, and not browser)
+MARKS = not gpu and not full_size and not weights$(if $(wildcard ../shared/data),, and not shared_data)$(if $(CRF),, and not crf)$(if $(BROWSER),, and not browser)
 
 .PHONY: help demo demo-clip-es demo-contrast test check format clean
 .DEFAULT_GOAL := help

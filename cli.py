@@ -297,6 +297,21 @@ def verify(config: ConfigOption = DEFAULT, set_: SetOption = []) -> None:  # noq
 
 
 @app.command()
+def prepare(
+    kind: Annotated[str, typer.Argument(help="voc, context, coco14: what published annotations are of")],
+    root: Annotated[Path, typer.Option("--root", help="the data set's folder, the data.root of a config")],
+    source: Annotated[
+        Path | None,
+        typer.Option("--source", help="voc: SBD's folder; context: the JSON, or the folder of .mat"),
+    ] = None,
+) -> None:
+    """Convert published annotations to indexed masks and lists. Resumes by itself."""
+    from pipeline import prepare as stage
+
+    stage.prepare(kind, root, source)
+
+
+@app.command()
 def doctor(
     config: ConfigOption = DEFAULT,
     set_: SetOption = [],  # noqa: B006

@@ -31,6 +31,7 @@ STAGES = (
     "evaluate",
     "export",
     "predict",
+    "prepare",
     "prompts",
     "refer",
     "report",

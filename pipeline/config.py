@@ -65,9 +65,10 @@ class Text(Section):
         "single", description="a named set of pipeline/data/prompts.py or a list"
     )
     features: str | None = Field(None, description=".npy of shape (K, C), classes in the data set's order")
-    synonyms: dict[str, list[str]] = Field(
+    synonyms: str | dict[str, list[str]] = Field(
         default_factory=dict,
-        description="names that stand for a class in its prompts, averaged; what a background is, say",
+        description="names that stand for a class in its prompts, averaged; what a background is, say; or a named "
+        "set: maskclip (airplane, dining table, brick wall)",
     )
 
 

@@ -125,9 +125,9 @@ Nothing here was run on a GPU unless its column says so.
 ViT-B/16 teaches. Published "FLOPs" are multiply-adds, and so are these; GFLOP is twice that. torch counts convolutions
 and matrix products; SegNeXt's published costs are 2 to 7 % higher, and what its tool counted besides isn't stated.
 
-**Weights** are the encoder's, from ImageNet, and the default (`student.encoder_weights: imagenet`) where smp or timm have
-them. Those of mit_b* are NVIDIA's, not for commercial use; PVTv2 of the same number is the freely licensed twin. MSCAN's
-are a file for `student.weights` ([voc_segnext_b.yaml](../config/voc_segnext_b.yaml) says where from).
+**Weights** are the encoder's, from ImageNet, and the default (`student.encoder_weights: imagenet`) where smp or timm
+have them. Those of mit_b* are NVIDIA's, not for commercial use; PVTv2 of the same number is the freely licensed twin.
+MSCAN's are a file for `student.weights` ([voc_segnext_b.yaml](../config/voc_segnext_b.yaml) says where from).
 
 Any other encoder of timm (`tu-<name>`) under any decoder of segmentation_models_pytorch is two words of a config.
 

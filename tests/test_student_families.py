@@ -1,7 +1,7 @@
 """Each family of students learns from real photographs: ten iterations on the CPU, from random weights.
 
 python -m pytest tests/test_student_families.py                  the smallest of each family at 64 x 64: seconds
-python -m pytest tests/test_student_families.py -m full_size     those of config/ at 512 x 512: minutes each
+python -m pytest tests/test_student_families.py -m full_size     those of config/ at 256 x 256: minutes each
 """
 
 import json
@@ -108,9 +108,9 @@ def test_a_family_learns(family, cached):
     "preset", ["coco_stuff", "coco_stuff_swin_b", "coco_stuff_segnext_b", "clip_es_coco14"]
 )
 def test_a_preset_of_full_size_learns(preset, cached):
-    """The students of config/ as they are, at 512 x 512, two images a step."""
+    """The students of config/ as they are, at 256 x 256, two images a step."""
     section = load(ROOT / "config" / f"{preset}.yaml").student
     chosen = (f"student.arch={section.arch}", f"student.encoder={section.encoder}")
     options = f"student.options={json.dumps(section.options)}"
-    config = load("config/coco_stuff.yaml", cached(512, *chosen, options, "train.batch=2", f"name={preset}"))
+    config = load("config/coco_stuff.yaml", cached(256, *chosen, options, "train.batch=2", f"name={preset}"))
     learns(config)

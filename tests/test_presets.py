@@ -69,18 +69,36 @@ def test_the_students_of_a_data_set_are_taught_from_one_cache(name):
     }
 
 
-@pytest.mark.parametrize("name", PRESETS)
-def test_snakemake_plans_every_stage(name, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def planned(monkeypatch, capsys, tmp_path):
+    """Job counts of `snakemake -n`, in this process: starting one a preset would take a minute."""
     from snakemake.cli import main
 
-    monkeypatch.chdir(ROOT)
-    sets = f"runs={tmp_path}/runs cache.path={tmp_path}/cache"
-    with pytest.raises(SystemExit) as stopped:
-        main(["-n", "--cores", "1", "--configfile", f"config/{name}.yaml", "--config", f"set={sets}"])
-    said = "".join(capsys.readouterr())
-    assert stopped.value.code == 0, said
+    def plan(name, *targets, **settings):
+        monkeypatch.chdir(ROOT)
+        settings |= {"set": f"runs={tmp_path} cache.path={tmp_path}/cache"}
+        config = [f"{key}={value}" for key, value in settings.items()]
+        with pytest.raises(SystemExit) as stopped:
+            main(
+                ["-n", "--cores", "1", "--configfile", f"config/{name}.yaml", *arguments, "--config", *config]
+            )
+        said = "".join(capsys.readouterr())
+        assert stopped.value.code == 0, said
+        return dict(re.findall(r"^(\w+) +(\d+)$", said, re.MULTILINE))
+
+    return plan
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_snakemake_plans_every_stage(name, planned):
     labels = "cams" if load(ROOT / "config" / f"{name}.yaml").recipe == "clip_es" else "cluster"
-    counts = dict(re.findall(r"^(\w+) +(\d+)$", said, re.MULTILINE))
-    assert counts == dict.fromkeys(("extract", labels, "train", "eval", "report", "all"), "1") | {
-        "total": "6"
-    }
+    wanted = dict.fromkeys(("extract", labels, "train", "eval", "report", "all"), "1") | {"total": "6"}
+    assert planned(name) == wanted
+
+
+@pytest.mark.parametrize("name", TRANSFERS)
+@pytest.mark.parametrize("row", [row for row in ROWS if row.startswith("coco_stuff")])
+def test_snakemake_plans_a_transfer(name, row, planned, tmp_path):
+    target = f"{tmp_path}/{row}/eval-on-{name}/metrics.json"
+    wanted = dict.fromkeys(("extract", "cluster", "train", "eval_on"), "1") | {"total": "4"}
+    assert planned(row, target, on=name) == wanted

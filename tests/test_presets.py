@@ -79,9 +79,7 @@ def planned(monkeypatch, capsys, tmp_path):
         settings |= {"set": f"runs={tmp_path} cache.path={tmp_path}/cache"}
         config = [f"{key}={value}" for key, value in settings.items()]
         with pytest.raises(SystemExit) as stopped:
-            main(
-                ["-n", "--cores", "1", "--configfile", f"config/{name}.yaml", *arguments, "--config", *config]
-            )
+            main([*targets, "-n", "--cores", "1", "--configfile", f"config/{name}.yaml", "--config", *config])
         said = "".join(capsys.readouterr())
         assert stopped.value.code == 0, said
         return dict(re.findall(r"^(\w+) +(\d+)$", said, re.MULTILINE))

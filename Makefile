@@ -8,7 +8,7 @@ CORES ?= all
 # is an environment.
 BROWSER = $(shell command -v chromium chromium-browser google-chrome)
 HAS = $(shell $(BIN)/python -c 'from importlib.util import find_spec; print(find_spec("$(1)") or "")')
-MARKS = not gpu$(if $(wildcard ../shared/data),, and not shared_data)$(if $(call HAS,pydensecrf),, and not crf)$(if \
+MARKS = not gpu and not full_size and not weights$(if $(wildcard ../shared/data),, and not shared_data)$(if $(call HAS,pydensecrf),, and not crf)$(if \
 	$(BROWSER),, and not browser)$(if $(and $(BROWSER),$(call HAS,gradio)),, and not page)
 
 .PHONY: help demo demo-clip-es demo-contrast test check format clean

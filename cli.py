@@ -342,16 +342,35 @@ def verify(config: ConfigOption = DEFAULT, set_: SetOption = []) -> None:  # noq
 
 
 @app.command()
+def prepare(
+    kind: Annotated[str, typer.Argument(help="voc, context, coco14: what published annotations are of")],
+    root: Annotated[Path, typer.Option("--root", help="the data set's folder, the data.root of a config")],
+    source: Annotated[
+        Path | None,
+        typer.Option("--source", help="voc: SBD's folder; context: the JSON, or the folder of .mat"),
+    ] = None,
+) -> None:
+    """Convert published annotations to indexed masks and lists. Resumes by itself."""
+    from pipeline import prepare as stage
+
+    stage.prepare(kind, root, source)
+
+
+@app.command()
 def doctor(
     config: ConfigOption = DEFAULT,
     set_: SetOption = [],  # noqa: B006
     dry: Annotated[bool, typer.Option("--dry", help="look at no data set; counts from the config")] = False,
+    every: Annotated[
+        bool, typer.Option("--all", help="open every image and mask, not 64 of each part")
+    ] = False,
 ) -> None:
     """Say what a run will cost, and what of machine and data would stop or spoil it. Exit code 2 if anything."""
     settings = _load(config, set_)
+    from pipeline.doctor import SAMPLE
     from pipeline.doctor import doctor as examine
 
-    complaints = examine(settings, dry=dry)
+    complaints = examine(settings, dry=dry, most=sys.maxsize if every else SAMPLE)
     for complaint in complaints:
         typer.echo(str(complaint))
     if complaints:

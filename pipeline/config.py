@@ -34,7 +34,7 @@ class Data(Section):
     """Which data set; the options beside `kind` are the data set's own (see pipeline/data)."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
-    kind: str = "demo"
+    kind: str = Field("demo", description="the data set; its own options are below")
 
     def options(self) -> dict[str, Any]:
         return dict(self.model_extra or {})
@@ -43,13 +43,15 @@ class Data(Section):
 class TeacherSection(Section):
     """The frozen CLIP. `model` and `pretrained` are open_clip's; `local-dir:` models bring their weights."""
 
-    model: str = "ViT-B-16-quickgelu"
+    model: str = Field(
+        "ViT-B-16-quickgelu", description="an open_clip model, local-dir:folder or hf-hub:repo"
+    )
     pretrained: str | None = Field("openai", description="an open_clip tag or a checkpoint file")
     quick_gelu: bool | None = Field(
         None, description="must be stated for a checkpoint file, which can't tell"
     )
     image_size: int = Field(512, ge=16, description="side of a view in pixels (paper: 512)")
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="of the whole model")
     batch: int = Field(
         8, ge=1, description="views per forward, padded to this size so that rows don't depend on it"
     )
@@ -63,9 +65,10 @@ class Text(Section):
         "single", description="a named set of pipeline/data/prompts.py or a list"
     )
     features: str | None = Field(None, description=".npy of shape (K, C), classes in the data set's order")
-    synonyms: dict[str, list[str]] = Field(
+    synonyms: str | dict[str, list[str]] = Field(
         default_factory=dict,
-        description="names that stand for a class in its prompts, averaged; what a background is, say",
+        description="names that stand for a class in its prompts, averaged; what a background is, say; or a named "
+        "set: maskclip (airplane, dining table, brick wall)",
     )
 
 
@@ -95,7 +98,7 @@ class Cluster(Section):
     window: Literal["grid", "tokens"] = Field("grid", description="the two readings of eq. 4-5")
     iterations: int = Field(20, ge=1, description="at most this many of Lloyd's (settled)")
     threshold: float = Field(0.8, gt=0, lt=1, description="lambda of Algorithm 1 (section 4.2)")
-    backend: Literal["faiss", "torch"] = "faiss"
+    backend: Literal["faiss", "torch"] = Field("faiss", description="torch: a whole shard at once, for GPUs")
     device: str = Field("auto", description="auto takes a GPU when there is one")
     named_above: float | None = Field(
         None,
@@ -130,7 +133,7 @@ class Cams(Section):
     power: float = Field(1.0, gt=0, description="of the background score (1 - max)^power")
     max_side: int = Field(1024, ge=16, description="longer images are made smaller, in pixels")
     batch: int = Field(4, ge=1, description="images of one size in a forward")
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="of forward and backward")
     device: str = Field("auto", description="auto, cpu, cuda, ...")
     debug: bool = Field(False, description="keep the maps before their refinement too")
 
@@ -153,11 +156,11 @@ class Student(Section):
 class LossWeights(Section):
     """Eq. 11-12; focal's 100 and dice's 1 are ZegCLIP's (method section 7)."""
 
-    glm: float = Field(1.0, ge=0, alias="global")
-    generate: float = Field(1.0, ge=0)
-    ce: float = Field(1.0, ge=0)
-    focal: float = Field(100.0, ge=0)
-    dice: float = Field(1.0, ge=0)
+    glm: float = Field(1.0, ge=0, alias="global", description="of L_global (eq. 3)")
+    generate: float = Field(1.0, ge=0, description="of L_generate (eq. 8)")
+    ce: float = Field(1.0, ge=0, description="of cross-entropy (eq. 10)")
+    focal: float = Field(100.0, ge=0, description="of the focal loss (ZegCLIP)")
+    dice: float = Field(1.0, ge=0, description="of the dice loss (ZegCLIP)")
 
 
 class Validate(Section):
@@ -175,25 +178,31 @@ class Train(Section):
     iterations: int = Field(20_000, ge=1, description="20k VOC, 40k Context, 80k COCO-Stuff (section 4.1)")
     batch: int = Field(16, ge=1, description="per run, all processes together (section 4.1)")
     lr: float = Field(6e-5, gt=0, description="mmseg's SegFormer schedule, as the three below")
-    weight_decay: float = Field(0.01, ge=0)
-    head_lr_factor: float = Field(10.0, gt=0)
+    weight_decay: float = Field(0.01, ge=0, description="of AdamW; 0 on norms, biases and positions")
+    head_lr_factor: float = Field(10.0, gt=0, description="decoder, head and VLA learn so much faster")
     warmup: int = Field(1500, ge=0, description="linear, iterations")
     power: float = Field(1.0, gt=0, description="of the poly decay")
-    seed: int = 0
+    seed: int = Field(0, description="of first weights, order, flips and colours")
     confidence: float = Field(
         0.95, ge=0, le=1, description="pixels of clip_es below it don't count (0.95 after the CRF)"
     )
     views: int | None = Field(None, ge=1, description="use only the first so many cached views; null: all")
-    glm: Literal["attention", "max", "mean", "off"] = "attention"
+    glm: Literal["attention", "max", "mean", "off"] = Field(
+        "attention", description="how dense features become a predicted CLS token (eq. 1-2; Table 4)"
+    )
     tau: float = Field(0.07, gt=0, description="InfoNCE's temperature (settled: CLIP's initial one)")
     bank: int = Field(24, ge=0, description="n, iterations of CLS tokens kept (section 4.2)")
-    vla: Literal["transformer", "mlp", "original"] = "transformer"
+    vla: Literal["transformer", "mlp", "original"] = Field(
+        "transformer", description="what makes classifiers of potential objects (section 3.3; Table 5)"
+    )
     potential: bool = Field(True, description="off: the ignored area stays ignored, seen labels only")
     potentials: Literal["batch", "image"] = Field("batch", description="batch is eq. 9 as printed")
     nel: Literal["all", "seen", "off"] = Field("all", description="what focal and dice cover")
     potential_ce: bool = Field(True, description="cross-entropy on potential objects too")
     generate: bool = Field(True, description="L_generate, eq. 8")
-    loss_grid: Literal["stride4", "full"] = "stride4"
+    loss_grid: Literal["stride4", "full"] = Field(
+        "stride4", description="full: logits enlarged to the image, as ZegCLIP's losses have it"
+    )
     weights: LossWeights = Field(default_factory=LossWeights)
     flip: float = Field(0.5, ge=0, le=1, description="probability of a horizontal flip (mmseg)")
     photometric: bool = Field(True, description="mmseg's PhotoMetricDistortion, student side only")
@@ -201,7 +210,7 @@ class Train(Section):
         "fp32",
         description="of autocast, the losses stay float32; auto is bf16 where the machine computes in it",
     )
-    channels_last: bool = True
+    channels_last: bool = Field(True, description="memory layout of the student")
     processes: int | None = Field(
         None, ge=1, description="started by `cli.py train`; null: one, or as many as a launcher has started"
     )
@@ -218,8 +227,8 @@ class Train(Section):
         description="replayed views kept for the next epochs, a training process; 0.001 a 512 x 512 view",
     )
     threads: int | None = Field(None, description="torch threads; null leaves torch's own choice")
-    log_every: int = Field(50, ge=1)
-    checkpoint_every: int = Field(2000, ge=1)
+    log_every: int = Field(50, ge=1, description="iterations between two lines of the log")
+    checkpoint_every: int = Field(2000, ge=1, description="iterations between two checkpoints")
     keep: int = Field(2, ge=1, description="checkpoints kept")
 
     @field_validator("glm", "nel", mode="before")
@@ -238,7 +247,9 @@ class Train(Section):
 
 class Eval(Section):
     gamma: float = Field(1.5, description="added to unseen logits (section 4.2)")
-    gamma_sweep: tuple[float, ...] = (0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0)
+    gamma_sweep: tuple[float, ...] = Field(
+        (0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0), description="reported beside gamma, in the same pass"
+    )
     mode: Literal["whole", "slide"] = Field("whole", description="whole: squashed to a view; slide: windows")
     stride: float = Field(
         2 / 3,
@@ -250,7 +261,7 @@ class Eval(Section):
     scales: tuple[Annotated[float, Field(gt=0)], ...] = Field(
         (), description="average over the student's input at these sizes, [0.75, 1, 1.25]; empty: 1 alone"
     )
-    batch: int = Field(8, ge=1)
+    batch: int = Field(8, ge=1, description="images of a forward")
     pictures: int = Field(6, ge=0, description="worst and best test images that are drawn, so many of each")
 
     @property
@@ -263,8 +274,10 @@ class Report(Section):
 
 
 class Config(Section):
-    name: str = Field("demo", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    runs: str = "runs"
+    name: str = Field(
+        "demo", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="of the run, and of its folder"
+    )
+    runs: str = Field("runs", description="the folder that holds the folders of runs")
     recipe: Literal["clip_teacher", "clip_es"] = Field(
         "clip_teacher",
         description="where labels come from: pixels of seen classes and clusters, or image tags",

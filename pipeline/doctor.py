@@ -1,7 +1,7 @@
 """Before an hour is spent: what a run will cost, whether this machine can do it, whether the data is sound.
 
     python cli.py doctor --config config/coco_stuff.yaml --dry    # no data set needed; published counts
-    python cli.py doctor --config config/coco_stuff.yaml
+    python cli.py doctor --config config/coco_stuff.yaml          # --all: every image and mask
 
 Prints the costs, then one line for each thing that would stop the run or spoil its result.
 """
@@ -18,18 +18,21 @@ from rich.table import Table
 
 from pipeline.config import Config
 from pipeline.data.base import PARTS, DataError, DataSet
+from pipeline.data.classes import PUBLISHED_COUNTS
 from pipeline.learning.batches import data_of
 from pipeline.looking.facts import human_bytes
 from pipeline.looking.forecast import (
-    PUBLISHED,
+    FORWARDS_A_STEP,
     Forecast,
     flops_of_a_view,
     flops_of_cams,
+    flops_of_training,
     forecast,
     num_forwards,
     side_of,
 )
-from pipeline.looking.survey import Complaint, Seen, complaints, look
+from pipeline.looking.survey import Complaint, Seen, complaints, count_complaint, look
+from pipeline.models.student import cost_of
 from pipeline.models.teacher import TeacherShape, shape_of
 from pipeline.ops.masks import fitted_size
 from pipeline.teaching.encode import STORAGE
@@ -39,19 +42,22 @@ SAMPLE = 64  # images and masks of each part that are opened
 SPARE = 1.02  # of the forecast: estimates and file system blocks
 EXACT = ("view", "cls", "status", "tokens", "token_scale")  # not compressed
 CLASSES = 3  # in an image, for the cost of CAMs: above the mean of VOC and COCO
-SUSTAINED = 0.35 * 312e12  # FLOP/s: 35 % of an A100's dense bfloat16 peak (its data sheet)
+# FLOP/s that are assumed: 35 % of an A100's dense peak (its data sheet), float32 without TF32.
+SUSTAINED = {"fp32": 0.35 * 19.5e12, "bf16": 0.35 * 312e12, "fp16": 0.35 * 312e12}
 PACKAGES = ("torch", "open_clip_torch", "zarr", "numpy", "dask", "timm", "segmentation_models_pytorch")
 
 
-def doctor(config: Config, *, dry: bool = False) -> list[Complaint]:
+def doctor(config: Config, *, dry: bool = False, most: int = SAMPLE) -> list[Complaint]:
     """Says what the run will cost and what was looked at; returns what is wrong, in the order of repair.
 
-    `dry` opens no data set: counts are the config's or the published ones. Raises: TeacherError, ConfigError.
+    `dry` opens no data set: counts are the config's or the published ones. Otherwise up to `most` images and masks
+    of each part are opened. Raises: TeacherError, StudentError, ConfigError.
     """
     shape = shape_of(config.teacher.model, config.teacher.pretrained)
     say(_versions())
     found = _machine(config, shape)
-    data, parts = (None, []) if dry else _looked_at(config, found)
+    found += _student_weights(config, dry)
+    data, parts = (None, []) if dry else _looked_at(config, found, most)
     num_images = _num_images(config, parts)
     num_classes = len(data.classes) if data else 0
     side = side_of(config, shape)
@@ -65,6 +71,7 @@ def doctor(config: Config, *, dry: bool = False) -> list[Complaint]:
     _say_costs(config, costs, flops_of_a_view(shape, side))
     if config.recipe == "clip_es":
         _say_cams(config, shape, num_images or 1000, parts)
+    _say_training(config, shape, side, num_classes)
     if num_images is not None:
         found += _disk(config, costs)
     if data:
@@ -103,7 +110,22 @@ def _machine(config: Config, shape: TeacherShape) -> list[Complaint]:
     return found
 
 
-def _looked_at(config: Config, found: list[Complaint]) -> tuple[DataSet | None, list[Seen]]:
+def _student_weights(config: Config, dry: bool) -> list[Complaint]:
+    """The student's own file of weights; where a config is only read (`dry`), said and no fault."""
+    path = config.student.weights
+    if path is None:
+        return []
+    if Path(path).is_file():
+        say(f"student's weights: {path}")
+        return []
+    if dry:
+        say(f"student's weights: {path}, not there yet")
+        return []
+    todo = "Download the file (the config's head comment says from where), or set student.weights to null."
+    return [Complaint("no weights", f"student.weights {path}: no such file.", todo)]
+
+
+def _looked_at(config: Config, found: list[Complaint], most: int) -> tuple[DataSet | None, list[Seen]]:
     """The data set, and what a sample of each part holds; what can't be opened or listed goes into `found`."""
     try:
         data = data_of(config)
@@ -113,11 +135,12 @@ def _looked_at(config: Config, found: list[Complaint]) -> tuple[DataSet | None, 
     parts: list[Seen] = []
     for part in PARTS:
         try:
-            seen = look(data, part, SAMPLE)
+            seen = look(data, part, most)
         except DataError as error:
             found.append(Complaint(f"no {part} part", str(error), ""))
             continue
         parts.append(seen)
+        found += filter(None, [count_complaint(config.data.kind, config.data.options(), seen)])
         say(_described(data, seen))
     return data, parts
 
@@ -145,7 +168,8 @@ def _num_images(config: Config, parts: list[Seen]) -> int | None:
         if seen.part == "train":
             return seen.num_samples
     options = config.data.options()
-    counts = [options.get("train") if config.data.kind == "demo" else PUBLISHED.get(config.data.kind)]
+    published = PUBLISHED_COUNTS.get(config.data.kind, {}).get("train", (None,))[0]
+    counts = [options.get("train") if config.data.kind == "demo" else published]
     counts.append(options.get("limit"))
     known = [count for count in counts if isinstance(count, int)]
     return min(known) if known else None
@@ -157,7 +181,8 @@ def _say_costs(config: Config, costs: dict[str, Forecast], flops: float) -> None
     forwards = num_forwards(any_.num_images, any_.num_views, config.teacher.batch)
     say(
         f"{any_.num_images:,} images x {any_.num_views} views = {views:,} views, {forwards:,} forwards of "
-        f"{config.teacher.batch}, {views * flops / 1e15:.3g} PFLOP"
+        f"{config.teacher.batch}, {_peta(views * flops)} PFLOP; "
+        f"{_time(views * flops, config.teacher.precision)}, decoding apart"
     )
     table = Table("cache.tokens", "bytes a view", "in all", "estimated or at most")
     for name, cost in costs.items():
@@ -181,9 +206,37 @@ def _say_cams(config: Config, shape: TeacherShape, num_images: int, parts: list[
     flops = flops_of_cams(shape, rows * columns // shape.patch**2, CLASSES)
     say(
         f"cams: {num_images:,} images of {rows} x {columns} with {CLASSES} classes each, {flops / 1e9:.0f} GFLOP an "
-        f"image; {num_images * flops / SUSTAINED / 60:.2g} minutes at the least on a GPU that sustains "
-        f"{SUSTAINED / 1e12:.0f} TFLOP/s, decoding and cams.refine apart"
+        f"image; {_time(num_images * flops, config.cams.precision)}, decoding and cams.refine apart"
     )
+
+
+def _say_training(config: Config, shape: TeacherShape, side: int, num_classes: int) -> None:
+    """The student's size, and the arithmetic of training it."""
+    is_text = config.student.classifier == "text"
+    channels = shape.channels if is_text else max(num_classes, 1)
+    pixels = side * shape.patch
+    cost = cost_of(config.student, channels, pixels)
+    say(
+        f"student: {config.student.arch} on {config.student.encoder}, {cost.parameters / 1e6:.1f} M parameters, "
+        f"{2 * cost.multiply_adds / 1e9:.3g} GFLOP an image of {pixels} x {pixels} (a multiply-add is two)"
+    )
+    flops = flops_of_training(cost, config.train)
+    say(
+        f"training: {config.train.iterations:,} x {config.train.batch} images x {FORWARDS_A_STEP} forwards' worth = "
+        f"{_peta(flops)} PFLOP; {_time(flops, config.train.precision)}, losses and reading apart"
+    )
+
+
+def _peta(flops: float) -> str:
+    return f"{flops / 1e15:,.0f}" if flops >= 1e17 else f"{flops / 1e15:.3g}"
+
+
+def _time(flops: float, precision: str) -> str:
+    """What a GPU would take at least, and the rate that this assumes."""
+    chosen = "bf16" if precision == "auto" else precision
+    hours = flops / SUSTAINED[chosen] / 3600
+    said = f"{hours:.3g} hours" if hours >= 1 else f"{60 * hours:.3g} minutes"
+    return f"{said} at the least on a GPU that sustains {SUSTAINED[chosen] / 1e12:.3g} TFLOP/s in {chosen}"
 
 
 def _disk(config: Config, costs: dict[str, Forecast]) -> list[Complaint]:

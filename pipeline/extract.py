@@ -31,7 +31,7 @@ from cache.verify import whole_digests
 from pipeline.config import Config, config_fingerprint, data_options, digest, fingerprint
 from pipeline.data.base import DataError, DataSet, Sample
 from pipeline.data.prompts import prompts
-from pipeline.data.words import names_of_classes
+from pipeline.data.words import names_of_classes, other_names
 from pipeline.learning.batches import data_of
 from pipeline.learning.text import features_of_file
 from pipeline.models.teacher import Teacher
@@ -261,7 +261,7 @@ def _open_store(config: Config, data: DataSet, identity: str, samples: Sequence[
         "text": {
             "templates": config.text.templates,
             "features": config.text.features,
-            "synonyms": config.text.synonyms or None,
+            "synonyms": other_names(data.classes, config.text.synonyms) or None,
         },
         "teacher": teacher.provenance,
         "mean_colour": [int(value) for value in mean_colour(teacher.mean)],

@@ -102,6 +102,13 @@ def test_context(tmp_path):
     assert sorted(data.unseen_ids) == [0, 6, 7, 14, 19, 24, 31, 33, 48, 54]
     other = open_data_set("context", root=str(tmp_path), split="context-49-10-cascade")
     assert other.unseen_ids == (0, 2, 3, 7, 9, 13, 17, 19, 31, 37)
+    sixty = open_data_set("context", root=str(tmp_path), background=True)
+    assert (len(sixty.classes), sixty.classes[0], sixty.background, sixty.unseen) == (60, "background", 0, ())
+    assert sixty.labels(sixty.samples("test")[0]).tolist() == [[0, 1, 59, 20]]
+    assert sixty.palette[:2].tolist() == [[0, 0, 0], data.palette[0].tolist()]
+    assert open_data_set(
+        "context", root=str(tmp_path), background=True, split="context-49-10"
+    ).unseen_ids == (*(1, 7, 8, 15, 20, 25, 32, 34, 49, 55),)
     save_mask(tmp_path / "SegmentationClassContext" / "a.png", (0, 1, 60, 20))
     with pytest.raises(DataError, match=r"label id 60 .* not the 459 original ids"):
         data.labels(sample)

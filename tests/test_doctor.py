@@ -5,10 +5,18 @@ import pytest
 import yaml
 from PIL import Image
 
-from pipeline.config import load
+from pipeline.config import Student, Train, load
 from pipeline.data.base import open_data_set
-from pipeline.looking.forecast import array_bytes, flops_of_a_view, flops_of_cams, forecast, num_forwards
-from pipeline.looking.survey import complaints, look
+from pipeline.looking.forecast import (
+    array_bytes,
+    flops_of_a_view,
+    flops_of_cams,
+    flops_of_training,
+    forecast,
+    num_forwards,
+)
+from pipeline.looking.survey import Seen, complaints, count_complaint, look
+from pipeline.models.student import StudentCost, cost_of
 from pipeline.models.teacher import TeacherShape, shape_of
 from tests.conftest import ROOT, is_one_line_error
 
@@ -46,9 +54,9 @@ def test_cams_by_hand(run_cli):
     # backward of a block are three of them, and the affinity's square is 2.
     assert flops_of_cams(TeacherShape(1, 1, 1, 2, 1, None), 1, 1) == 3 * 64 + 2
     done = run_cli("doctor", "--dry", "--config", "config/clip_es_voc.yaml")
-    # (12 + 3) x 17.74 GFLOP + 2 x 1024^3 = 268 GFLOP an image of 512 x 512
+    # (12 + 3) x 17.74 GFLOP + 2 x 1024^3 = 268.2 GFLOP an image of 512 x 512; an A100 in float32, 6.825 TFLOP/s
     assert (
-        "cams: 10,582 images of 512 x 512 with 3 classes each, 268 GFLOP an image; 0.43 minutes"
+        "cams: 10,582 images of 512 x 512 with 3 classes each, 268 GFLOP an image; 6.93 minutes"
         in done.stderr
     )
 
@@ -171,8 +179,69 @@ def test_too_little_disk(tmp_path, run_cli, monkeypatch):
 
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2**30))
     config = ["--config", ROOT / "config" / "coco_stuff.yaml", "--set", f"runs={tmp_path}", "--dry"]
+    config += ["--set", "cache.tokens=float16"]
     done = run_cli("doctor", *config)
     assert done.returncode == 2
     assert "too little disk" in done.stdout
     assert "cache.tokens: stream would fit" in done.stdout
     assert run_cli("doctor", *config, "--set", "cache.tokens=stream").returncode == 0
+
+
+def test_training_by_hand():
+    # 3 forwards' worth x 2 FLOP x 100 multiply-adds x 4 images x 10 iterations
+    cost = StudentCost(parameters=7, multiply_adds=100.0)
+    assert flops_of_training(cost, Train(batch=4, iterations=10)) == 24_000
+
+
+def test_the_cost_of_a_student_by_hand():
+    """DeepLabV2 on ResNet-18 with C and 2 C channels: what is added is four 3 x 3 convolutions, 512 to C, on 8 x 8."""
+    section = Student(arch="DeepLabV2", encoder="resnet18", encoder_weights=None)
+    narrow, wide = (cost_of(section, channels, 64) for channels in (8, 16))
+    assert wide.multiply_adds - narrow.multiply_adds == 4 * 9 * 512 * 8 * 8 * 8
+    assert wide.parameters - narrow.parameters == 4 * (9 * 512 + 1) * 8
+
+
+@pytest.mark.parametrize(
+    ("options", "num", "is_wrong"),
+    [
+        ({}, 10_582, False),
+        ({}, 1_464, True),
+        ({"limit": 50}, 50, False),
+        ({"train_list": "train"}, 1_464, False),
+        ({"test_list": "test"}, 1_464, True),
+    ],
+)
+def test_counts_against_the_published_ones(options, num, is_wrong):
+    found = count_complaint("voc", options, Seen("train", num))
+    assert (found is not None) == is_wrong
+    if found:
+        assert "voc has 10,582 train images, found 1,464" in str(found)
+    assert count_complaint("context", {}, Seen("test", 5_104)) is None  # the paper's, mmseg's 5,105
+    assert count_complaint("folder", {}, Seen("test", 1)) is None
+
+
+def test_all_images_are_looked_at_when_asked(tmp_path, run_cli):
+    """The one bad mask of eighty is not among the 64 that are spread over the part."""
+    for index in range(80):
+        name = f"{index:02d}"
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.jpg")
+        Image.fromarray(np.full((8, 8), index % 4, np.uint8)).save(tmp_path / f"{name}.png")
+    part = {"images": "*.jpg", "masks": "*.png"}
+    described = {"name": "garden", "classes": CLASSES, "unseen": ["gnome"], "train": part, "test": part}
+    (tmp_path / "dataset.yaml").write_text(yaml.safe_dump(described))
+    looked = set(np.linspace(0, 79, 64).astype(int).tolist())
+    missed = next(i for i in range(80) if i not in looked)
+    Image.fromarray(np.full((8, 8), 77, np.uint8)).save(tmp_path / f"{missed:02d}.png")
+    config = ["--config", ROOT / "config" / "vit_b16.yaml", "--set", f"data.root={tmp_path}"]
+    assert "masks that can't be used" not in run_cli("doctor", *config).stdout
+    assert "1 of 80 train masks" in run_cli("doctor", *config, "--all").stdout
+
+
+def test_a_missing_file_of_student_weights(garden, tmp_path, run_cli):
+    garden(ids(0, 1, 2, 3))
+    config = ["--config", ROOT / "config" / "vit_b16.yaml", "--set", f"data.root={tmp_path}"]
+    config += ["--set", "student.weights=nowhere.pth"]
+    done = run_cli("doctor", *config)
+    assert done.returncode == 2
+    assert "no weights: student.weights nowhere.pth: no such file." in done.stdout
+    assert run_cli("doctor", *config, "--dry").returncode == 0

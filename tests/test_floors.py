@@ -33,6 +33,7 @@ STAGES = (
     "evaluate",
     "export",
     "predict",
+    "prepare",
     "prompts",
     "refer",
     "report",

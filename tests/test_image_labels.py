@@ -8,6 +8,7 @@ import pytest
 
 from pipeline.config import load
 from pipeline.data.base import DataError, open_data_set
+from pipeline.data.classes import COCO_STUFF_CLASSES
 from pipeline.data.prompts import templates
 from pipeline.data.words import BACKGROUNDS, background_names, fused_name, names_of_classes
 from pipeline.evidence.results import result_table
@@ -198,6 +199,30 @@ def test_names_of_classes():
     for names in ([], [" "]):
         with pytest.raises(DataError, match=r"text\.synonyms\.bee is"):
             names_of_classes(("background", "bee"), {"bee": names})
+
+
+def test_renames_of_maskclip():
+    assert names_of_classes(("aeroplane", "cat", "tvmonitor"), "maskclip") == [
+        ("airplane",),
+        ("cat",),
+        ("tv monitor",),
+    ]
+    named = dict(zip(COCO_STUFF_CLASSES, names_of_classes(COCO_STUFF_CLASSES, "maskclip"), strict=True))
+    some = {
+        "wall-brick": "brick wall",
+        "wall-other": "wall",
+        "desk-stuff": "desk",
+        "wine glass": "wine glass",
+    }
+    assert {name: named[name][0] for name in some} == some
+    published = """building, ceiling, tile ceiling, desk, door, marble floor, floor, stone floor, tile floor,
+        wood floor, food, furniture, ground, mirror, plant, sky, solid, structural, textile, brick wall, concrete wall,
+        wall, panel wall, stone wall, tile wall, wood wall, water, blind window, window"""
+    wanted = [" ".join(name.split()) for name in published.split(",")]
+    assert [named[name][0] for name in COCO_STUFF_CLASSES if named[name] != (name,)] == wanted
+    assert len(set(named.values())) == 171  # no two classes are called alike
+    with pytest.raises(DataError, match=r"text.synonyms: unknown set 'maskclp'; .* 'maskclip'"):
+        names_of_classes(("cat",), "maskclp")
 
 
 # --- presets and tables ---------------------------------------------------------------------------

@@ -140,6 +140,9 @@ def test_synonyms_are_averaged_in_the_text_table(extracted):
     each = teacher.encode_text([[prompt] for prompt in prompts])
     row = Store.open(extracted.cache_path).read_whole("text")[0]
     assert np.allclose(row, normalize(each.mean(0), dim=0).numpy(), atol=1e-6)
+    assert Store.open(extracted.cache_path).attributes["text"]["synonyms"] == {
+        "background": ["grass", "sand", "water", "brick"]
+    }
     plain = extracted.model_copy(update={"text": extracted.text.model_copy(update={"synonyms": {}})})
     assert config_fingerprint(plain, "extract") != config_fingerprint(extracted, "extract")
     # A cache of the demo that was made before there were synonyms is still this config's.

@@ -1,4 +1,4 @@
-"""PASCAL Context with 59 classes, background without a label, in mmseg's layout.
+"""PASCAL Context in mmseg's layout: 59 classes, background without a label or as a class of its own.
 
 root/JPEGImages/*.jpg  root/SegmentationClassContext/*.png
 root/ImageSets/SegmentationContext/{train,val}.txt
@@ -9,19 +9,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pipeline.data.base import Sample, chosen_split
-from pipeline.data.classes import CONTEXT_CLASSES, CONTEXT_SPLITS
+from pipeline.data.classes import (
+    BACKGROUND,
+    CONTEXT_CLASSES,
+    CONTEXT_SPLITS,
+    bitwise_palette,
+    with_black,
+)
 from pipeline.data.files import FileDataSet, raw_table, root_of
 from pipeline.data.voc import listed_samples
 
 
 class Context(FileDataSet):
-    """Raw 0 and 255 -> 255, 1..59 -> 0..58. Splits: context-49-10 (CLIPTeacher's), context-49-10-cascade.
+    """Without `background`: raw 0 and 255 -> 255, 1..59 -> 0..58; split context-49-10 (CLIPTeacher's), or
+    context-49-10-cascade. With it: 60 classes, raw ids as they are, none unseen unless asked for.
 
     Raises: DataError for an unknown split or name; listing the samples, for what is missing.
     """
 
     name = "context"
-    table = raw_table(len(CONTEXT_CLASSES), shift=1, ignored=(0, 255))
 
     def __init__(
         self,
@@ -30,9 +36,18 @@ class Context(FileDataSet):
         limit: int | None = None,
         unseen: Sequence[str] | None = None,
         split: str | None = None,
+        background: bool = False,
     ) -> None:
-        unseen = chosen_split("context", CONTEXT_SPLITS, unseen, split)
-        super().__init__(limit=limit, classes=CONTEXT_CLASSES, unseen=unseen)
+        is_closed = background and split is None and unseen is None
+        super().__init__(
+            limit=limit,
+            classes=(BACKGROUND, *CONTEXT_CLASSES) if background else CONTEXT_CLASSES,
+            unseen=() if is_closed else chosen_split("context", CONTEXT_SPLITS, unseen, split),
+            palette=with_black(bitwise_palette(len(CONTEXT_CLASSES))) if background else None,
+        )
+        first = len(self.classes) - len(CONTEXT_CLASSES)
+        self.background = 0 if background else None
+        self.table = raw_table(len(self.classes), shift=1 - first, ignored=(255,) if background else (0, 255))
         self.root = root_of(root, "context")
 
     def list_samples(self, part: str) -> list[Sample]:

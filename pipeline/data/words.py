@@ -1,6 +1,6 @@
-"""What CLIP-ES calls classes and background: named sets of words, as data with their sources.
+"""What classes and background are called in prompts: named sets of words, as data with their sources.
 
-Source of all: CLIP-ES, section 3.2 and its public tables (method section 11).
+Source of SYNONYMS and BACKGROUNDS: CLIP-ES, section 3.2 and its public tables (method section 11).
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from pipeline.data.base import DataError, unknown
+from pipeline.data.classes import COCO_STUFF_CLASSES
 
 # Synonym fusion: what stands in the sentence instead of the class's own name.
 SYNONYMS: dict[str, dict[str, str]] = {
@@ -54,16 +55,50 @@ def background_names(name_or_list: str | Sequence[str]) -> tuple[str, ...]:
     return tuple(name_or_list)
 
 
-def names_of_classes(classes: Sequence[str], synonyms: Mapping[str, Sequence[str]]) -> list[tuple[str, ...]]:
-    """What each class is called in its prompts: the names given for it, else its own.
+def _spoken(name: str) -> str:
+    """COCO-Stuff's wall-brick as brick wall; wall-other and desk-stuff as wall and desk."""
+    head, _, kind = name.partition("-")
+    return name if not kind else head if kind in ("other", "stuff") else f"{kind} {head}"
 
-    Raises: DataError for names of no class, an empty list of them, or a blank one.
+
+# Renamed classes, for all data sets that have them. Source: MaskCLIP (Zhou et al. 2022), its published
+# tools/maskclip_utils/prompt_engineering.py: four names of VOC and Context, 29 of COCO-Stuff.
+RENAMES: dict[str, dict[str, tuple[str, ...]]] = {
+    "maskclip": {
+        "aeroplane": ("airplane",),
+        "diningtable": ("dining table",),
+        "pottedplant": ("potted plant",),
+        "tvmonitor": ("tv monitor",),
+        **{name: (_spoken(name),) for name in COCO_STUFF_CLASSES if _spoken(name) != name},
+    }
+}
+
+
+def other_names(classes: Sequence[str], synonyms: str | Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    """`text.synonyms` as a mapping: of a named set of RENAMES what bears on these classes.
+
+    Raises: DataError for an unknown set.
     """
-    for name, others in synonyms.items():
+    if not isinstance(synonyms, str):
+        return {name: list(others) for name, others in synonyms.items()}
+    if synonyms not in RENAMES:
+        raise unknown("text.synonyms: unknown set", synonyms, RENAMES)
+    return {name: list(others) for name, others in RENAMES[synonyms].items() if name in classes}
+
+
+def names_of_classes(
+    classes: Sequence[str], synonyms: str | Mapping[str, Sequence[str]]
+) -> list[tuple[str, ...]]:
+    """What each class is called in its prompts: the names given for it, or in a named set, else its own.
+
+    Raises: DataError for an unknown set, names of no class, an empty list of them, or a blank one.
+    """
+    found = other_names(classes, synonyms)
+    for name, others in found.items():
         if name not in classes:
             raise unknown("text.synonyms: no class is called", name, classes)
         if not others or not all(other.strip() for other in others):
             raise DataError(
                 f"text.synonyms.{name} is {list(others)!r}: want at least one name, none of them blank."
             )
-    return [tuple(synonyms.get(name, (name,))) for name in classes]
+    return [tuple(found.get(name, (name,))) for name in classes]

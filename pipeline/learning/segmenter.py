@@ -20,6 +20,7 @@ from torch import Tensor
 
 from pipeline.config import UserError
 from pipeline.data.base import BadImage
+from pipeline.data.words import other_names
 from pipeline.learning.checkpoint import load_student, student_file
 from pipeline.learning.inference import class_logits, squashed
 from pipeline.learning.text import text_of_names, text_teacher
@@ -120,7 +121,7 @@ class Segmenter:
             self._features |= dict(zip(new, self._encoded(strange), strict=True))
         text = torch.stack([known[key] if key in known else self._features[key] for key in keys])
         labelled = [checkpoint.classes[i] for i in checkpoint.seen_ids]
-        synonyms = self.config.text.synonyms
+        synonyms = other_names(checkpoint.classes, self.config.text.synonyms)
         trained = {_key(word) for name in labelled for word in (name, *synonyms.get(name, ()))}
         return Asked(names, text, tuple(not trained.isdisjoint(key) for key in keys))
 

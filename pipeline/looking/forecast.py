@@ -15,7 +15,8 @@ from math import prod
 import numpy as np
 
 from cache.schema import ARRAYS, SHARD, spec_of
-from pipeline.config import Config
+from pipeline.config import Config, Train
+from pipeline.models.student import StudentCost
 from pipeline.models.teacher import TeacherShape
 from pipeline.teaching.encode import STORAGE
 from pipeline.teaching.pseudo import num_centres, written_arrays
@@ -27,8 +28,7 @@ METADATA = 1_200  # bytes of an array's zarr.json: 1,010 to 1,430 in caches of t
 PSEUDO_BYTES_PER_TOKEN, PSEUDO_BYTES_AT_MOST = 0.17, 0.75
 RECORD_BYTES_PER_IMAGE = 110  # both stages' ledger records, mostly stamps: 105 to 130 in caches of the demo
 ID_BYTES = 12  # of a sample's id, compressed
-# Training images as published, where the config names the data set but the files aren't looked at (method section 10).
-PUBLISHED = {"coco_stuff": 118_287, "voc": 10_582, "context": 4_996}
+FORWARDS_A_STEP = 3  # a backward costs two forwards: gradients of the features, gradients of the weights
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,11 @@ def flops_of_a_view(shape: TeacherShape, side: int) -> float:
     """Of a ViT's forward, multiply-adds counted as two: 12 d^2 a token and layer, and attention's 2 L d twice."""
     tokens = side * side + 1
     return shape.layers * 2 * (12 * shape.width**2 * tokens + 2 * tokens**2 * shape.width)
+
+
+def flops_of_training(cost: StudentCost, train: Train) -> float:
+    """Of the student over a whole training, multiply-adds counted as two; losses and optimiser apart."""
+    return FORWARDS_A_STEP * 2 * cost.multiply_adds * train.batch * train.iterations
 
 
 def flops_of_cams(shape: TeacherShape, num_tokens: int, num_classes: int) -> float:

@@ -9,12 +9,14 @@ Axes: K classes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from pipeline.data.base import IGNORE, PARTS, BadImage, DataError, DataSet, Sample
+from pipeline.data.classes import PUBLISHED_COUNTS
 
 BACKGROUND_NAMES = {"background", "bg", "void", "unlabeled", "unlabelled", "other", "none"}
 MOST_LISTED = 3
@@ -99,6 +101,18 @@ def complaints(data: DataSet, parts: Sequence[Seen], max_bad: int) -> list[Compl
             )
         found += [*filter(None, (check(data, seen) for check in LABEL_CHECKS))]
     return found + _overlap(data, {seen.part for seen in parts})
+
+
+def count_complaint(kind: str, options: Mapping[str, Any], seen: Seen) -> Complaint | None:
+    """Another number of images than published, where the config asks for the published lists."""
+    wanted = PUBLISHED_COUNTS.get(kind, {}).get(seen.part, ())
+    if not wanted or seen.num_samples in wanted or options.get("limit") or options.get(f"{seen.part}_list"):
+        return None
+    return Complaint(
+        "another number of images",
+        f"{kind} has {' or '.join(f'{count:,}' for count in wanted)} {seen.part} images, found {seen.num_samples:,}.",
+        "Complete the download; if the part is meant, set data.limit, or list it.",
+    )
 
 
 def _all_ignored(data: DataSet, seen: Seen) -> Complaint | None:

@@ -6,6 +6,7 @@ Axes: B images, C = the teacher's channels, H = W = S / 4.
 from __future__ import annotations
 
 import inspect
+from dataclasses import dataclass
 from typing import Any, cast
 
 import segmentation_models_pytorch as smp
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
+from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.config import Student, UserError
 from pipeline.models.segnext import SegNext, published_names
@@ -111,6 +113,27 @@ def build_student(section: Student, channels: int, *, pretrained: bool = True) -
     if head.bias is not None:
         nn.init.zeros_(head.bias)
     return DenseStudent(net, section.mean, section.std)
+
+
+@dataclass(frozen=True)
+class StudentCost:
+    """What one image costs; a multiply-add counts once here, twice as FLOP."""
+
+    parameters: int
+    multiply_adds: float
+
+
+def cost_of(section: Student, channels: int, side: int) -> StudentCost:
+    """Of a forward over one image of side x side, counted on shapes alone (torch's meta device).
+
+    Convolutions and matrix products count; norms, activations, pooling and resizing don't. Raises: StudentError.
+    """
+    student = build_student(section, channels, pretrained=False).eval()
+    parameters = sum(parameter.numel() for parameter in student.parameters())
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        student.to("meta")(torch.empty(1, 3, side, side, device="meta"))
+    return StudentCost(parameters, counter.get_total_flops() / 2)
 
 
 def _smp_net(arch: Any, section: Student, channels: int, pretrained: bool) -> nn.Module:

@@ -1,0 +1,158 @@
+"""Each student's parameters, cost at 512 x 512 and speed on this CPU, beside what is published of it: docs/students.md.
+
+    python bench/students.py                     writes docs/students.md; five minutes on a free core
+    python bench/students.py --print --rounds 0  counts alone, on the terminal, seconds
+    python bench/students.py --gpu               one more column, on the GPU that torch sees
+
+Speed: one image of 512 x 512, 512 channels out, float32, one thread, the fastest of the rounds after one that doesn't
+count; on the CPU in processor time, which other processes' load changes less than the clock's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from interleaved import heading
+
+from pipeline.config import Student
+from pipeline.models.student import DenseStudent, build_student, cost_of
+from pipeline.tracking import provenance
+
+ROOT = Path(__file__).resolve().parents[1]
+SIDE, CHANNELS, CLASSES = 512, 512, 150  # CLIP ViT-B/16's joint space; ADE20K, of which costs are published
+
+NVIDIA = "NVIDIA, not for commercial use"
+TIMM = "timm, Apache-2.0"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A student by its config words; published millions of parameters and G multiply-adds with 150 classes."""
+
+    name: str
+    arch: str
+    encoder: str
+    options: dict[str, object]
+    weights: str
+    parameters: float | None = None
+    gmacs: float | None = None
+    side: int = SIDE  # at which the published cost was counted
+    note: str = ""  # on the published parameters
+
+
+def students() -> Iterator[Row]:
+    # SegFormer, Table 1 and its configs (decoder widths).
+    sizes = [(3.8, 8.4), (13.7, 15.9), (27.5, 62.4), (47.3, 79.0), (64.1, 95.7), (84.7, 183.3)]
+    for size, published in enumerate(sizes):
+        decoder = {"decoder_segmentation_channels": 256 if size < 2 else 768}
+        side = 640 if size == 5 else SIDE
+        yield Row(f"SegFormer-B{size}", "Segformer", f"mit_b{size}", decoder, NVIDIA, *published, side)
+    for size in range(6):
+        decoder = {"decoder_segmentation_channels": 256 if size < 2 else 768}
+        yield Row(f"its twin, PVTv2-B{size}", "Segformer", f"tu-pvt_v2_b{size}", decoder, TIMM)
+    # Swin, Table 3, and ConvNeXt, Table 6: parameters with UPerNet's auxiliary head, which isn't built here; their
+    # costs are of 512 x 2048 and more.
+    wide = {"decoder_channels": 512, "img_size": SIDE, "strict_img_size": False, "drop_path_rate": 0.3}
+    note = " with an auxiliary head"
+    swin = "tu-swin_base_patch4_window7_224"
+    yield Row("Swin-B", "UPerNet", swin, wide, "timm, MIT", 121, note=note)
+    for size, parameters in (("tiny", 60), ("small", 82), ("base", 122)):
+        name, options = f"ConvNeXt-{size[0].upper()}", {"decoder_channels": 512}
+        yield Row(name, "UPerNet", f"tu-convnext_{size}", options, TIMM, parameters, note=note)
+    # SegNeXt, its table of ADE20K.
+    for size, parameters, gmacs in (("t", 4.3, 6.6), ("s", 13.9, 15.9), ("b", 27.6, 34.9), ("l", 48.9, 70.0)):
+        name, where = f"SegNeXt-{size.upper()}", "mmseg's file, Apache-2.0"
+        yield Row(name, "SegNeXt", f"mscan_{size}", {}, where, parameters, gmacs)
+    yield Row("DeepLabV2", "DeepLabV2", "resnet101", {}, "torchvision, BSD-3")
+
+
+def section_of(row: Row) -> Student:
+    return Student(arch=row.arch, encoder=row.encoder, encoder_weights=None, options=row.options)
+
+
+def images_per_s(student: DenseStudent, device: str, rounds: int) -> float:
+    """Of one image at a time, the fastest of the rounds."""
+    clock = time.process_time if device == "cpu" else time.perf_counter
+    student = student.eval().to(device)
+    image = torch.randint(0, 256, (1, 3, SIDE, SIDE), dtype=torch.uint8, device=device)
+    taken = []
+    with torch.inference_mode():
+        for _ in range(rounds + 1):
+            began = clock()
+            student(image)
+            if device != "cpu":
+                torch.cuda.synchronize()
+            taken.append(clock() - began)
+    return 1 / min(taken[1:])
+
+
+def lines(rounds: int, has_gpu: bool) -> Iterator[str]:
+    """The table, row by row; a student at a time in memory."""
+    names = ["student", "`student.arch`, `student.encoder`", "weights", "M parameters", "published"]
+    names += ["G multiply-adds", "published", "C = 512: M", "GFLOP", "images/s, one core", "images/s, GPU"]
+    yield "| " + " | ".join(names) + " |"
+    yield "|" + "---|" * len(names)
+    for row in students():
+        section = section_of(row)
+        closed, ours = cost_of(section, CLASSES, row.side), cost_of(section, CHANNELS, SIDE)
+        at = f" at {row.side}" if row.side != SIDE else ""
+        cells = [row.name, f"{row.arch}, {row.encoder}", row.weights, f"{closed.parameters / 1e6:.1f}"]
+        cells += ["" if row.parameters is None else f"{row.parameters}{row.note}"]
+        cells += [f"{closed.multiply_adds / 1e9:.1f}{at}", "" if row.gmacs is None else f"{row.gmacs}{at}"]
+        cells += [f"{ours.parameters / 1e6:.1f}", f"{2 * ours.multiply_adds / 1e9:.0f}"]
+        for device, is_asked in (("cpu", rounds > 0), ("cuda", rounds > 0 and has_gpu)):
+            if is_asked:
+                student = build_student(section, CHANNELS, pretrained=False)
+                cells.append(f"{images_per_s(student, device, rounds):.3g}")
+            else:
+                cells.append("not run")
+        yield "| " + " | ".join(cells) + " |"
+
+
+HEAD = """# Students
+
+Written by `python bench/students.py`. {made}; one image of 512 x 512
+at a time, float32, one thread, the fastest of {rounds} in processor time (load average {load:.1f} when it began).
+Nothing here was run on a GPU unless its column says so.
+
+**Counts** are of 512 x 512 with 150 classes, ADE20K's, as the published ones are; then with the 512 channels that CLIP
+ViT-B/16 teaches. Published "FLOPs" are multiply-adds, and so are these; GFLOP is twice that. torch counts convolutions
+and matrix products; SegNeXt's published costs are 2 to 7 % higher, and what its tool counted besides isn't stated.
+
+**Weights** are the encoder's, from ImageNet, and the default (`student.encoder_weights: imagenet`) where smp or timm
+have them. Those of mit_b* are NVIDIA's, not for commercial use; PVTv2 of the same number is the freely licensed twin.
+MSCAN's are a file for `student.weights` ([voc_segnext_b.yaml](../config/voc_segnext_b.yaml) says where from).
+
+Any other encoder of timm (`tu-<name>`) under any decoder of segmentation_models_pytorch is two words of a config.
+
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--gpu", action="store_true")
+    parser.add_argument("--print", action="store_true", dest="is_printed")
+    chosen = parser.parse_args()
+    torch.set_num_threads(1)
+    load, made = os.getloadavg()[0], provenance()
+    heading(f"students at {SIDE} x {SIDE}, load {load:.1f}")
+    about = f"{made['date']}, {made['machine']}, torch {made['torch']}, revision {made['revision']}"
+    text = HEAD.format(made=about, rounds=chosen.rounds, load=load)
+    for line in lines(chosen.rounds, chosen.gpu):
+        print(line, flush=True)
+        text += line + "\n"
+    if not chosen.is_printed:
+        (ROOT / "docs" / "students.md").write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

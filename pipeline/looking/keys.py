@@ -1,0 +1,166 @@
+"""config/README.md: every key of the schema and every option of a data set, with default, values and meaning.
+
+python -m pipeline.looking.keys > config/README.md
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from pipeline.config import Config
+from pipeline.data.base import KINDS, DataError
+
+# What a data set's options mean, the same word meaning the same in all of them.
+DATA_OPTIONS = {
+    "root": "its folder",
+    "limit": "only the first so many samples of each part, for tries",
+    "unseen": "names of the classes without a label in training; instead of a split",
+    "split": "a named split into seen and unseen; the first one if left out",
+    "background": "what is no object is a class of its own",
+    "tags": "where image-level labels come from",
+    "train_list": "the list of training samples; names joined by + are lists laid end to end",
+    "test_list": "the list of test samples",
+    "seed": "of the training scenes",
+    "test_seed": "of the test scenes",
+    "train": "how many training scenes",
+    "test": "how many test scenes",
+    "size": "their side in pixels",
+    "radius": "of the things, in sides",
+    "things": "how many things a scene has, from and to",
+    "classes": "what the classes are called, and which of the world's things each is",
+}
+HEAD = """<!-- Written by `python -m pipeline.looking.keys > config/README.md`; a test holds that it is up to date. -->
+# Presets and keys
+
+A run is one YAML. What it leaves out has the default below; `--set section.key=value` overrides it, unknown keys are
+errors that name the nearest valid one. A preset begins with its command and what to expect of it:
+
+"""
+
+
+def page() -> str:
+    """The whole page, Markdown. Raises: DataError for an option of a data set that DATA_OPTIONS lacks."""
+    presets = [f"- [{path.name}]({path.name}): {_first_sentence(path)}" for path in _presets()]
+    parts = [HEAD + "\n".join(presets), _table("Top level", Config)]
+    for name, field in Config.model_fields.items():
+        if _is_section(field):
+            parts.append(_table(f"`{name}`", field.annotation, f"{name}."))
+    parts.insert(3, _data_options())  # after `data`
+    return "\n\n".join(parts) + "\n"
+
+
+def _presets() -> list[Path]:
+    return sorted(path for path in Path("config").glob("*.yaml") if path.name != "environment.yaml")
+
+
+def _first_sentence(path: Path) -> str:
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("# "):
+            break
+        lines.append(line[2:].strip())
+    return " ".join(lines).partition(". ")[0].removesuffix(".") + "."
+
+
+def _is_section(field: FieldInfo) -> bool:
+    return isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+
+
+def _table(title: str, model: Any, prefix: str = "") -> str:
+    """One section: its docstring's first line and a row a key, sections inside it included."""
+    said = (
+        ""
+        if model is Config
+        else f"{(model.__doc__ or '').strip().splitlines()[0]}\n\n"
+        if model.__doc__
+        else ""
+    )
+    rows = "\n".join(_rows(model, prefix))
+    return f"## {title}\n\n{said}| key | default | values | meaning |\n|---|---|---|---|\n{rows}"
+
+
+def _rows(model: Any, prefix: str) -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        key = prefix + (field.alias or name)
+        if not _is_section(field):
+            meaning = (field.description or "").replace("|", "\\|")
+            yield f"| `{key}` | {_shown(_default(field))} | {_values(field)} | {meaning} |"
+        elif prefix:
+            yield from _rows(field.annotation, f"{key}.")
+
+
+def _default(field: FieldInfo) -> Any:
+    value = field.get_default(call_default_factory=True)
+    return "" if value is PydanticUndefined else value
+
+
+def _shown(value: Any) -> str:
+    """As YAML has it."""
+    text = (
+        value if isinstance(value, str) else f"{value:.4g}" if isinstance(value, float) else json.dumps(value)
+    )
+    return f"`{text}`" if text else ""
+
+
+def _values(field: FieldInfo) -> str:
+    """What may stand there: the words of a Literal, else types, with the limits that the schema sets."""
+    said = " or ".join(_type_names(field.annotation))
+    limits = [
+        f"{sign} {getattr(rule, word):g}"
+        for rule in field.metadata
+        for word, sign in (("ge", ">="), ("gt", ">"), ("le", "<="), ("lt", "<"))
+        if hasattr(rule, word)
+    ]
+    return f"{said} {' and '.join(limits)}".strip()
+
+
+TYPE_NAMES = {str: "text", int: "whole number", float: "number", bool: "true, false", type(None): "null"}
+
+
+def _type_names(annotation: Any) -> list[str]:
+    origin, inner = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return [", ".join(map(str, inner))]
+    if origin in (list, tuple):
+        return ["list"]
+    if origin is dict:
+        return ["mapping"]
+    if inner:  # a union
+        return [name for part in inner for name in _type_names(part)]
+    return [TYPE_NAMES.get(annotation, getattr(annotation, "__name__", str(annotation)))]
+
+
+def _data_options() -> str:
+    """A row a kind of data set, its module's first line and what it takes; then what those words mean."""
+    rows, used = [], set()
+    for kind, (module, name) in KINDS.items():
+        place = importlib.import_module(module)
+        parameters = inspect.signature(getattr(place, name)).parameters
+        options = [
+            f"`{option}` {_own_default(parameter)}".strip() for option, parameter in parameters.items()
+        ]
+        title = (place.__doc__ or "").strip().partition("\n")[0].rstrip(".:")
+        rows.append(f"| `{kind}` | {title} | {', '.join(options)} |")
+        used |= set(parameters)
+    if used - set(DATA_OPTIONS):
+        raise DataError(f"{__name__}: DATA_OPTIONS has no meaning for {sorted(used - set(DATA_OPTIONS))}.")
+    meanings = [f"- `{option}`: {meaning}" for option, meaning in DATA_OPTIONS.items() if option in used]
+    head = ["### `data`, by kind", "", "| kind | what | options, with their defaults |", "|---|---|---|"]
+    return "\n".join([*head, *rows, "", *meanings])
+
+
+def _own_default(parameter: inspect.Parameter) -> str:
+    return "" if parameter.default is parameter.empty else json.dumps(parameter.default)
+
+
+if __name__ == "__main__":
+    print(page(), end="")

@@ -117,9 +117,9 @@ def lines(rounds: int, has_gpu: bool) -> Iterator[str]:
 
 HEAD = """# Students
 
-Written by `python bench/students.py`. {made}; one image of 512 x 512
-at a time, float32, one thread, the fastest of {rounds} in processor time (load average {load:.1f} when it began).
-Nothing here was run on a GPU unless its column says so.
+Written by `python bench/students.py`; {made}.
+Speed is of one image of 512 x 512 at a time, float32, one thread, the fastest of {rounds} in processor time (load
+average {load:.1f} when it began).
 
 **Counts** are of 512 x 512 with 150 classes, ADE20K's, as the published ones are; then with the 512 channels that CLIP
 ViT-B/16 teaches. Published "FLOPs" are multiply-adds, and so are these; GFLOP is twice that. torch counts convolutions

@@ -62,6 +62,14 @@ def test_voc_other_lists(voc):
         open_data_set("voc", root=str(voc), train_list="trainaug").samples("train")
 
 
+def test_voc_with_the_list_that_mmseg_writes(voc):
+    lists = voc / "ImageSets" / "Segmentation"
+    (lists / "train_aug.txt").rename(lists / "trainaug.txt")
+    assert [s.id for s in open_data_set("voc", root=str(voc)).samples("train")] == ["b", "a"]
+    save_list(lists / "train_aug.txt", "a")  # the usual name comes first
+    assert [s.id for s in open_data_set("voc", root=str(voc)).samples("train")] == ["a"]
+
+
 def test_voc_says_what_is_missing(voc):
     data = open_data_set("voc", root=str(voc))
     with pytest.raises(DataError, match=r"1 listed images have no mask in .*SegmentationClassAug: 'c'"):

@@ -145,8 +145,8 @@ def test_synonyms_are_averaged_in_the_text_table(extracted):
     }
     plain = extracted.model_copy(update={"text": extracted.text.model_copy(update={"synonyms": {}})})
     assert config_fingerprint(plain, "extract") != config_fingerprint(extracted, "extract")
-    # A cache of the demo that was made before there were synonyms is still this config's.
-    assert config_fingerprint(load("config/demo.yaml"), "extract") == "49d74da2cfa0efc6"
+    # A cache of the demo that was made before there were synonyms, then of one view, is still this config's.
+    assert config_fingerprint(load("config/demo.yaml", ["views.num=1"]), "extract") == "49d74da2cfa0efc6"
 
 
 def test_synonyms_of_no_class(tmp_path, run_cli):

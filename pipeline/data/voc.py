@@ -66,6 +66,7 @@ def listed_samples(root: Path, lists: Path, names: str, mask_folders: Sequence[s
 
 
 TAGS = ("xml", "masks")
+TRAIN_AUG, SAME_LIST = "train_aug", ("trainaug",)  # mmseg's converter writes it without the underline
 
 
 class Voc(FileDataSet):
@@ -85,7 +86,7 @@ class Voc(FileDataSet):
         limit: int | None = None,
         unseen: Sequence[str] | None = None,
         split: str | None = None,
-        train_list: str = "train_aug",
+        train_list: str = TRAIN_AUG,
         test_list: str = "val",
         background: bool = False,
         tags: str = "xml",
@@ -106,10 +107,10 @@ class Voc(FileDataSet):
         self.lists = {"train": train_list, "test": test_list}
 
     def list_samples(self, part: str) -> list[Sample]:
-        lists = self.root / "ImageSets" / "Segmentation"
-        return listed_samples(
-            self.root, lists, self.lists[part], ("SegmentationClass", "SegmentationClassAug")
-        )
+        lists, names = self.root / "ImageSets" / "Segmentation", self.lists[part]
+        if names == TRAIN_AUG and not (lists / f"{TRAIN_AUG}.txt").is_file():
+            names = next((name for name in SAME_LIST if (lists / f"{name}.txt").is_file()), names)
+        return listed_samples(self.root, lists, names, ("SegmentationClass", "SegmentationClassAug"))
 
     def tags(self, sample: Sample) -> tuple[int, ...]:
         if self.tags_from == "masks":

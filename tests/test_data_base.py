@@ -82,7 +82,7 @@ def test_broken_exif_does_not_spoil_the_image(tmp_path):
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGBA", "LA", "CMYK", "YCbCr"])
 def test_every_mode_becomes_rgb(tmp_path, mode):
-    path = tmp_path / ("a.tif" if mode in {"CMYK", "YCbCr"} else "a.png")
+    path = tmp_path / {"CMYK": "a.tif", "YCbCr": "a.jpg"}.get(mode, "a.png")
     Image.new("RGB", (3, 2), "white").convert(mode).save(path)
     assert np.array_equal(read_image(path), np.full((2, 3, 3), 255, np.uint8))
 

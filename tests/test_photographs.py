@@ -49,7 +49,7 @@ def options(tmp_path, weights, *settings):
 
 def test_coco_stuff_runs_end_to_end(tmp_path, weights, run_cli):
     for stage in ("extract", "cluster", "train", "eval"):
-        done = run_cli(stage, *options(tmp_path, weights))
+        done = run_cli(stage, *options(tmp_path, weights, "cache.tokens=float16"))
         assert done.returncode == 0, done.stderr
     run = tmp_path / "runs" / "coco_stuff"
     store = Store.open(run / "cache")

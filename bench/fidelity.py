@@ -38,7 +38,7 @@ from pipeline.tracking import provenance, say
 CONFIG = Path("config/demo.yaml")
 SEEDS = (0, 1, 2)
 EPOCHS = 18  # the demo's 1,700 x 8 / 768 = 17.7, rounded up
-TRIALS = 40  # training steps and views that are timed
+TRIALS = 64  # training steps and views that are timed; whole batches of the teacher, which are padded
 
 
 @dataclass(frozen=True)
@@ -243,7 +243,11 @@ def _plot(points: list[tuple[Way, int, dict[str, list[float]]]], path: Path) -> 
         cached_ways = [(n, v[key]) for way, n, v in points if way.cache == "views" and not way.own_flips]
         for marker, chosen, label in (
             ("o-", cached_ways, key.replace("_U", "(U)")),
-            ("*", [(n, v[key]) for way, n, v in points if way.is_online], f"{key}, teacher in the step"),
+            (
+                "*",
+                [(n, v[key]) for way, n, v in points if way.is_online],
+                key.replace("_U", "(U)") + ", teacher in the step",
+            ),
         ):
             if chosen:
                 spread = [statistics.stdev(v) if len(v) > 1 else 0 for _, v in chosen]

@@ -26,7 +26,7 @@ from cache.ledger import Ledger, lock, refuse_if_locked
 from cache.store import Store
 from cache.verify import read_recorded
 from pipeline.config import Cams, Config, ConfigError, config_fingerprint, digest, fingerprint
-from pipeline.data.base import DataError, DataSet, Sample
+from pipeline.data.base import DataSet, Sample
 from pipeline.data.words import background_names, fused_name
 from pipeline.learning.batches import FULL_CONFIDENCE, data_of
 from pipeline.ops import pamr
@@ -34,7 +34,7 @@ from pipeline.ops.masks import class_scores, fitted_size
 from pipeline.teaching import crf
 from pipeline.teaching.encode import DECODE_THREADS, OK
 from pipeline.teaching.engine import map_shards
-from pipeline.teaching.labels import Job, done_shards, record_labels
+from pipeline.teaching.labels import Job, checked_tags, done_shards, record_labels
 from pipeline.teaching.maps import explained_maps, explained_teacher, fitted, text_features
 from pipeline.teaching.rows import cached_samples, samples_of
 from pipeline.teaching.seeds import add_refined, add_seeds, new_stats, summarise
@@ -152,7 +152,7 @@ def shard_maps(
         spec = store.spec(name)
         blocks[name] = np.full((len(samples), *spec.shape(store.sizes)[1:]), spec.fill, spec.dtype)
     stats = new_stats(len(data.classes))
-    tags = [_checked_tags(data, sample) if usable[row] else () for row, sample in enumerate(samples)]
+    tags = [checked_tags(data, sample) if usable[row] else () for row, sample in enumerate(samples)]
     refines, waiting = section.refine != "none", []
     for group, images in _same_sized(data, samples, usable, section, teacher.patch):
         maps, raw = explained_maps(
@@ -217,17 +217,6 @@ def _by_crf(pairs: Iterable[tuple[Tensor, Tensor]]) -> Iterator[Tensor]:
 
 # By cams.refine: pairs of an image (3, H, W) and its scores (n + 1, H, W) -> scores, in order.
 REFINERS = {"pamr": _by_pamr, "crf": _by_crf}
-
-
-def _checked_tags(data: DataSet, sample: Sample) -> tuple[int, ...]:
-    tags = data.tags(sample)
-    strange = [tag for tag in tags if not 0 <= tag < len(data.classes) or tag == data.background]
-    if strange:
-        raise DataError(
-            f"{data.name}: image {sample.id} has the label {strange[0]}, which is none of its "
-            f"{len(data.classes) - 1} foreground classes. Correct its list of labels."
-        )
-    return tuple(tags)
 
 
 def _same_sized(

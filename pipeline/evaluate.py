@@ -58,7 +58,11 @@ def evaluate(config: Config) -> dict[str, Any]:
     """
     above = required_manifest(config, "train")
     data = data_of(config)
-    identity = fingerprint(config, "eval", above["fingerprint"], {"test": data.identity("test")})
+    facts = {"test": data.identity("test")}
+    labels = data.identity("test", "labels")
+    if labels != facts["test"]:  # masks of their own, not made with the images
+        facts["labels"] = labels
+    identity = fingerprint(config, "eval", above["fingerprint"], facts)
     own = config_fingerprint(config, "eval")
     folder = config.run_path / "eval"
     task = Task(config.name, data, lambda checkpoint: checkpoint.text, folder, identity, own)

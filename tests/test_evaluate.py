@@ -244,6 +244,17 @@ def test_what_is_there_is_not_made_again(trained, run_cli):
     assert found["pictures"] == 0
 
 
+def test_a_corrected_mask_is_noticed(trained, run_cli, tmp_path):
+    config, run = trained
+    run_cli("eval", "--config", config)
+    before = json.loads((run / "eval" / "metrics.json").read_text())
+    mask = next(iter(sorted((tmp_path / "meadow" / "test").glob("0_*.png"))))
+    Image.fromarray(np.zeros_like(np.array(Image.open(mask)))).save(mask)
+    assert "nothing to do" not in run_cli("eval", "--config", config).stderr
+    after = json.loads((run / "eval" / "metrics.json").read_text())
+    assert after["pAcc"] != before["pAcc"]
+
+
 def other_config(tmp_path, **more):
     """Another data set: one class the student had labels of, one it hadn't, one whose name it doesn't know."""
     classes = ["zebra", "bee", "taxi", "big cat", "never"]

@@ -17,6 +17,7 @@ from cache.store import Store
 from pipeline.config import LABELS_FROM
 from pipeline.data.base import DataSet
 from pipeline.looking import facts, scores
+from pipeline.looking.confusion import READABLE
 from pipeline.looking.facts import Run
 from pipeline.looking.figures import Figure
 from pipeline.looking.gallery import Card
@@ -88,7 +89,7 @@ def render(
         per_class=scores.per_class(runs, data),
         confusions=scores.confusions(runs, data),
         order=[data.classes[i] for i in (*data.seen_ids, *data.unseen_ids)],
-        readable=scores.READABLE,
+        readable=READABLE,
         gamma_charts=scores.gamma_charts(runs),
         loss_charts=scores.loss_charts(runs),
         time_shares=[(run, scores.time_shares(run)) for run in runs],

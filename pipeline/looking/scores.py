@@ -14,6 +14,7 @@ from markupsafe import Markup
 from pipeline.config import Config
 from pipeline.data.base import DataSet
 from pipeline.looking import charts, facts
+from pipeline.looking.confusion import confused_pairs, row_shares
 from pipeline.looking.facts import Run
 from pipeline.looking.panels import data_uri, hex_colour, indexed
 from pipeline.looking.tagged import percent_palette
@@ -34,8 +35,6 @@ LOSS_TERMS = {
 TAKEN_FOR = 4  # most frequent predictions listed for an unseen class
 LARGEST = 10  # confusions listed beside a matrix
 NO_PIXEL = 255  # code of a matrix's cell whose class has no test pixel
-# Classes up to which the names beside a matrix can be read at 400 pixels; more are read by pointing at a cell.
-READABLE = 40
 
 
 def per_class(runs: Sequence[Run], data: DataSet) -> list[dict[str, Any]]:
@@ -89,26 +88,21 @@ def confusions(runs: Sequence[Run], data: DataSet) -> list[dict[str, Any]]:
 
 def shares(matrix: np.ndarray) -> np.ndarray:
     """Each row in percent of its class's pixels: (K, K) uint8, NO_PIXEL in the rows of classes without any."""
-    totals = matrix.sum(1, keepdims=True)
-    percent = np.round(100 * matrix / np.maximum(totals, 1)).astype(np.uint8)
-    return np.where(totals > 0, percent, np.uint8(NO_PIXEL))
+    percent = np.round(100 * row_shares(matrix)).astype(np.uint8)
+    return np.where(matrix.any(1, keepdims=True), percent, np.uint8(NO_PIXEL))
 
 
 def largest(matrix: np.ndarray, data: DataSet) -> list[dict[str, Any]]:
     """The most frequent mistakes: truth, prediction, and the share of the truth's pixels in percent."""
-    wrong = matrix.copy()
-    np.fill_diagonal(wrong, 0)
-    places = [divmod(int(p), len(wrong)) for p in np.argsort(-wrong, axis=None, kind="stable")[:LARGEST]]
     return [
         {
             "truth": data.classes[t],
             "guess": data.classes[p],
             "is_unseen": t in data.unseen_ids,
-            "share": 100 * int(wrong[t, p]) / int(matrix[t].sum()),
-            "pixels": int(wrong[t, p]),
+            "share": 100 * int(matrix[t, p]) / int(matrix[t].sum()),
+            "pixels": int(matrix[t, p]),
         }
-        for t, p in places
-        if wrong[t, p]
+        for t, p in confused_pairs(matrix, LARGEST)
     ]
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from cache.ledger import Ledger
 from cache.store import Store
 from pipeline.config import Config, digest
+from pipeline.data.base import DataError, DataSet, Sample
 from pipeline.learning.batches import data_of
 from pipeline.teaching.rows import samples_of, span
 from pipeline.tracking import record_shard
@@ -46,3 +47,15 @@ def record_labels(stage: str, job: Job, store: Store, shard: int, made: dict[str
     entry["stamps"] = data.stamps(samples_of(data, store, rows), "labels")
     entry["upstream"] = digest(above.get("digests"))
     record_shard(job.config, stage, shard, entry, began)
+
+
+def checked_tags(data: DataSet, sample: Sample) -> tuple[int, ...]:
+    """The image-level labels of an image. Raises: DataError for one that is no class, or is the background."""
+    tags = data.tags(sample)
+    strange = [tag for tag in tags if not 0 <= tag < len(data.classes) or tag == data.background]
+    if strange:
+        raise DataError(
+            f"{data.name}: image {sample.id} has the label {strange[0]}, which is none of its "
+            f"{len(data.classes) - (data.background is not None)} foreground classes. Correct its list of labels."
+        )
+    return tuple(tags)

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import grid_sample
 
-from pipeline.config import Cams, Config
-from pipeline.data.base import IGNORE, DataError, DataSet, Sample
+from pipeline.config import Config
+from pipeline.data.base import IGNORE, DataSet, Sample
+from pipeline.teaching.labels import checked_tags
 from pipeline.teaching.maps import explained_maps, explained_teacher, fitted
 
 UNNAMED = 255
@@ -43,11 +44,12 @@ def object_names(
     for row, sample in enumerate(samples):
         if not usable[row]:
             continue
-        tags = [tag for tag in _known_tags(data, sample) if tag in data.unseen_ids]
+        tags = [tag for tag in checked_tags(data, sample) if tag in data.unseen_ids]
         if not tags:
             continue
-        image = data.image(sample)
-        maps = _maps(config.cams, config, data, sample, image, tags, text)
+        image, labels = data.image(sample), data.seen_labels(sample)
+        labelled = [] if labels is None else [int(i) for i in np.unique(labels) if i != IGNORE]
+        maps = _maps(config, image, tags, labelled or data.seen_ids, text)
         for view, box in enumerate(boxes[row]):
             seen_there = on_tokens(maps, box, image.shape[:2], pseudo.shape[-1])
             names[row, view] = named(
@@ -85,30 +87,11 @@ def on_tokens(maps: Tensor, box: np.ndarray, size: tuple[int, ...], side: int) -
 
 
 def _maps(
-    section: Cams,
-    config: Config,
-    data: DataSet,
-    sample: Sample,
-    image: np.ndarray,
-    tags: Sequence[int],
-    text: Tensor,
+    config: Config, image: np.ndarray, tags: Sequence[int], others: Sequence[int], text: Tensor
 ) -> Tensor:
-    """The refined maps of an image's tags, (T, g_h, g_w)."""
-    teacher = explained_teacher(config.teacher, section)
+    """The refined maps of an image's tags, which compete with one another and with `others`: (T, g_h, g_w)."""
+    teacher = explained_teacher(config.teacher, config.cams)
     text = text.to(teacher.device)
-    labels = data.seen_labels(sample)
-    others = [] if labels is None else [int(i) for i in np.unique(labels) if i != IGNORE]
-    pixels = fitted(image, section, teacher.patch)[None]
-    maps, _ = explained_maps(teacher, section, pixels, [tags], text, text[others or list(data.seen_ids)])
+    pixels = fitted(image, config.cams, teacher.patch)[None]
+    maps, _ = explained_maps(teacher, config.cams, pixels, [tags], text, text[list(others)])
     return maps[0]
-
-
-def _known_tags(data: DataSet, sample: Sample) -> tuple[int, ...]:
-    tags = data.tags(sample)
-    strange = [tag for tag in tags if not 0 <= tag < len(data.classes)]
-    if strange:
-        raise DataError(
-            f"{data.name}: image {sample.id} has the label {strange[0]}, which is none of its "
-            f"{len(data.classes)} classes. Correct its list of labels."
-        )
-    return tags

@@ -192,6 +192,9 @@ class Train(Section):
     )
     tau: float = Field(0.07, gt=0, description="InfoNCE's temperature (settled: CLIP's initial one)")
     bank: int = Field(24, ge=0, description="n, iterations of CLS tokens kept (section 4.2)")
+    negatives: int | None = Field(
+        None, ge=1, description="so many drawn anew each iteration from all cached CLS tokens; null: the bank"
+    )
     vla: Literal["transformer", "mlp", "original"] = Field(
         "transformer", description="what makes classifiers of potential objects (section 3.3; Table 5)"
     )
@@ -356,7 +359,14 @@ NOT_CONTENT = {
     )
 }
 # Keys that are younger than caches worth keeping: without effect on a fingerprint while they are empty.
-YOUNGER = {"text.synonyms", "cluster.named_above", "cluster.distance", "eval.flip", "eval.scales"}
+YOUNGER = {
+    "text.synonyms",
+    "cluster.named_above",
+    "cluster.distance",
+    "train.negatives",
+    "eval.flip",
+    "eval.scales",
+}
 # Options of a data set that only other stages see.
 DATA_NOT_FOR = {"extract": ("test_seed", "test", "unseen", "split"), "cluster": ("test_seed", "test")}
 DATA_NOT_FOR["train"] = DATA_NOT_FOR["cams"] = DATA_NOT_FOR["cluster"]

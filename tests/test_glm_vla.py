@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from pipeline.models.glm import ClsBank, pooled
+from pipeline.models.glm import CachedNegatives, ClsBank, pooled
 from pipeline.models.vla import VARIANTS, VisualLanguageAdapter
 from pipeline.ops.losses import generate_loss
 
@@ -90,6 +90,41 @@ def test_bank_holds_no_graph_and_refuses_too_much():
     none = ClsBank(0, 2, 4)
     none.push(torch.randn(2, 4), torch.arange(2))
     assert none.entries()[0].shape == (0, 4)
+
+
+def test_negatives_from_the_cache_are_new_each_iteration_and_the_same_when_resumed():
+    tokens = torch.arange(24.0).reshape(4, 3, 2).half()  # 4 rows of 3 views
+    rows = torch.tensor([7, 9, 10, 12])
+    first, again, other = (CachedNegatives(5, tokens, rows, seed) for seed in (0, 0, 1))
+    drawn = []
+    for _ in range(3):
+        found, samples = first.entries()
+        assert found.dtype == torch.float32
+        assert found.shape == (5, 2)
+        assert len({tuple(token.tolist()) for token in found}) == 5, "a token was drawn twice"
+        for token, sample in zip(found, samples, strict=True):
+            assert token.half() in tokens[rows.tolist().index(int(sample))]
+        assert torch.equal(found, first.entries()[0]), "the same iteration, the same negatives"
+        drawn.append(found)
+        first.push(torch.randn(2, 2), torch.tensor([7, 9]))
+    assert not torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], other.entries()[0])
+    again.load_state_dict(first.state_dict())
+    assert torch.equal(first.entries()[0], again.entries()[0])
+    assert sum(value.numel() for value in first.state_dict().values()) == 1, (
+        "checkpoints don't hold the cache"
+    )
+    with pytest.raises(ValueError, match="13 negatives are wanted, and 12"):
+        CachedNegatives(13, tokens, rows, 0)
+
+
+def test_all_tokens_are_drawn_in_the_end():
+    negatives = CachedNegatives(2, torch.arange(8.0).reshape(8, 1, 1), torch.arange(8), 3)
+    seen = set()
+    for _ in range(40):
+        seen |= set(negatives.entries()[1].tolist())
+        negatives.push(torch.zeros(1, 1), torch.zeros(1, dtype=torch.int64))
+    assert seen == set(range(8))
 
 
 # --- adapter -------------------------------------------------------------------------------------

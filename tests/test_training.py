@@ -19,6 +19,7 @@ from pipeline.config import Config
 from pipeline.data.base import DataError
 from pipeline.learning.batches import CachedViews, data_of, held_out
 from pipeline.learning.checkpoint import Checkpoint, latest_checkpoint, load_student, save_checkpoint
+from pipeline.learning.training import negatives_of
 from pipeline.learning.validation import Best, seen_miou
 from pipeline.train import TrainError, train
 from tests.conftest import ROOT, TINY, forget_accelerator, is_one_line_error
@@ -55,6 +56,32 @@ def test_only_the_first_views_are_used_when_asked_for(run_of):
     assert views.num_views == 1 < cached
     with pytest.raises(DataError, match=f"train.views is {cached + 1}.* holds {cached} views"):
         CachedViews(run_of("views", f"train.views={cached + 1}"), data_of(config))
+
+
+def test_negatives_come_from_all_training_rows_when_asked_for(run_of):
+    config = run_of("negatives", "train.negatives=7", "train.validate.fraction=0.2")
+    views = CachedViews(config, data_of(config))
+    tokens, samples = negatives_of(views, int(views.store.sizes["C"])).entries()
+    assert len(tokens) == 7
+    assert set(samples.tolist()) <= set(views.rows)
+    cached = views.store.read_whole("cls")
+    for token, sample in zip(tokens.numpy(), samples.tolist(), strict=True):
+        assert any(np.array_equal(token, own.astype(np.float32)) for own in cached[sample])
+    train(config)
+    plain = run_of("bank", "train.validate.fraction=0.2")
+    train(plain)
+    assert curve(config)[0]["global"] > curve(plain)[0]["global"], (
+        "the bank is empty at first, the cache isn't"
+    )
+
+
+def test_more_negatives_than_tokens_are_refused(run_of):
+    config = run_of("greedy", "train.negatives=100000")
+    views = CachedViews(config, data_of(config))
+    with pytest.raises(
+        TrainError, match=r"train.negatives is 100000, and \d+ CLS tokens are cached. Lower it."
+    ):
+        negatives_of(views, int(views.store.sizes["C"]))
 
 
 # --- exactness -----------------------------------------------------------------------------------

@@ -143,6 +143,11 @@ class CachedViews(Dataset):
         """The classes whose names training may know: the seen ones, and with tags all."""
         return tuple(range(len(self.data.classes))) if self.is_named else self.data.seen_ids
 
+    def cls_tokens(self) -> np.ndarray:
+        """Of all training images and the views in use: (R, V, C) in the cache's precision, in the order of `rows`."""
+        whole = self.kept["cls"] if "cls" in self.kept else self.store.read_whole("cls")
+        return np.ascontiguousarray(whole[np.array(self.rows), : self.num_views])
+
     def _views_used(self, cached: int) -> int:
         wanted = self.config.train.views or cached
         if wanted > cached:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from pipeline.config import Train
-from pipeline.models.glm import ClsBank, pooled_and_dense
+from pipeline.models.glm import CachedNegatives, ClsBank, pooled_and_dense
 from pipeline.ops import losses
 
 IGNORED_LABEL = 255  # of a label map
@@ -26,7 +26,7 @@ class Learner:
 
     student: Any  # DenseStudent, or accelerate's wrapper of it
     vla: nn.Module
-    bank: ClsBank
+    bank: ClsBank | CachedNegatives
     text_seen: Tensor  # (S, C), unit norm
     seen_ids: Tensor  # (S,)
 

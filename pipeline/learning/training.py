@@ -17,7 +17,7 @@ from pipeline.learning.checkpoint import Checkpoint, latest_checkpoint, load_che
 from pipeline.learning.objective import Learner
 from pipeline.learning.processes import is_launched
 from pipeline.learning.validation import Best
-from pipeline.models.glm import ClsBank
+from pipeline.models.glm import CachedNegatives, ClsBank
 from pipeline.models.student import build_student, parameter_groups
 from pipeline.models.vla import VisualLanguageAdapter
 from pipeline.tracking import revision, say
@@ -92,12 +92,12 @@ def new_run(config: Config, accelerator: Accelerator, identity: str, cache: str 
         config.student.classifier == "learned"
     ):  # a channel a class: its table is the identity, for eval and export too
         channels, text = len(data.classes), torch.eye(len(data.classes))
-    vla, bank = (section.vla, section.bank) if config.recipe == "clip_teacher" else ("original", 0)
+    vla = section.vla if config.recipe == "clip_teacher" else "original"
     seen = torch.tensor(views.taught_ids)
     learner = Learner(
         student=build_student(config.student, channels),
         vla=VisualLanguageAdapter(channels, vla),
-        bank=ClsBank(bank, section.batch, channels),
+        bank=negatives_of(views, channels),
         text_seen=text[seen],
         seen_ids=seen,
     )
@@ -119,6 +119,21 @@ def new_run(config: Config, accelerator: Accelerator, identity: str, cache: str 
         config, identity, data.classes, data.unseen, text, cache=cache, revision=revision()
     )
     return Run(config, accelerator, views, learner, optimiser, checkpoint)
+
+
+def negatives_of(views: CachedViews, channels: int) -> ClsBank | CachedNegatives:
+    """Where eq. 3 takes its extra negatives from. Raises: TrainError when more are wanted than are cached."""
+    config, section = views.config, views.config.train
+    if config.recipe != "clip_teacher":
+        return ClsBank(0, section.batch, channels)
+    if section.negatives is None:
+        return ClsBank(section.bank, section.batch, channels)
+    tokens, rows = torch.from_numpy(views.cls_tokens()), torch.tensor(views.rows)
+    if section.negatives > (num := tokens.shape[0] * tokens.shape[1]):
+        raise TrainError(
+            f"train.negatives is {section.negatives}, and {num} CLS tokens are cached. Lower it."
+        )
+    return CachedNegatives(section.negatives, tokens, rows, section.seed)
 
 
 def resume(run: Run) -> None:

@@ -6,6 +6,7 @@ Axes: B images, C channels, L = H * W positions, M bank entries. No trainable pa
 from collections.abc import Callable
 from math import sqrt
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -108,4 +109,43 @@ class ClsBank(nn.Module):
         self.samples[slot].fill_(EMPTY)
         self.tokens[slot, : len(cls)] = cls
         self.samples[slot, : len(cls)] = samples
+        self.num_pushed += 1
+
+
+class CachedNegatives(nn.Module):
+    """In place of the bank: `number` CLS tokens drawn anew each iteration from all that are cached.
+
+    A bank forgets what is older than n iterations; the cache has every image at any time. Entries are a function of
+    (seed, iterations so far), so that a resumed run draws what an uninterrupted one does.
+
+    tokens: (R, V, C), kept in their own precision; samples: (R,) int64, the rows they belong to.
+    Raises: ValueError when there are fewer than `number`.
+    """
+
+    table: Tensor
+    rows: Tensor
+    num_pushed: Tensor
+
+    def __init__(self, number: int, tokens: Tensor, samples: Tensor, seed: int) -> None:
+        super().__init__()
+        rows, views, _ = tokens.shape
+        if number > rows * views:
+            raise ValueError(f"{number} negatives are wanted, and {rows * views} CLS tokens are cached.")
+        self.number, self.seed = number, seed
+        self.register_buffer(
+            "table", tokens.flatten(0, 1), persistent=False
+        )  # checkpoints don't repeat the cache
+        self.register_buffer("rows", samples.repeat_interleave(views), persistent=False)
+        self.register_buffer("num_pushed", torch.zeros((), dtype=torch.int64))
+
+    def entries(self) -> tuple[Tensor, Tensor]:
+        """This iteration's: tokens (M, C) float32, sample indices (M,), M = number, none twice."""
+        rng = np.random.Generator(np.random.Philox(key=[self.seed, int(self.num_pushed)]))
+        drawn = torch.from_numpy(rng.choice(len(self.table), self.number, replace=False, shuffle=False))
+        drawn = drawn.to(self.table.device)
+        return self.table[drawn].float(), self.rows[drawn]
+
+    @torch.no_grad()
+    def push(self, cls: Tensor, samples: Tensor) -> None:
+        """An iteration is over; its tokens are in the cache already. Shapes as ClsBank's."""
         self.num_pushed += 1

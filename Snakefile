@@ -9,7 +9,8 @@
 #       --configfile config/coco_stuff.yaml --config on=context on_set="data.root=..."
 #   snakemake figures --cores all                            Figures 5, 6 and 7 of the run: runs/<name>/figures/
 #   snakemake ablations_more --cores all                     tables beyond the paper; says their time first, with -n only that;
-#                                                            --config table=lambda: one of them
+#                                                            --config table=lambda,tau: some of them
+#   snakemake paper --cores all                              all of the paper's: Tables 2 to 5, Figures 5 to 7, the run's report
 # Outputs are the small manifests that a stage writes last; the Zarr folder and its ledger are not
 # declared, since Snakemake deletes declared outputs before a rerun, and the resume state with them.
 import sys
@@ -75,6 +76,7 @@ localrules:
     ablations_more,
     transfer,
     figures,
+    paper,
 
 
 rule all:
@@ -117,6 +119,14 @@ rule transfer:
 rule figures:
     input:
         expand("{out}/{run}/figures/clusters.png", out=OUT, run=RUN.name),
+
+
+rule paper:
+    input:
+        rules.all.input,
+        rules.ablations.input,
+        rules.transfer.input,
+        rules.figures.input,
 
 
 rule extract:

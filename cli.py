@@ -410,8 +410,11 @@ def ablations(
     set_: SetOption = [],  # noqa: B006
     quick: Annotated[bool, typer.Option("--quick", help="those of `snakemake ... quick=true`")] = False,
     more: Annotated[bool, typer.Option("--more", help="the tables beyond the paper instead")] = False,
-    table: Annotated[str, typer.Option(help="one of these: lambda, windows, tau, ...")] = "",
-    keep: Annotated[bool, typer.Option("--keep", help="write docs/ablations.md and docs/results/")] = False,
+    table: Annotated[str, typer.Option(help="some of these: lambda,windows,tau, ...")] = "",
+    keep: Annotated[
+        bool,
+        typer.Option("--keep", help="write docs/ablations.md or docs/ablations-more.md, and docs/results/"),
+    ] = False,
 ) -> None:
     """Print the paper's Tables 3, 4 and 5 beside ours, and whether each contrast has the paper's sign."""
     settings = _load(config, set_)
@@ -427,13 +430,17 @@ def transfer(
     config: ConfigOption = DEFAULT,
     set_: SetOption = [],  # noqa: B006
     on: Annotated[str, typer.Option("--on", help="the other data set, as eval's")] = "demo_other",
+    keep: Annotated[bool, typer.Option("--keep", help="write docs/transfer.md and docs/results/")] = False,
 ) -> None:
     """Print the paper's Table 2 beside ours: one data set's students on another, and each contrast's sign."""
     settings = _load(config, set_)
     from pipeline.config import load, preset
-    from pipeline.evidence.transfer import print_transfer
+    from pipeline.evidence.transfer import keep_transfer, print_transfer
 
-    print_transfer(settings, load(preset(on)))
+    other = load(preset(on))
+    print_transfer(settings, other)
+    if keep:
+        keep_transfer(settings, other)
 
 
 def main() -> None:

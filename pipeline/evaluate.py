@@ -184,7 +184,7 @@ def _evaluated(config: Config, student_name: str, task: Task) -> dict[str, Any]:
 
 
 def _say(task: Task, result: dict[str, Any]) -> None:
-    say(result_table({task.label: result}))
+    say(result_table({task.label: result}).drawn())
     if best := result.get("best_of_sweep"):
         say(f"best of the sweep, chosen on these images: gamma {best['gamma']:g}, hIoU {best['hIoU']:.1f}")
 

@@ -5,9 +5,11 @@ import subprocess
 import sys
 
 import pytest
+from PIL import Image
 
 from pipeline.config import UserError, config_fingerprint, from_mapping, load
-from pipeline.evidence.ablations import AS_PAPER, OPPOSITE, RESOLVED, UNRESOLVED, Row, keep_tables, rows
+from pipeline.evidence.ablations import keep_tables, rows
+from pipeline.evidence.contrasts import AS_PAPER, OPPOSITE, RESOLVED, UNRESOLVED, Contrast
 from pipeline.evidence.more import announced, cache_seconds, foretold
 from pipeline.evidence.takeover import take_over
 from pipeline.evidence.variants import (
@@ -39,14 +41,15 @@ def test_verdicts_by_hand():
         table,
         results(full=[49, 50, 51], glm_off=[28, 30, 32], ce_off=[54, 55, 56], generate_off=[46, 49, 52]),
     )
-    assert found == [
-        Row("full", 45.4),
-        Row("ce_off", 38.4, 5, 1, OPPOSITE),
-        Row("glm_off", 13.2, -20, 2, AS_PAPER),
-        Row("generate_off", 45.2, -1, 3, UNRESOLVED),
+    assert [(row.variant, row.contrast, row.paper) for row in found] == [
+        ("full", None, 45.4),
+        ("ce_off", Contrast(5, 1, OPPOSITE), 38.4),
+        ("glm_off", Contrast(-20, 2, AS_PAPER), 13.2),
+        ("generate_off", Contrast(-1, 3, UNRESOLVED), 45.2),
     ]
+    assert [row.paper_difference for row in found[1:]] == pytest.approx([-7.0, -32.2, -0.2])
     (_, alone) = rows(table, results(full=[50, 51], glm_off=[20]))
-    assert alone.verdict == "not resolved (one seed)"
+    assert alone.contrast.verdict == "not resolved (one seed)"
     assert rows(table, results(glm_off=[20])) == []
 
 
@@ -55,9 +58,9 @@ def test_beyond_the_paper_a_difference_is_resolved_or_not():
         dict.fromkeys(("full", "tau_0.2", "bank_0")),
         results(full=[49, 50, 51], **{"tau_0.2": [59, 60], "bank_0": [50]}),
     )
-    assert [row.verdict for row in found] == ["", RESOLVED, "not resolved (one seed)"]
+    assert [row.contrast.verdict for row in found[1:]] == [RESOLVED, "not resolved (one seed)"]
     (_, near) = rows(dict.fromkeys(("full", "bank_0")), results(full=[49, 50, 51], bank_0=[49, 51]))
-    assert near.verdict == UNRESOLVED
+    assert near.contrast.verdict == UNRESOLVED
 
 
 def test_every_variant_is_a_config_of_its_own_on_one_cache():
@@ -96,10 +99,19 @@ def test_tables_are_written_from_metrics(tmp_path, run_cli):
         more = {"gamma": 1.5, "gamma_sweep": {}, "num_images": 7, "fingerprint": run, "made": made}
         (folder / "metrics.json").write_text(json.dumps(scores | more))
     keep_tables(config, tmp_path)
-    page = (tmp_path / "docs" / "ablations.md").read_text()
+    path = tmp_path / "docs" / "ablations.md"
+    page = path.read_text()
+    assert "![hIoU against the full method's](ablations.png)" in page
+    with Image.open(path.with_suffix(".png")) as picture:
+        assert picture.width > 600
     assert "| full method | 2 | 50.0 ± 0.0 | 42.0 ± 2.8 | 42.0 ± 2.8 |  | 45.4 |  |  |" in page
     assert "| 30.5 ± 0.7 | -11.5 | 35.5 | -9.9 | as in the paper |" in page
     assert json.loads((tmp_path / "docs/results/demo-glm_max-1.json").read_text())["hIoU"] == 31
+    path.write_text(page.replace("42.0 ± 2.8", "old") + "\n## What it says\n\nMax loses places.\n")
+    keep_tables(config, tmp_path)  # numbers are written anew, words stay, the log has each evaluation once
+    assert path.read_text() == page + "\n## What it says\n\nMax loses places.\n"
+    log = (tmp_path / "docs/test-log.md").read_text()
+    assert log.count("| demo-glm_max-1 | abc | 50.0 / 31.0 / 31.0 |") == 1
     done = run_cli("ablations", "--set", f"runs={tmp_path}/runs")
     assert done.returncode == 0, done.stderr
     assert "GLM by max pooling" in done.stdout
@@ -136,8 +148,9 @@ def test_what_the_run_is_already_is_no_variant():
     assert tables["nel"] == ("full", "nel_all")
     assert tables["potentials"] == ("full", "potentials_image")
     assert more_tables(load("config/demo.yaml", ["train.nel=all"]), "nel") == {"nel": ("full", "nel_seen")}
-    with pytest.raises(UserError, match="lambda"):
-        more_tables(load("config/demo.yaml"), "lamda")
+    assert list(more_tables(load("config/demo.yaml"), "tau,lambda")) == ["lambda", "tau"]
+    with pytest.raises(UserError, match="'lamda': there are lambda"):
+        more_tables(load("config/demo.yaml"), "tau,lamda")
 
 
 def test_the_time_by_hand(tmp_path):
@@ -215,8 +228,10 @@ def test_another_lambda_end_to_end(cached_demo, run_cli, tmp_path):
     done = run_cli("ablations", *(w for s in base for w in ("--set", s)), "--table", "lambda", "--quick")
     assert done.returncode == 0, done.stderr
     assert "lambda 0.7" in done.stdout
-    assert "mIoU(U) / hIoU at gamma" in done.stdout
     assert "not resolved (one seed)" in done.stdout
+    done = run_cli("ablations", *(w for s in base for w in ("--set", s)), "--table", "gamma", "--quick")
+    assert "mIoU(U) / hIoU at gamma" in done.stdout
+    assert "full method" in done.stdout
     wrong = run_cli("ablations", "--table", "lamda")
     assert wrong.returncode == 2
 

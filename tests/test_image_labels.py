@@ -244,10 +244,6 @@ def test_presets(tmp_path, name, words, classes):
 def test_the_table_of_a_closed_set_has_one_miou():
     closed = {"pAcc": 80.04, "mIoU_S": 50.0, "mIoU_U": None, "hIoU": None, "gamma": 1.5, "unseen": []}
     table = result_table({"es": closed})
-    assert [(column.header, *column.cells) for column in table.columns] == [
-        ("run", "es"),
-        ("pAcc", "80.0"),
-        ("mIoU", "50.0"),
-    ]
+    assert (table.head, table.lines) == (("run", "pAcc", "mIoU"), [["es", "80.0", "50.0"]])
     both = result_table({"es": closed, "zs": closed | {"mIoU_U": 40.0, "hIoU": 44.4, "unseen": ["bee"]}})
-    assert [list(column.cells) for column in both.columns][3] == ["-", "40.0"]
+    assert [line[3] for line in both.lines] == ["-", "40.0"]

@@ -9,11 +9,17 @@ import pytest
 from pipeline.config import load
 from pipeline.data.base import DataError, open_data_set
 from pipeline.data.demo import CLASSES, UNSEEN, DemoDataSet, render_scene
-from pipeline.evidence.ablations import AS_PAPER, OPPOSITE, UNRESOLVED
-from pipeline.evidence.transfer import PAPER, contrasts
+from pipeline.evidence.contrasts import AS_PAPER, OPPOSITE, UNRESOLVED
+from pipeline.evidence.transfer import PAPER, claims, keep_transfer
 from pipeline.evidence.variants import transfer_trigger
 from pipeline.ops.metrics import harmonic_mean
 from tests.conftest import is_one_line_error
+
+MADE = {
+    "num_images": 7,
+    "fingerprint": "f",
+    "made": {"date": "2026-01-02", "machine": "a processor", "torch": "2.9", "revision": "abc"},
+}
 
 
 def scores(*rows):
@@ -24,17 +30,15 @@ def test_contrasts_by_hand():
     # Elsewhere U is 60, 62, 64 (mean 62, std 2), S 40, 41, 42 (std 1): +21 > 2. hIoU 48, 50, 52 (std 2) against 51, 51,
     # 51 at home: -1, less than 2. Paper: U - S from 67.9 - 45.8 to 70.8 - 45.5, hIoU from 55.4 - 42.1 to 56 - 40.5.
     abroad = scores((40, 60, 48), (41, 62, 50), (42, 64, 52))
-    above, lift = contrasts(abroad, scores((0, 0, 51), (0, 0, 51), (0, 0, 51)))
-    assert (above.difference, above.spread, above.verdict) == (21, 2, AS_PAPER)
+    above, lift = claims(abroad, scores((0, 0, 51), (0, 0, 51), (0, 0, 51)))
+    assert (above.ours.difference, above.ours.spread, above.ours.verdict) == (21, 2, AS_PAPER)
     assert above.paper == pytest.approx((22.1, 25.3))
-    assert (lift.difference, lift.spread, lift.verdict) == (-1, 2, UNRESOLVED)
+    assert (lift.ours.difference, lift.ours.spread, lift.ours.verdict) == (-1, 2, UNRESOLVED)
     assert lift.paper == pytest.approx((13.3, 15.5))
-    (turned,) = contrasts(
-        scores((60, 40, 0), (61, 42, 0)), {0: {"hIoU": 3}}
-    )  # one seed at home is not enough
-    assert turned.verdict == OPPOSITE
-    (alone,) = contrasts(scores((40, 60, 48)), {})
-    assert alone.verdict == f"{UNRESOLVED} (one seed)"
+    (turned,) = claims(scores((60, 40, 0), (61, 42, 0)), {0: {"hIoU": 3}})  # one seed at home is not enough
+    assert turned.ours.verdict == OPPOSITE
+    (alone,) = claims(scores((40, 60, 48)), {})
+    assert alone.ours.verdict == f"{UNRESOLVED} (one seed)"
 
 
 def test_the_papers_rows_are_harmonic_means():
@@ -109,16 +113,21 @@ def test_the_table_is_printed(tmp_path, run_cli):
         path = tmp_path / run / folder / "metrics.json"
         path.parent.mkdir(parents=True)
         path.write_text(
-            json.dumps({"pAcc": 80.0, "mIoU_S": 40.0, "mIoU_U": unseen, "hIoU": 50.0, "gamma": 1.5})
+            json.dumps({"pAcc": 80.0, "mIoU_S": 40.0, "mIoU_U": unseen, "hIoU": 50.0, "gamma": 1.5} | MADE)
         )
+    keep_transfer(
+        load("config/demo.yaml", [f"runs={tmp_path}"]), load("config/demo_other.yaml"), tmp_path / "out"
+    )
+    page = (tmp_path / "out/docs/transfer.md").read_text()
+    assert "2026-01-02, a processor, torch 2.9, revision abc" in page
+    assert "| demo | demo_other | 2 | 80.0 ± 0.0 | 40.0 ± 0.0 | 63.0 ± 2.8 | 50.0 ± 0.0 |" in page
+    assert json.loads((tmp_path / "out/docs/results/demo-on-demo_other-1.json").read_text())["mIoU_U"] == 65
     done = run_cli("transfer", *runs)
     assert done.returncode == 0, done.stderr
     assert re.search(r"demo +│ demo_other +│ 2 +│ 80.0 ± 0.0 +│ 40.0 ± 0.0 +│ 63.0 ± 2.8 ", done.stdout)
     assert re.search(r"paper, SegFormer\) +│ Context +│ +│ 71.2 +│ 45.5 +│ 70.8 +│ 55.4 ", done.stdout)
-    assert (
-        "mIoU(U) above mIoU(S), elsewhere: +23.0, spread 2.8; the paper +22.1 to +25.3 on Context: as in the paper"
-        in done.stdout
-    )
+    row = r"mIoU\(U\) above mIoU\(S\), elsewhere +│ \+23.0 +│ 2.8 +│ \+22.1 to \+25.3 +│ as in the paper"
+    assert re.search(row, done.stdout)
     done = run_cli("results", tmp_path / "demo", tmp_path / "demo-full-1")
     assert "demo-full-1 on demo_other" in done.stdout
     assert is_one_line_error(run_cli("transfer", *runs, "--on", "contxt"), "config/contxt.yaml")

@@ -8,13 +8,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from pipeline.config import Config, UserError
+from pipeline.evidence.contrasts import Contrast, contrast
+from pipeline.evidence.pages import Table, console, keep_metrics, made_where
 from pipeline.evidence.variants import CONTRAST, QUICK_SEEDS, SEEDS, VARIANTS, run_name
 
 KEYS = ("pAcc", "mIoU_S", "mIoU_U", "hIoU")
+HEADS = ("pAcc", "mIoU(S)", "mIoU(U)", "hIoU")
 
 
 def read_metrics(path: Path) -> dict[str, Any] | None:
@@ -27,16 +27,13 @@ def read_metrics(path: Path) -> dict[str, Any] | None:
 
 def result_table(results: dict[str, dict[str, Any]]) -> Table:
     """Run by run: pAcc, mIoU(S), mIoU(U), hIoU in percent at the configured gamma; pAcc, mIoU of closed sets."""
-    if all(result.get("unseen") == [] for result in results.values()):
-        table = Table("run", "pAcc", "mIoU", title="test images, percent")
-        for name, result in results.items():
-            table.add_row(name, *("-" if (v := result[key]) is None else f"{v:.1f}" for key in KEYS[:2]))
-        return table
-    table = Table("run", "pAcc", "mIoU(S)", "mIoU(U)", "hIoU", "gamma", title="test images, percent")
+    is_closed = all(result.get("unseen") == [] for result in results.values())
+    keys, heads = (KEYS[:2], ("run", "pAcc", "mIoU")) if is_closed else (KEYS, ("run", *HEADS, "gamma"))
+    lines = []
     for name, result in results.items():
-        values = (result[key] for key in ("pAcc", "mIoU_S", "mIoU_U", "hIoU"))
-        table.add_row(name, *("-" if v is None else f"{v:.1f}" for v in values), f"{result['gamma']:g}")
-    return table
+        values = ["-" if (value := result[key]) is None else f"{value:.1f}" for key in keys]
+        lines.append([name, *values] if is_closed else [name, *values, f"{result['gamma']:g}"])
+    return Table("test images, percent", heads, lines)
 
 
 def print_results(runs: Sequence[Path]) -> None:
@@ -49,8 +46,8 @@ def print_results(runs: Sequence[Path]) -> None:
         raise UserError(
             f"none of {', '.join(map(str, runs))} holds eval/metrics.json. Run `cli.py eval` first."
         )
-    out = Console(highlight=False, soft_wrap=True)
-    out.print(result_table(found))
+    out = console()
+    out.print(result_table(found).drawn())
     for run in runs:
         page = run / "report" / "index.html"
         if page.is_file():
@@ -77,17 +74,10 @@ def mean_and_spread(seeds: dict[int, dict[str, Any]], key: str) -> str:
     return f"{statistics.mean(values):.1f}{spread}"
 
 
-def lift_of_glm(results: Results) -> tuple[float, float] | None:
-    """By how many points of mIoU(U) the full method leads the one without GLM, and the larger spread.
-
-    None unless both have at least two seeds: without a spread nothing can be said.
-    """
-    sides = [[m["mIoU_U"] for m in results.get(name, {}).values()] for name in ("full", "glm_off")]
-    if min(map(len, sides)) < 2:
-        return None
-    full, without = sides
-    spread = max(statistics.stdev(full), statistics.stdev(without))
-    return statistics.mean(full) - statistics.mean(without), spread
+def lift_of_glm(results: Results) -> Contrast | None:
+    """By how many points of mIoU(U) the full method leads the one without GLM; None unless both were run."""
+    full, without = ([m["mIoU_U"] for m in results.get(name, {}).values()] for name in ("full", "glm_off"))
+    return contrast(full, without) if full and without else None
 
 
 def print_contrast(config: Config) -> None:
@@ -95,20 +85,19 @@ def print_contrast(config: Config) -> None:
     results = results_of(config)
     if not results:
         raise UserError(f"no contrast run of {config.name!r} is evaluated. Run `make demo-contrast` first.")
-    table = Table("training", "seeds", "pAcc", "mIoU(S)", "mIoU(U)", "hIoU", title="mean ± std over seeds")
-    for contrast, seeds in results.items():
-        table.add_row(contrast, str(len(seeds)), *(mean_and_spread(seeds, key) for key in KEYS))
-    out = Console(highlight=False, soft_wrap=True)
-    out.print(table)
-    if (found := lift_of_glm(results)) is not None:
-        lift, spread = found
-        word = "shown" if lift > spread else "not resolved"
-        out.print(f"GLM lifts mIoU(U) by {lift:+.1f} points; the larger spread is {spread:.1f}: {word}")
+    out = console()
+    lines = [
+        [c, str(len(seeds)), *(mean_and_spread(seeds, key) for key in KEYS)] for c, seeds in results.items()
+    ]
+    out.print(Table("mean ± std over seeds", ("training", "seeds", *HEADS), lines).drawn())
+    if (lift := lift_of_glm(results)) is not None:
+        spread = "" if lift.spread is None else f"; the larger spread is {lift.spread:.1f}"
+        out.print(f"GLM lifts mIoU(U) by {lift.difference:+.1f} points{spread}: {lift.verdict}")
 
 
 # --- what stands in the repository ----------------------------------------------------------------
 
-KEPT, README, TEST_LOG = Path("docs/results"), Path("README.md"), Path("docs/test-log.md")
+README = Path("README.md")
 BEGIN, END = "<!-- results: written by `cli.py contrast --keep` -->", "<!-- end of results -->"
 
 
@@ -120,20 +109,13 @@ def keep_contrast(config: Config, root: Path = Path()) -> None:
     results = results_of(config)
     if not results:
         raise UserError(f"no contrast run of {config.name!r} is evaluated. Run `make demo-contrast` first.")
-    readme, log = root / README, root / TEST_LOG
+    readme = root / README
     text = readme.read_text(encoding="utf-8")
     if BEGIN not in text or END not in text:
         raise UserError(f"{readme}: has no lines {BEGIN!r} and {END!r}. Put them where the results belong.")
-    (root / KEPT).mkdir(parents=True, exist_ok=True)
-    logged = log.read_text(encoding="utf-8")
-    for contrast, seeds in results.items():
-        for seed, metrics in seeds.items():
-            name = f"{config.name}-{contrast}-{seed}"
-            (root / KEPT / f"{name}.json").write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
-            if metrics["fingerprint"] not in logged:
-                made, scores = metrics["made"], " / ".join(f"{metrics[key]:.1f}" for key in KEYS[1:])
-                logged += f"| {made['date']} | {name} | {made['revision']} | {scores} | {metrics['fingerprint']} |\n"
-    log.write_text(logged, encoding="utf-8")
+    keep_metrics(
+        {f"{config.name}-{c}-{seed}": m for c, seeds in results.items() for seed, m in seeds.items()}, root
+    )
     before, after = text.split(BEGIN)[0], text.split(END)[1]
     readme.write_text(f"{before}{BEGIN}\n{results_section(results)}{END}{after}", encoding="utf-8")
 
@@ -141,43 +123,43 @@ def keep_contrast(config: Config, root: Path = Path()) -> None:
 def results_section(results: Results) -> str:
     """README's words and table for a contrast, all numbers from its metrics.json files."""
     first = next(iter(next(iter(results.values())).values()))
-    made, num = first["made"], first["num_images"]
+    rows = [
+        [VARIANTS[c].label, str(len(seeds)), *(mean_and_spread(seeds, key) for key in KEYS)]
+        for c, seeds in results.items()
+    ]
     lines = [
-        f"{num} test scenes whose seed was fixed before any training, gamma {first['gamma']:g}, percent; mean ±",
+        f"{first['num_images']} test scenes whose seed was fixed before any training, gamma {first['gamma']:g}, "
+        "percent; mean ±",
         "standard deviation over the training seeds. metrics.json of every run is in docs/results/, the evaluations",
         "are logged in docs/test-log.md.",
-        f"{made['date']}, {made['machine']}, torch {made['torch']}, revision {made['revision']}.",
+        f"{made_where(first)}.",
         "",
-        "| training | seeds | pAcc | mIoU(S) | mIoU(U) | hIoU |",
-        "|---|---|---|---|---|---|",
+        *Table("", ("training", "seeds", *HEADS), rows).markdown(),
     ]
-    for contrast, seeds in results.items():
-        cells = " | ".join(mean_and_spread(seeds, key) for key in KEYS)
-        lines.append(f"| {VARIANTS[contrast].label} | {len(seeds)} | {cells} |")
     if 0 in results.get("full", {}):
         own = ", ".join(f"{key} {results['full'][0][key]:.1f}" for key in KEYS)
         lines += ["", f"    make demo             # the first seed: {own}"]
         lines += ["    make demo-contrast    # the whole table"]
-    if (found := lift_of_glm(results)) is not None:
-        lift, spread = found
-        word = "more" if lift > spread else "not more"
+    lift = lift_of_glm(results)
+    if lift is not None and lift.spread is not None:
+        word = "more" if lift.difference > lift.spread else "not more"
         lines += [
             "",
-            f"GLM lifts mIoU(U) by {lift:+.1f} points, {word} than the larger spread, {spread:.1f} (the paper's",
+            f"GLM lifts mIoU(U) by {lift.difference:+.1f} points, {word} than the larger spread, {lift.spread:.1f} "
+            "(the paper's",
             "Table 3, on PASCAL Context: 8.6 to 50.7).",
         ]
-    return "\n".join([*lines, *sweep_lines(results)]) + "\n"
+    if all(m["gamma_sweep"] for seeds in results.values() for m in seeds.values()):
+        lines += ["", *sweep_table(results).markdown()]
+    return "\n".join(lines) + "\n"
 
 
-def sweep_lines(results: Results) -> list[str]:
+def sweep_table(results: Results, title: str = "") -> Table:
     """mIoU(U) and hIoU by gamma, means over the seeds: shown as a sweep, nothing is chosen from it."""
-    sweeps = {c: [m["gamma_sweep"] for m in seeds.values()] for c, seeds in results.items()}
-    if not all(sweep for parts in sweeps.values() for sweep in parts):
-        return []
-    gammas = list(next(iter(sweeps.values()))[0])
-    lines = ["", f"| mIoU(U) / hIoU at gamma | {' | '.join(gammas)} |", "|---" * (len(gammas) + 1) + "|"]
-    for contrast, parts in sweeps.items():
-        means = [[statistics.mean(part[g][key] for part in parts) for key in KEYS[2:]] for g in gammas]
-        cells = " | ".join(f"{unseen:.0f} / {both:.0f}" for unseen, both in means)
-        lines.append(f"| {VARIANTS[contrast].label} | {cells} |")
-    return lines
+    gammas = list(next(iter(next(iter(results.values())).values()))["gamma_sweep"])
+    lines = []
+    for variant, seeds in results.items():
+        sweeps = [metrics["gamma_sweep"] for metrics in seeds.values()]
+        means = [[statistics.mean(sweep[g][key] for sweep in sweeps) for key in KEYS[2:]] for g in gammas]
+        lines.append([VARIANTS[variant].label, *(f"{unseen:.0f} / {both:.0f}" for unseen, both in means)])
+    return Table(title, ("mIoU(U) / hIoU at gamma", *gammas), lines)

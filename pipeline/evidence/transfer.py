@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import statistics
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from pipeline.config import Config, UserError
-from pipeline.evidence.ablations import AS_PAPER, OPPOSITE, UNRESOLVED, WIDTH
-from pipeline.evidence.results import KEYS, mean_and_spread, read_metrics
+from pipeline.evidence.contrasts import Contrast, contrast
+from pipeline.evidence.pages import Table, console, keep_metrics, made_where, write_page
+from pipeline.evidence.results import HEADS, KEYS, mean_and_spread, read_metrics
 from pipeline.evidence.variants import SEEDS, run_name
 
+PAGE = Path("docs/transfer.md")
+HEAD = ("trained on", "tested on", "seeds", *HEADS)
+CLAIMS_HEAD = ("what", "ours", "spread", "paper", "verdict")
 Scores = tuple[float, float, float, float]  # pAcc, mIoU(S), mIoU(U), hIoU
 # Trained on COCO-Stuff's seen classes: tested at home (Table 1), on PASCAL Context and on VOC (Table 2). Of Swin-B on
 # Context the paper's 56.0 does not follow from its S and U, which give 57.3 (method section 9).
@@ -41,54 +41,40 @@ Seeds = Mapping[int, Mapping[str, Any]]  # by seed, the metrics
 
 
 @dataclass(frozen=True)
-class Contrast:
-    """A difference of means over the seeds, the larger spread of its two sides, the paper's range, a verdict."""
+class Claim:
+    """Something that Table 2 says, our contrast, and the range of the paper's."""
 
     what: str
-    difference: float
-    spread: float | None
+    ours: Contrast
     paper: tuple[float, float]
-    verdict: str
 
 
-def contrasts(abroad: Seeds, at_home: Seeds) -> list[Contrast]:
+def claims(abroad: Seeds, at_home: Seeds) -> list[Claim]:
     """What Table 2 says on Context, which the demo's other set is modelled on: unseen classes above seen ones, since a
     wider training set has labelled most of them, and hIoU above that at home.
 
-    A difference is resolved when it is larger than the larger of the two sample standard deviations; the second is
-    left out unless the same seeds were evaluated at home.
+    The second is left out unless the same seeds were evaluated at home.
     """
     theirs = [(rows["Context"], rows["COCO-Stuff"]) for rows in PAPER.values()]
-    sides = {
-        "mIoU(U) above mIoU(S), elsewhere": (
-            _values(abroad, "mIoU_U"),
-            _values(abroad, "mIoU_S"),
-            [there[2] - there[1] for there, _ in theirs],
+    above = [there[2] - there[1] for there, _ in theirs]
+    found = [
+        _claim(
+            "mIoU(U) above mIoU(S), elsewhere", _values(abroad, "mIoU_U"), _values(abroad, "mIoU_S"), above
         )
-    }
+    ]
     if abroad.keys() <= at_home.keys():
         home = [at_home[seed]["hIoU"] for seed in abroad]
-        sides["hIoU elsewhere above that at home"] = (
-            _values(abroad, "hIoU"),
-            home,
-            [there[3] - here[3] for there, here in theirs],
-        )
-    return [_contrast(what, *values) for what, values in sides.items()]
+        lift = [there[3] - here[3] for there, here in theirs]
+        found.append(_claim("hIoU elsewhere above that at home", _values(abroad, "hIoU"), home, lift))
+    return found
+
+
+def _claim(what: str, ours: list[float], against: list[float], paper: list[float]) -> Claim:
+    return Claim(what, contrast(ours, against, statistics.mean(paper)), (min(paper), max(paper)))
 
 
 def _values(seeds: Seeds, key: str) -> list[float]:
     return [metrics[key] for metrics in seeds.values()]
-
-
-def _contrast(what: str, ours: list[float], against: list[float], paper: list[float]) -> Contrast:
-    difference = statistics.mean(ours) - statistics.mean(against)
-    among = (min(paper), max(paper))
-    if len(ours) < 2:
-        return Contrast(what, difference, None, among, f"{UNRESOLVED} (one seed)")
-    spread = max(statistics.stdev(ours), statistics.stdev(against))
-    same_sign = (difference > 0) == (statistics.mean(paper) > 0)
-    verdict = UNRESOLVED if abs(difference) <= spread else AS_PAPER if same_sign else OPPOSITE
-    return Contrast(what, difference, spread, among, verdict)
 
 
 def evaluations(config: Config, folder: str) -> dict[int, dict[str, Any]]:
@@ -101,9 +87,9 @@ def evaluations(config: Config, folder: str) -> dict[int, dict[str, Any]]:
     return found
 
 
-def print_transfer(config: Config, other: Config) -> None:
-    """Our row and the paper's, then the contrasts with their signs. Raises: UserError when nothing was evaluated,
-    or the other set's classes aren't split.
+def tables_of(config: Config, other: Config) -> list[Table]:
+    """Table 2, ours and the paper's rows, and its claims. Raises: UserError when nothing was evaluated, or the other
+    set's classes aren't split.
     """
     abroad, at_home = evaluations(config, f"eval-on-{other.name}"), evaluations(config, "eval")
     if not abroad:
@@ -116,22 +102,53 @@ def print_transfer(config: Config, other: Config) -> None:
             f"{other.name!r} has no seen or no unseen class that was scored, and Table 2 wants both. Name a split "
             "in its config (data.unseen or data.split)."
         )
-    out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else WIDTH)
-    table = Table(title="Table 2, another data set without training on it (percent)")
-    for head in ("trained on", "tested on", "seeds", "pAcc", "mIoU(S)", "mIoU(U)", "hIoU"):
-        table.add_column(head, no_wrap=True)
-    for where, seeds in ((other.name, abroad), (config.name, at_home)):
-        if seeds:
-            cells = [mean_and_spread(dict(seeds), key) for key in KEYS]
-            table.add_row(config.name, where, str(len(seeds)), *cells)
+    lines = [
+        [config.name, where, str(len(seeds)), *(mean_and_spread(dict(seeds), key) for key in KEYS)]
+        for where, seeds in ((other.name, abroad), (config.name, at_home))
+        if seeds
+    ]
     for student, rows in PAPER.items():
         for where, scores in rows.items():
-            table.add_row(f"COCO-Stuff (paper, {student})", where, "", *(f"{v:.1f}" for v in scores))
-    out.print(table)
-    for found in contrasts(abroad, at_home):
-        spread = "" if found.spread is None else f", spread {found.spread:.1f}"
-        low, high = found.paper
-        out.print(
-            f"{found.what}: {found.difference:+.1f}{spread}; the paper {low:+.1f} to {high:+.1f} on Context: "
-            f"{found.verdict}"
+            lines.append([f"COCO-Stuff (paper, {student})", where, "", *(f"{v:.1f}" for v in scores)])
+    said = []
+    for claim in claims(abroad, at_home):
+        spread = "" if claim.ours.spread is None else f"{claim.ours.spread:.1f}"
+        low, high = claim.paper
+        said.append(
+            [
+                claim.what,
+                f"{claim.ours.difference:+.1f}",
+                spread,
+                f"{low:+.1f} to {high:+.1f}",
+                claim.ours.verdict,
+            ]
         )
+    return [
+        Table("Table 2, another data set without training on it (percent)", HEAD, lines),
+        Table("Its contrasts, the paper's on Context", CLAIMS_HEAD, said),
+    ]
+
+
+def print_transfer(config: Config, other: Config) -> None:
+    """`tables_of` on the terminal. Raises: as it."""
+    out = console()
+    for table in tables_of(config, other):
+        out.print(table.drawn())
+
+
+def keep_transfer(config: Config, other: Config, root: Path = Path()) -> None:
+    """Writes docs/transfer.md, and every evaluation's metrics.json into docs/results/. Raises: as tables_of."""
+    tables = tables_of(config, other)
+    abroad = evaluations(config, f"eval-on-{other.name}")
+    keep_metrics({f"{config.name}-on-{other.name}-{seed}": m for seed, m in abroad.items()}, root)
+    first = next(iter(abroad.values()))
+    head = [
+        "# On another data set",
+        "",
+        f"`snakemake transfer --cores all`, then `cli.py transfer --keep`. {made_where(first)}.",
+        "",
+        f"The students of {config.name}, as they are, on {first['num_images']} test images of {other.name}, gamma "
+        f"{first['gamma']:g}, percent, mean ± standard deviation over training seeds. A difference counts as resolved "
+        "when it is larger than the larger of the two spreads.",
+    ]
+    write_page(root / PAGE, head, tables)

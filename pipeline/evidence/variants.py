@@ -57,6 +57,12 @@ MORE = {
     "bank_0": Variant("no bank, negatives from the batch", ("train.bank=0",)),
     "bank_8": Variant("bank of 8 iterations", ("train.bank=8",)),
     "bank_96": Variant("bank of 96 iterations: an epoch, all images, of the demo", ("train.bank=96",)),
+    "negatives_192": Variant(
+        "192 negatives from the whole cache: as many as the demo's bank of 24", ("train.negatives=192",)
+    ),
+    "negatives_768": Variant(
+        "768 negatives from the whole cache: the demo's every image", ("train.negatives=768",)
+    ),
     "potentials_image": Variant("potential objects of the image alone compete", ("train.potentials=image",)),
     "potentials_batch": Variant(
         "potential objects of the batch compete (eq. 9)", ("train.potentials=batch",)
@@ -70,14 +76,15 @@ MORE = {
     "tokens_stream": Variant("tokens clustered and not kept", ("cache.tokens=stream",)),
 }
 EVERY = VARIANTS | MORE
-# gamma's table costs nothing: every evaluation sweeps it (`cli.py ablations --more`).
+GAMMA = "gamma"  # this table needs no training of its own: every evaluation sweeps gamma
 MORE_TABLES: dict[str, tuple[str, ...]] = {
     "lambda": ("lambda_0.7", "lambda_0.9"),
     "windows": ("sizes_3", "sizes_7", "window_tokens"),
     "iterations": ("iterations_1", "iterations_5"),
     "distance": ("euclidean",),
+    GAMMA: (),
     "tau": ("tau_0.03", "tau_0.2"),
-    "bank": ("bank_0", "bank_8", "bank_96"),
+    "bank": ("bank_0", "bank_8", "bank_96", "negatives_192", "negatives_768"),
     "potentials": ("potentials_image", "potentials_batch"),
     "nel": ("nel_seen", "nel_all"),
     "views": ("views_1", "views_2", "views_8"),
@@ -167,16 +174,17 @@ def varied(config: Config, settings: Iterable[str]) -> Config:
 
 
 def more_tables(config: Config, only: str = "") -> dict[str, tuple[str, ...]]:
-    """The tables beyond the paper, or the one named, without variants that are what the run is already.
+    """The tables beyond the paper, or those named (`lambda,tau`), without variants that are what the run is already.
 
     Raises: UserError for a table that isn't there.
     """
-    if only and only not in MORE_TABLES:
-        raise UserError(f"table {only!r}: there are {', '.join(MORE_TABLES)}.")
+    wanted = only.split(",") if only else list(MORE_TABLES)
+    if strange := [table for table in wanted if table not in MORE_TABLES]:
+        raise UserError(f"table {strange[0]!r}: there are {', '.join(MORE_TABLES)}.")
     return {
         table: ("full", *(name for name in names if varied(config, MORE[name].settings) != config))
         for table, names in MORE_TABLES.items()
-        if only in ("", table)
+        if table in wanted
     }
 
 

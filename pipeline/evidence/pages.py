@@ -1,0 +1,75 @@
+"""Tables of numbers: on the terminal, and as pages that stay in the repository."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table as Drawn
+
+KEPT, TEST_LOG = Path("docs/results"), Path("docs/test-log.md")
+SCORES = ("mIoU_S", "mIoU_U", "hIoU")
+WIDTH = 160  # of a table that goes to a file
+
+
+@dataclass(frozen=True)
+class Table:
+    title: str
+    head: tuple[str, ...]
+    lines: Sequence[Sequence[str]]
+
+    def drawn(self) -> Drawn:
+        """For the terminal."""
+        drawn = Drawn(title=self.title)
+        for head in self.head:
+            drawn.add_column(head, no_wrap=True)
+        for line in self.lines:
+            drawn.add_row(*line)
+        return drawn
+
+    def markdown(self) -> list[str]:
+        """Without its title."""
+        cells = [self.head, *self.lines]
+        first, *rest = (f"| {' | '.join(line)} |" for line in cells)
+        return [first, "|---" * len(self.head) + "|", *rest]
+
+
+def console() -> Console:
+    return Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else WIDTH)
+
+
+def write_page(path: Path, lines: Iterable[str], tables: Iterable[Table]) -> None:
+    """A page of generated tables; what people wrote from a heading `## What it says` on stays."""
+    said = ""
+    if path.is_file():
+        _, heading, text = path.read_text(encoding="utf-8").partition("\n## What it says")
+        said = heading + text
+    parts = [*lines]
+    for table in tables:
+        parts += ["", f"## {table.title}", "", *table.markdown()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(parts) + "\n" + said, encoding="utf-8")
+
+
+def made_where(metrics: Mapping[str, Any]) -> str:
+    """Date, machine, torch and revision of an evaluation."""
+    made = metrics["made"]
+    return f"{made['date']}, {made['machine']}, torch {made['torch']}, revision {made['revision']}"
+
+
+def keep_metrics(named: Mapping[str, Mapping[str, Any]], root: Path) -> None:
+    """Each metrics.json into docs/results/ under its name, and its line in docs/test-log.md, once."""
+    (root / KEPT).mkdir(parents=True, exist_ok=True)
+    log = root / TEST_LOG
+    logged = log.read_text(encoding="utf-8") if log.is_file() else ""
+    for name, metrics in named.items():
+        (root / KEPT / f"{name}.json").write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
+        made, scores = metrics["made"], " / ".join(f"{metrics[key]:.1f}" for key in SCORES)
+        line = f"| {made['date']} | {name} | {made['revision']} | {scores} | {metrics['fingerprint']} |\n"
+        logged += line * (line not in logged)
+    log.write_text(logged, encoding="utf-8")

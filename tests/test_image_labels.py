@@ -66,8 +66,9 @@ def test_voc_tags_from_masks_and_without_background(voc):
     assert plain.tags(plain.samples("train")[0]) == (14, 19)
 
 
-def test_voc_annotations_that_are_wrong(voc):
-    data = open_data_set("voc", root=str(voc), background=True)
+@pytest.mark.parametrize("background", [True, False])
+def test_voc_annotations_that_are_wrong(voc, background):
+    data = open_data_set("voc", root=str(voc), background=background)
     a, _ = data.samples("train")
     path = voc / "Annotations" / "a.xml"
     before = data.mask_stamp(a)

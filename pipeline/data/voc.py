@@ -122,9 +122,9 @@ class Voc(FileDataSet):
         return tuple(sorted({self.classes.index(name) for name in names}))
 
     def mask_stamp(self, sample: Sample) -> str:
-        """With a background class, of all that labels come from: the XML too."""
+        """Of all that labels come from: the XML too, where tags are read off it (CLIP-ES, cluster.named_above)."""
         path = self._annotation(sample)
-        has_xml = self.background is not None and self.tags_from == "xml" and path.is_file()
+        has_xml = self.tags_from == "xml" and path.is_file()
         return super().mask_stamp(sample) + (f" {file_stamp(path)}" if has_xml else "")
 
     def _annotation(self, sample: Sample) -> Path:

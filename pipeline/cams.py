@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cache.ledger import Ledger, lock, refuse_if_locked
+from cache.ledger import lock, refuse_if_locked
 from cache.store import Store
 from cache.verify import read_recorded
 from pipeline.config import Cams, Config, ConfigError, config_fingerprint, digest, fingerprint
@@ -33,12 +33,11 @@ from pipeline.ops import pamr
 from pipeline.ops.masks import class_scores, fitted_size
 from pipeline.teaching import crf
 from pipeline.teaching.encode import DECODE_THREADS, OK
-from pipeline.teaching.engine import map_shards
-from pipeline.teaching.labels import Job, checked_tags, done_shards, record_labels
+from pipeline.teaching.labels import Job, checked_tags, make_shards, record_labels
 from pipeline.teaching.maps import explained_maps, explained_teacher, fitted, text_features
 from pipeline.teaching.rows import cached_samples, samples_of
 from pipeline.teaching.seeds import add_refined, add_seeds, new_stats, summarise
-from pipeline.tracking import finish, found_manifest, progress, required_manifest, say
+from pipeline.tracking import finish, found_manifest, required_manifest, say
 
 NO_CLASS = 255  # in cam_class: no further class in this image
 
@@ -73,18 +72,8 @@ def cams(config: Config, *, workers: int = 0, scheduler: str | None = None) -> d
     with lock(config.cache_path, "cams"):
         store = Store.open(config.cache_path)
         store.add_arrays(written_arrays(config.cams), _axis_sizes(config, data), replace=True)
-        done = done_shards("cams", identity, store, stamps)
-        todo = [shard for shard in range(store.num_shards) if shard not in done]
-        kept = sum(len(store.rows(shard)) for shard in done)
-        if kept:
-            say(f"cams: resuming, {kept} of {store.num_samples} images are done")
-        with progress("cams", store.num_samples, done=kept) as advance:
-            local = not workers and not scheduler
-            work = functools.partial(cams_shard, Job(config, identity), tick=advance if local else None)
-            for rows in map_shards(work, todo, workers=workers, scheduler=scheduler):
-                if not local:
-                    advance(rows)
-        entries = [Ledger(config.cache_path, "cams").entry(shard) or {} for shard in range(store.num_shards)]
+        job = Job(config, identity)
+        entries = make_shards("cams", cams_shard, job, store, stamps, workers=workers, scheduler=scheduler)
         manifest = {
             "stage": "cams",
             "fingerprint": identity,

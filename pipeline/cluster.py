@@ -9,7 +9,6 @@ was written, compares it with the record of it, and sums up.
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -26,13 +25,12 @@ from cache.verify import read_recorded
 from pipeline.config import Config, ConfigError, config_fingerprint, digest, fingerprint
 from pipeline.learning.batches import data_of
 from pipeline.ops.quantise import dequantised
-from pipeline.teaching.engine import map_shards
-from pipeline.teaching.labels import Job, done_shards, record_labels
+from pipeline.teaching.labels import Job, make_shards, record_labels
 from pipeline.teaching.names import object_names
 from pipeline.teaching.pseudo import IGNORED, cluster_tokens, device_name, num_centres, sum_of, written_arrays
 from pipeline.teaching.rows import cached_samples, check_unchanged, made_from, samples_of
 from pipeline.teaching.verdict import verdict
-from pipeline.tracking import finish, found_manifest, progress, required_manifest, say
+from pipeline.tracking import finish, found_manifest, required_manifest, say
 
 STREAM, POOLED = "stream", "pooled"
 
@@ -73,21 +71,9 @@ def cluster(config: Config, *, workers: int = 0, scheduler: str | None = None) -
         if config.cache.tokens != STREAM:
             centres = {"K_c": num_centres(config.cluster, store.sizes["h"])}
             store.add_arrays(written_arrays(config.cluster), centres, replace=True)
-        ledger = Ledger(config.cache_path, "cluster")
-        done = done_shards("cluster", identity, store, stamps)
-        todo = [shard for shard in range(store.num_shards) if shard not in done]
-        kept = sum(len(store.rows(shard)) for shard in done)
-        if kept:
-            say(f"cluster: resuming, {kept} of {store.num_samples} images are done")
         say(f"cluster: {config.cluster.backend} on {device_name(config.cluster)}")
-        with progress("cluster", store.num_samples, done=kept) as advance:
-            local = not workers and not scheduler
-            shard_work = confirm_shard if config.cache.tokens == STREAM else cluster_shard
-            work = functools.partial(shard_work, Job(config, identity), tick=advance if local else None)
-            for rows in map_shards(work, todo, workers=workers, scheduler=scheduler):
-                if not local:
-                    advance(rows)
-        entries = [ledger.entry(shard) or {} for shard in range(store.num_shards)]
+        work, job = confirm_shard if config.cache.tokens == STREAM else cluster_shard, Job(config, identity)
+        entries = make_shards("cluster", work, job, store, stamps, workers=workers, scheduler=scheduler)
         summary = summarise([entry["stats"] for entry in entries])
         summary["verdict"] = [str(complaint) for complaint in verdict(summary, config.cluster)]
         manifest = {

@@ -5,7 +5,8 @@ A shard is done while its record speaks of these rows, of these labels, and of w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +15,9 @@ from cache.store import Store
 from pipeline.config import Config, digest
 from pipeline.data.base import DataError, DataSet, Sample
 from pipeline.learning.batches import data_of
+from pipeline.teaching.engine import map_shards
 from pipeline.teaching.rows import samples_of, span
-from pipeline.tracking import record_shard
+from pipeline.tracking import progress, record_shard, say
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,34 @@ def done_shards(stage: str, fingerprint: str, store: Store, stamps: Sequence[str
         if (entry["rows"], entry.get("stamps"), entry.get("upstream")) == now:
             done.add(shard)
     return done
+
+
+def make_shards(
+    stage: str,
+    work: Callable[..., int],
+    job: Job,
+    store: Store,
+    stamps: Sequence[str],
+    *,
+    workers: int = 0,
+    scheduler: str | None = None,
+) -> list[dict[str, Any]]:
+    """Makes the shards of a stage that aren't done, and returns the records of all, by shard.
+
+    `work(job, shard, tick=...)` makes and records one and returns its rows. Raises: EngineError and what `work` does.
+    """
+    done = done_shards(stage, job.fingerprint, store, stamps)
+    todo = [shard for shard in range(store.num_shards) if shard not in done]
+    if kept := sum(len(store.rows(shard)) for shard in done):
+        say(f"{stage}: resuming, {kept} of {store.num_samples} images are done")
+    is_local = not workers and not scheduler
+    with progress(stage, store.num_samples, done=kept) as advance:
+        made = functools.partial(work, job, tick=advance if is_local else None)
+        for rows in map_shards(made, todo, workers=workers, scheduler=scheduler):
+            if not is_local:
+                advance(rows)
+    ledger = Ledger(store.path, stage)
+    return [ledger.entry(shard) or {} for shard in range(store.num_shards)]
 
 
 def record_labels(stage: str, job: Job, store: Store, shard: int, made: dict[str, Any], began: float) -> None:

@@ -6,7 +6,7 @@
 #   snakemake ablations --cores all                          Tables 3, 4 and 5, three seeds; --config quick=true: one
 #   snakemake transfer --cores all                           Table 2: the demo's three seeds on config/demo_other.yaml. A
 #       training that is missing takes as long as the demo's own (minutes), an evaluation ten seconds. Others:
-#       --configfile config/coco_stuff.yaml --config on=context on_set="data.root=..."
+#       --configfile config/coco_stuff.yaml --config on=coco_stuff_to_context on_set="data.root=..."
 #   snakemake figures --cores all                            Figures 5, 6 and 7 of the run: runs/<name>/figures/
 #   snakemake ablations_more --cores all                     tables beyond the paper; says their time first, with -n only that;
 #                                                            --config table=lambda,tau: some of them
@@ -23,6 +23,7 @@ from pipeline.evidence.variants import (
     EVERY,
     cache_runs,
     more_tables,
+    only_clip_teacher,
     run_names,
     side_by_side,
     stage_triggers,
@@ -52,15 +53,20 @@ OWN = {
 }
 CACHE, OUT = RUN.manifest_folder.as_posix(), RUN.runs
 # Where a run's labels are: its own settings say, or it is the run's cache.
+CONFIGS = {run: from_mapping(config, settings) for run, settings in RUNS.items()}
+# Of a cache at a URL the manifests lie with the run that made it.
 CACHES = {
-    run: from_mapping(config, settings).manifest_folder.as_posix() for run, settings in RUNS.items()
+    run: CACHE if own.cache_path == RUN.cache_path else own.manifest_folder.as_posix() for run, own in CONFIGS.items()
 }
+if {"contrast", "ablations", "ablations_more", "transfer", "paper"} & {*sys.argv}:
+    only_clip_teacher(RUN)
 if said := announced(RUN, sys.argv, TABLE, quick=QUICK):
     print(said, file=sys.stderr)
 CONFIG = (workflow.overwrite_configfiles or ["config/demo.yaml"])[-1]
 
 # Every shell command begins with this: `cli STAGE` is cli.py with the run's config and the user's settings.
-PREFIX = f'cli() ( stage=$1; shift; {sys.executable} cli.py $stage --config {CONFIG} {SETS} "$@" ); '
+# `set` is Snakemake's own, which a prefix replaces.
+PREFIX = f'set -euo pipefail; cli() ( stage=$1; shift; {sys.executable} cli.py $stage --config {CONFIG} {SETS} "$@" ); '
 shell.prefix(PREFIX.replace("{", "{{").replace("}", "}}"))
 
 
@@ -223,7 +229,7 @@ rule train:
         "config/environment.yaml"
     threads: lambda wildcards: 1 if side_by_side() and wildcards.run != RUN.name else workflow.cores
     shell:
-        "cli train {params.own} --log {log}"
+        "cli train {params.own} $([ {threads} = 1 ] && echo --set train.threads=1) --log {log}"
 
 
 rule eval:

@@ -320,9 +320,12 @@ def figures(
         stage.draw_figures(settings, out)
         return
     from pipeline import report as stage
+    from pipeline.tracking import log_to
 
     if set_:
         raise stage.UserError("--set belongs to --config; a run folder has its own config.yaml.")
+    if log:
+        log_to(log)
     stage.run_figures(run, out)
 
 
@@ -413,16 +416,22 @@ def ablations(
     table: Annotated[str, typer.Option(help="some of these: lambda,windows,tau, ...")] = "",
     keep: Annotated[
         bool,
-        typer.Option("--keep", help="write docs/ablations.md or docs/ablations-more.md, and docs/results/"),
+        typer.Option("--keep", help="write docs/ablations.md (or -more.md) and docs/results/"),
     ] = False,
 ) -> None:
     """Print the paper's Tables 3, 4 and 5 beside ours, and whether each contrast has the paper's sign."""
     settings = _load(config, set_)
-    from pipeline.evidence.ablations import keep_tables, print_tables
+    from pipeline.config import UserError
+    from pipeline.evidence.ablations import collect
 
-    print_tables(settings, quick=quick, more=more or bool(table), only=table)
+    if keep and (quick or table):
+        raise UserError("--keep writes whole pages, of full runs: leave out --quick and --table.")
+    found = collect(
+        settings, quick=quick, more=more or bool(table), only=table, configfile=_other_than_demo(config)
+    )
+    found.show()
     if keep:
-        keep_tables(settings, quick=quick, more=more or bool(table))
+        found.keep()
 
 
 @app.command()
@@ -435,12 +444,19 @@ def transfer(
     """Print the paper's Table 2 beside ours: one data set's students on another, and each contrast's sign."""
     settings = _load(config, set_)
     from pipeline.config import load, preset
-    from pipeline.evidence.transfer import keep_transfer, print_transfer
+    from pipeline.evidence.transfer import collect
 
-    other = load(preset(on))
-    print_transfer(settings, other)
+    configfile, elsewhere = _other_than_demo(config), "" if on == "demo_other" else f" --config on={on}"
+    options = (f" --configfile {configfile}" if configfile else "") + elsewhere
+    found = collect(settings, load(preset(on)), options=options)
+    found.show()
     if keep:
-        keep_transfer(settings, other)
+        found.keep()
+
+
+def _other_than_demo(config: Path) -> str:
+    """A config's path for a command line that has the demo's by default."""
+    return "" if config == DEFAULT else config.as_posix()
 
 
 def main() -> None:

@@ -62,7 +62,7 @@ def _gradio() -> Any:
     try:
         import gradio
     except ImportError as error:
-        raise UserError(f"demo needs the package {error.name}: pip install 'clipteacher[demo]'.") from None
+        raise UserError(f"demo needs the package {error.name}: pip install -e '.[demo]'.") from None
     return gradio
 
 

@@ -58,9 +58,7 @@ def export(run: Path, out: Path, size: int | None = None) -> tuple[Path, Path]:
         import onnxruntime
         import onnxscript  # noqa: F401  (torch's exporter needs it and says so less clearly)
     except ImportError as error:
-        raise UserError(
-            f"export needs the package {error.name}: pip install 'clipteacher[export]'."
-        ) from None
+        raise UserError(f"export needs the package {error.name}: pip install -e '.[export]'.") from None
     student, checkpoint = load_student(student_file(run))
     if size is not None and (size % STRIDE or size <= 0):
         raise UserError(f"--size {size}: want a multiple of {STRIDE}.")

@@ -94,17 +94,15 @@ def report_runs(folders: Sequence[Path], out: Path | None = None) -> Path:
         )
     if len({config.run_path.resolve() for config in configs}) < len(configs):
         raise UserError(f"{', '.join(names)}: one of these runs is named twice. Name each once.")
-    runs, about = list[Run](), list[str]()
+    runs = []
     for config, letter in zip(configs, string.ascii_uppercase, strict=False):
         _refuse_other_data(first, config)
         metrics = _evaluated(config)
         student_file(config.run_path)
-        if metrics.get("config") != config_fingerprint(config, "eval"):
-            about.append(f"{config.name} was evaluated with other settings than those in its config.yaml.")
         letter = letter if len(configs) > 1 else ""
         runs.append(Run(config, metrics, letter, facts.differences(first, config)))
     page = out or first.run_path / "report" / ("index.html" if len(runs) == 1 else "side-by-side.html")
-    _write_page(page, runs, Selection(limit=first.report.images), about)
+    _write_page(page, runs, Selection(limit=first.report.images))
     say(f"report: {page}")
     return page
 
@@ -225,6 +223,8 @@ def _config_of(run: Path) -> Config:
 def _selection(
     config: Config, store: Store, data: DataSet, image: str | None, class_name: str | None
 ) -> Selection:
+    if image is not None and class_name is not None:
+        raise UserError("--image and --class are two choices: give one of them.")
     if image is not None:
         known = {*store.samples, *(sample.id for sample in eval_samples(data))}
         if image not in known:
@@ -244,7 +244,11 @@ def _cards(
     """The cards of both galleries, and lines on what is shown and why something isn't."""
     config = runs[0].config
     extracted, labelled = facts.done_shards(config, "extract"), _labelled(config)
-    about = []
+    about = [
+        f"{run.config.name} was evaluated with other settings than those in its config.yaml."
+        for run in runs
+        if run.metrics is not None and run.metrics.get("config") != config_fingerprint(run.config, "eval")
+    ]
     if chosen.limit > MAX_CARDS:
         about.append(
             f"report.images is {chosen.limit}; a page shows at most {MAX_CARDS} training and test images."
@@ -276,22 +280,24 @@ def _pupil(run: Run) -> Pupil:
 
 
 def _pupils(runs: Sequence[Run]) -> list[Pupil]:
-    """The students of all runs; none when the only run has none yet."""
+    """The students of all runs; none when one has none yet. Raises: CheckpointError for one that can't be read."""
     try:
-        return [_pupil(run) for run in runs]
+        for run in runs:
+            student_file(run.config.run_path)
     except CheckpointError:
         return []
+    return [_pupil(run) for run in runs]
 
 
-def _write_page(path: Path, runs: Sequence[Run], chosen: Selection, about: Sequence[str] = ()) -> None:
+def _write_page(path: Path, runs: Sequence[Run], chosen: Selection) -> None:
     """The page of one run, or of several side by side; training images and figures are the first one's."""
     config, pupils = runs[0].config, _pupils(runs)
     store, data = Store.open(config.cache_path), data_of(config)
-    cards, more = _cards(store, data, chosen, runs, pupils)
-    drawn = []
-    if config.recipe == "clip_teacher" and chosen.image is None and chosen.class_id is None:
+    cards, about = _cards(store, data, chosen, runs, pupils)
+    drawn, is_spread = [], chosen.image is None and chosen.class_id is None
+    if config.recipe == "clip_teacher" and is_spread:
         drawn = figures(store, data, _labelled(config), pupils[0] if pupils else None, predictions=False)
-    write(path, render(runs, store, data, cards, figures=drawn, about=[*about, *more]).encode())
+    write(path, render(runs, store, data, cards, figures=drawn, about=about, is_spread=is_spread).encode())
 
 
 def _labelled(config: Config) -> set[int]:

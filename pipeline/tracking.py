@@ -157,12 +157,12 @@ def run_config(run: Path) -> Config:
 def provenance() -> dict[str, str | None]:
     """When, on what and from which code: for results that people compare. Never part of a fingerprint.
 
-    date (UTC day), machine (processor and its count, and the GPU if there is one), torch, revision.
+    date (UTC day), machine (processor and its logical cores, and the GPU if there is one), torch, revision.
     """
     import torch
 
     cpu = next((line for line in _lines(Path("/proc/cpuinfo")) if line.startswith("model name")), "")
-    machine = f"{os.cpu_count()} x {cpu.partition(':')[2].strip() or platform.machine()}"
+    machine = f"{cpu.partition(':')[2].strip() or platform.machine()}, {os.cpu_count()} logical cores"
     if torch.cuda.is_available():
         machine += f", {torch.cuda.get_device_name()}"
     return {

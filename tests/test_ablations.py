@@ -1,6 +1,7 @@
 """The paper's tables beside ours: verdicts by hand, run names, and what is written."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -8,7 +9,7 @@ import pytest
 from PIL import Image
 
 from pipeline.config import UserError, config_fingerprint, from_mapping, load
-from pipeline.evidence.ablations import keep_tables, rows
+from pipeline.evidence.ablations import collect, rows
 from pipeline.evidence.contrasts import AS_PAPER, OPPOSITE, RESOLVED, UNRESOLVED, Contrast
 from pipeline.evidence.more import announced, cache_seconds, foretold
 from pipeline.evidence.takeover import take_over
@@ -26,7 +27,7 @@ from pipeline.evidence.variants import (
     run_names,
     variant_runs,
 )
-from tests.conftest import ROOT, TINY
+from tests.conftest import ROOT, TINY, is_one_line_error
 
 
 def results(**hious):
@@ -89,8 +90,10 @@ def test_quick_runs_are_fewer_shorter_and_of_other_names():
 
 def test_tables_are_written_from_metrics(tmp_path, run_cli):
     config = load("config/demo.yaml", [f"runs={tmp_path}/runs"])
-    with pytest.raises(UserError, match="snakemake ablations"):
-        keep_tables(config, tmp_path)
+    with pytest.raises(
+        UserError, match=r"no run of 'demo' is evaluated yet. Run `snakemake ablations --cores all` first"
+    ):
+        collect(config)
     made = {"date": "2026-01-02", "machine": "2 x a processor", "torch": "2.9", "revision": "abc"}
     for run, value in (("demo", 40.0), ("demo-full-1", 44.0), ("demo-glm_max-0", 30), ("demo-glm_max-1", 31)):
         folder = config.run_path.with_name(run) / "eval"
@@ -98,7 +101,7 @@ def test_tables_are_written_from_metrics(tmp_path, run_cli):
         scores = {"pAcc": 90.0, "mIoU_S": 50.0, "mIoU_U": value, "hIoU": value}
         more = {"gamma": 1.5, "gamma_sweep": {}, "num_images": 7, "fingerprint": run, "made": made}
         (folder / "metrics.json").write_text(json.dumps(scores | more))
-    keep_tables(config, tmp_path)
+    collect(config).keep(tmp_path)
     path = tmp_path / "docs" / "ablations.md"
     page = path.read_text()
     assert "![hIoU against the full method's](ablations.png)" in page
@@ -108,13 +111,43 @@ def test_tables_are_written_from_metrics(tmp_path, run_cli):
     assert "| 30.5 ± 0.7 | -11.5 | 35.5 | -9.9 | as in the paper |" in page
     assert json.loads((tmp_path / "docs/results/demo-glm_max-1.json").read_text())["hIoU"] == 31
     path.write_text(page.replace("42.0 ± 2.8", "old") + "\n## What it says\n\nMax loses places.\n")
-    keep_tables(config, tmp_path)  # numbers are written anew, words stay, the log has each evaluation once
+    collect(config).keep(tmp_path)  # numbers are written anew, words stay, the log has each evaluation once
     assert path.read_text() == page + "\n## What it says\n\nMax loses places.\n"
     log = (tmp_path / "docs/test-log.md").read_text()
     assert log.count("| demo-glm_max-1 | abc | 50.0 / 31.0 / 31.0 |") == 1
     done = run_cli("ablations", "--set", f"runs={tmp_path}/runs")
     assert done.returncode == 0, done.stderr
-    assert "GLM by max pooling" in done.stdout
+    assert re.search(r"GLM by max pooling +│ 2 +│ .*│ 30.5 ± 0.7 +│ -11.5", done.stdout), (
+        "no number is left out"
+    )
+    with pytest.raises(
+        UserError, match=r"no variant of 'demo' .*ablations_more --cores all --config table=lambda` first"
+    ):
+        collect(config, more=True, only="lambda")
+    assert is_one_line_error(run_cli("ablations", "--quick", "--keep"), "leave out --quick")
+
+
+def test_what_can_not_share_a_table_is_refused(tmp_path):
+    config = load("config/demo.yaml", [f"runs={tmp_path}/runs"])
+
+    def evaluated(run, **more):
+        folder = config.run_path.with_name(run) / "eval"
+        folder.mkdir(parents=True, exist_ok=True)
+        scores = {"pAcc": 90.0, "mIoU_S": 50.0, "mIoU_U": 40.0, "hIoU": 45.0, "gamma": 1.5, "num_images": 7}
+        (folder / "metrics.json").write_text(json.dumps(scores | {"gamma_sweep": {}} | more))
+
+    evaluated("demo")
+    evaluated("demo-full-1", gamma=0)
+    with pytest.raises(UserError, match=r"evaluated with gamma 1.5 and 0"):
+        collect(config)
+    evaluated("demo-full-1", gamma_sweep={"0": {"mIoU_U": 1.0, "hIoU": 2.0}})
+    with pytest.raises(UserError, match=r"other eval.gamma_sweep"):
+        collect(config)
+    evaluated("demo-full-1", mIoU_U=None, hIoU=None)
+    with pytest.raises(UserError, match=r"data.unseen"):
+        collect(config)
+    with pytest.raises(UserError, match="demo_clip_es is clip_es"):
+        collect(load("config/demo_clip_es.yaml", [f"runs={tmp_path}/runs"]))
 
 
 # ---- beyond the paper --------------------------------------------------------------------------
@@ -148,6 +181,18 @@ def test_what_the_run_is_already_is_no_variant():
     assert tables["nel"] == ("full", "nel_all")
     assert tables["potentials"] == ("full", "potentials_image")
     assert more_tables(load("config/demo.yaml", ["train.nel=all"]), "nel") == {"nel": ("full", "nel_seen")}
+    # It has one cached view, of which there is no second; four views have a first, and are no variant of themselves.
+    assert tables["views"] == ("full", "views_4", "views_8")
+    narrowed = more_tables(load("config/demo.yaml", ["train.views=1"]))
+    assert narrowed["lambda"] == ("full", "lambda_0.7", "lambda_0.9"), (
+        "a config of its own train.views has variants too"
+    )
+    assert more_tables(load("config/demo.yaml", ["views.num=4"]))["views"] == (
+        "full",
+        "views_1",
+        "views_2",
+        "views_8",
+    )
     assert list(more_tables(load("config/demo.yaml"), "tau,lambda")) == ["lambda", "tau"]
     with pytest.raises(UserError, match="'lamda': there are lambda"):
         more_tables(load("config/demo.yaml"), "tau,lamda")

@@ -25,7 +25,7 @@ def segmenter(tmp_path_factory):
 
 def test_without_gradio_one_line_says_what_to_install(segmenter, run_cli, monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
-    assert is_one_line_error(run_cli("demo", segmenter.file), "gradio", "pip install 'clipteacher[demo]'")
+    assert is_one_line_error(run_cli("demo", segmenter.file), "gradio", "pip install -e '.[demo]'")
 
 
 def test_a_run_that_is_not_there(tmp_path, run_cli):

@@ -42,7 +42,7 @@ def test_the_lift_by_hand(config):
     assert "| full method | 2 | 90.0 ± 0.0 | 50.0 ± 0.0 | 40.0 ± 2.8 | 45.0 ± 0.0 |" in section
     assert "| full method | 30 / 30 | 40 / 45 |" in section
     assert "| without GLM | 11 / 30 | 21 / 45 |" in section
-    assert "+19.0 points, more than the larger spread, 2.8" in section
+    assert "by +19.0 points, more than the larger spread, 2.8" in section
 
 
 def test_keep_writes_metrics_readme_and_log_once(config, tmp_path):

@@ -18,7 +18,13 @@ from pipeline import train as stage
 from pipeline.config import Config
 from pipeline.data.base import DataError
 from pipeline.learning.batches import CachedViews, data_of, held_out
-from pipeline.learning.checkpoint import Checkpoint, latest_checkpoint, load_student, save_checkpoint
+from pipeline.learning.checkpoint import (
+    Checkpoint,
+    latest_checkpoint,
+    load_student,
+    save_checkpoint,
+    student_file,
+)
 from pipeline.learning.training import negatives_of
 from pipeline.learning.validation import Best, seen_miou
 from pipeline.train import TrainError, train
@@ -284,6 +290,9 @@ def test_training_ends_early_and_eval_takes_the_best(run_of, monkeypatch):
     assert manifest["iterations"] == 4, "two validations without a better one"
     assert manifest["validation"] == {"score": 30.0, "iteration": 2, "num_worse": 2}
     assert manifest["student"] == "student.best.safetensors"
+    assert student_file(config.run_path).name == "student.best.safetensors", (
+        "predict, export and the report's too"
+    )
     assert not same(weights(config), weights(config, "student.best.safetensors"))
     from pipeline import evaluate
 

@@ -10,7 +10,7 @@ from pipeline.config import load
 from pipeline.data.base import DataError, open_data_set
 from pipeline.data.demo import CLASSES, UNSEEN, DemoDataSet, render_scene
 from pipeline.evidence.contrasts import AS_PAPER, OPPOSITE, UNRESOLVED
-from pipeline.evidence.transfer import PAPER, claims, keep_transfer
+from pipeline.evidence.transfer import PAPER, claims, collect
 from pipeline.evidence.variants import transfer_trigger
 from pipeline.ops.metrics import harmonic_mean
 from tests.conftest import is_one_line_error
@@ -115,17 +115,18 @@ def test_the_table_is_printed(tmp_path, run_cli):
         path.write_text(
             json.dumps({"pAcc": 80.0, "mIoU_S": 40.0, "mIoU_U": unseen, "hIoU": 50.0, "gamma": 1.5} | MADE)
         )
-    keep_transfer(
-        load("config/demo.yaml", [f"runs={tmp_path}"]), load("config/demo_other.yaml"), tmp_path / "out"
-    )
+    demo = load("config/demo.yaml", [f"runs={tmp_path}"])
+    collect(demo, load("config/demo_other.yaml")).keep(tmp_path / "out")
     page = (tmp_path / "out/docs/transfer.md").read_text()
     assert "2026-01-02, a processor, torch 2.9, revision abc" in page
-    assert "| demo | demo_other | 2 | 80.0 ± 0.0 | 40.0 ± 0.0 | 63.0 ± 2.8 | 50.0 ± 0.0 |" in page
+    assert "| demo on demo_other | 2 | 80.0 ± 0.0 | 40.0 ± 0.0 | 63.0 ± 2.8 | 50.0 ± 0.0 |" in page
     assert json.loads((tmp_path / "out/docs/results/demo-on-demo_other-1.json").read_text())["mIoU_U"] == 65
     done = run_cli("transfer", *runs)
     assert done.returncode == 0, done.stderr
-    assert re.search(r"demo +│ demo_other +│ 2 +│ 80.0 ± 0.0 +│ 40.0 ± 0.0 +│ 63.0 ± 2.8 ", done.stdout)
-    assert re.search(r"paper, SegFormer\) +│ Context +│ +│ 71.2 +│ 45.5 +│ 70.8 +│ 55.4 ", done.stdout)
+    assert re.search(r"demo on demo_other +│ 2 +│ 80.0 ± 0.0 +│ 40.0 ± 0.0 +│ 63.0 ± 2.8 ", done.stdout)
+    assert re.search(
+        r"COCO-Stuff on Context \(paper, SegFormer\) +│ +│ 71.2 +│ 45.5 +│ 70.8 +│ 55.4 ", done.stdout
+    )
     row = r"mIoU\(U\) above mIoU\(S\), elsewhere +│ \+23.0 +│ 2.8 +│ \+22.1 to \+25.3 +│ as in the paper"
     assert re.search(row, done.stdout)
     done = run_cli("results", tmp_path / "demo", tmp_path / "demo-full-1")

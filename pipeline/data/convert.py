@@ -122,7 +122,7 @@ def _loaded(path: Path, name: str) -> Any:
     try:
         from scipy.io import loadmat
     except ImportError:
-        raise DataError(f"{path}: MATLAB files need scipy: pip install 'clipteacher[prepare]'.") from None
+        raise DataError(f"{path}: MATLAB files need scipy: pip install -e '.[prepare]'.") from None
     try:
         found = loadmat(path)
     except Exception as error:  # scipy raises nearly anything on damaged files

@@ -8,18 +8,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pipeline.config import Config, UserError
-from pipeline.evidence.contrasts import Contrast, contrast
+from pipeline.evidence.contrasts import RULE, Contrast, contrast
 from pipeline.evidence.forest import Line, draw_forest
 from pipeline.evidence.pages import Table, console, keep_metrics, made_where, write_page
-from pipeline.evidence.results import Results, mean_and_spread, results_of, sweep_table
-from pipeline.evidence.variants import EVERY, GAMMA, MORE, QUICK, TABLES, VARIANTS, more_tables
+from pipeline.evidence.results import DEMO, HEADS, KEYS, Results, results_of, row_of, sweep_table
+from pipeline.evidence.variants import EVERY, GAMMA, TABLES, more_tables
 
-KEYS = ("mIoU_S", "mIoU_U", "hIoU")
-PAGE, MORE_PAGE = Path("docs/ablations.md"), Path("docs/ablations-more.md")
-HEAD = ("training", "seeds", "mIoU(S)", "mIoU(U)", "hIoU", "to full", "paper", "to full", "verdict")
+SWEPT = KEYS[1:]
+HEAD = ("training", "seeds", *HEADS[1:], "to full", "paper", "to full", "verdict")
 MORE_HEAD = (*HEAD[:6], "verdict")
 
 
@@ -71,71 +69,95 @@ def tables_of(found: Mapping[str, list[Row]], results: Results) -> list[Table]:
 
 def _cells(row: Row, results: Results) -> list[str]:
     seeds, ours = results[row.variant], row.contrast
-    cells = [EVERY[row.variant].label, str(len(seeds)), *(mean_and_spread(seeds, key) for key in KEYS)]
+    cells = row_of(EVERY[row.variant].label, seeds, SWEPT)
     cells.append("" if ours is None else f"{ours.difference:+.1f}")
     if row.paper is not None:
         cells += [f"{row.paper:.1f}", "" if row.paper_difference is None else f"{row.paper_difference:+.1f}"]
     return [*cells, "" if ours is None else ours.verdict]
 
 
-def print_tables(config: Config, *, quick: bool = False, more: bool = False, only: str = "") -> None:
+@dataclass(frozen=True)
+class Ablations:
+    """Tables of a config's variants, as far as they were evaluated; `options` are those of their command line."""
+
+    config: Config
+    results: Results
+    found: dict[str, list[Row]]
+    tables: list[Table]
+    more: bool
+    options: str
+
+    @property
+    def commands(self) -> str:
+        """What makes and keeps them."""
+        target, own = ("ablations_more", " --more") if self.more else ("ablations", "")
+        theirs = self.options.replace("--configfile", "--config")
+        return f"`snakemake {target} --cores all{self.options}`, then `cli.py ablations{theirs}{own} --keep`"
+
+    def show(self) -> None:
+        out = console()
+        for table in self.tables:
+            out.print(table.drawn())
+
+    def keep(self, root: Path = Path()) -> None:
+        """Writes docs/ablations.md, or docs/ablations-more.md, of other runs than the demo with their name; a picture
+        beside it; and every metrics.json into docs/results/.
+        """
+        shown = {
+            variant: self.results[variant]
+            for rows in self.found.values()
+            for variant in (r.variant for r in rows)
+        }
+        keep_metrics(
+            {f"{self.config.name}-{v}-{seed}": m for v, seeds in shown.items() for seed, m in seeds.items()},
+            root,
+        )
+        name = "ablations-more" if self.more else "ablations"
+        page = root / "docs" / (f"{name}.md" if self.config.name == DEMO else f"{name}-{self.config.name}.md")
+        lines = {title: _lines(its_rows) for title, its_rows in self.found.items()}
+        head = self._opening()
+        if draw_forest(lines, page.with_suffix(".png")):
+            head += ["", f"![hIoU against the full method's]({page.with_suffix('.png').name})"]
+        write_page(page, head, self.tables)
+
+    def _opening(self) -> list[str]:
+        """A page's head: the commands, when and on what, and how to read it."""
+        first = next(iter(self.results["full"].values()))
+        beside = "" if self.more else ", beside the paper's hIoU on PASCAL Context with SegFormer-B0"
+        return [
+            "# Ablations beyond the paper" if self.more else "# The paper's ablations",
+            "",
+            f"{self.commands}. {made_where(first)}.",
+            "",
+            f"{first['num_images']} test images of {self.config.name}, gamma {first['gamma']:g}, percent, mean ± "
+            f"standard deviation over training seeds{beside}. {RULE}",
+        ]
+
+
+def collect(
+    config: Config, *, quick: bool = False, more: bool = False, only: str = "", configfile: str = ""
+) -> Ablations:
     """The paper's tables, or those beyond it, as far as they were run. Raises: UserError when none was."""
     results = results_of(config, tuple(EVERY), quick=quick)
-    tables = _any_of(
-        config, tables_of(rows_by_table(config, results, more=more, only=only), results), quick, more
+    found = rows_by_table(config, results, more=more, only=only)
+    tables = tables_of(found, results)
+    words = [f"--configfile {configfile}"] if configfile else []
+    words += (
+        ["--config", *(["quick=true"] if quick else []), *([f"table={only}"] if only else [])]
+        if quick or only
+        else []
     )
-    out = console()
-    for table in tables:
-        out.print(table.drawn())
+    made = Ablations(config, results, found, tables, more, "".join(f" {word}" for word in words))
+    if not tables:
+        missing = "no variant" if "full" in results else "the full method" if results else "no run"
+        raise UserError(
+            f"{missing} of {config.name!r} is evaluated yet. Run {made.commands.partition(',')[0]} first."
+        )
+    return made
 
 
-def keep_tables(config: Config, root: Path = Path(), *, quick: bool = False, more: bool = False) -> None:
-    """Writes docs/ablations.md, or docs/ablations-more.md, a picture beside it, and every run's metrics.json into
-    docs/results/. Raises: UserError when nothing was run.
-    """
-    results = results_of(config, ("full", *MORE) if more else tuple(VARIANTS), quick=quick)
-    found = rows_by_table(config, results, more=more)
-    tables = _any_of(config, tables_of(found, results), quick, more)
-    prefix = f"{config.name}-{QUICK}" if quick else config.name
-    keep_metrics(
-        {f"{prefix}-{v}-{seed}": m for v, seeds in results.items() for seed, m in seeds.items()}, root
-    )
-    page = root / (MORE_PAGE if more else PAGE)
-    write_page(page, _opening(next(iter(results["full"].values())), page, more=more), tables)
-    draw_forest(
-        {title: forest_lines(its_rows) for title, its_rows in found.items()}, page.with_suffix(".png")
-    )
-
-
-def forest_lines(its_rows: list[Row]) -> list[Line]:
+def _lines(its_rows: list[Row]) -> list[Line]:
     """What the picture shows of a table."""
     return [
         Line(EVERY[row.variant].label, row.contrast, row.paper_difference) for row in its_rows if row.contrast
-    ]
-
-
-def _any_of(config: Config, tables: list[Table], quick: bool, more: bool) -> list[Table]:
-    if not tables:
-        target, options = "ablations_more" if more else "ablations", " --config quick=true" if quick else ""
-        raise UserError(
-            f"no run of {config.name!r} and its variants is evaluated. Run `snakemake {target} --cores all{options}` "
-            "first."
-        )
-    return tables
-
-
-def _opening(first: Mapping[str, Any], page: Path, *, more: bool) -> list[str]:
-    """A page's head: the commands, when and on what, and how to read it."""
-    target, option = ("ablations_more", " --more") if more else ("ablations", "")
-    beside = "" if more else ", beside the paper's hIoU on PASCAL Context with SegFormer-B0"
-    return [
-        "# Ablations beyond the paper" if more else "# The paper's ablations",
-        "",
-        f"`snakemake {target} --cores all`, then `cli.py ablations{option} --keep`. {made_where(first)}.",
-        "",
-        f"{first['num_images']} test scenes of the demo, gamma {first['gamma']:g}, percent, mean ± standard deviation "
-        f"over training seeds{beside}. A difference counts as resolved when it is larger than the larger of the two "
-        "spreads.",
-        "",
-        f"![hIoU against the full method's]({page.with_suffix('.png').name})",
     ]

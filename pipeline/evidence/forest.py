@@ -24,11 +24,12 @@ class Line:
     paper: float | None = None
 
 
-def draw_forest(tables: Mapping[str, Sequence[Line]], path: Path) -> None:
-    """Writes a PNG; tables without a line are left out, and without any line nothing is written."""
+def draw_forest(tables: Mapping[str, Sequence[Line]], path: Path) -> bool:
+    """Writes a PNG; tables without a line are left out. Without any line there is no picture: False."""
     tables = {title: lines for title, lines in tables.items() if lines}
     if not tables:
-        return
+        path.unlink(missing_ok=True)
+        return False
     heights = [len(lines) + 0.7 for lines in tables.values()]
     figure = Figure((WIDTH, LINE * sum(heights) + 0.25 * len(heights) + MARGIN), layout="constrained")
     parts = figure.subplots(len(tables), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
@@ -72,3 +73,4 @@ def draw_forest(tables: Mapping[str, Sequence[Line]], path: Path) -> None:
     FigureCanvasAgg(figure)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110, metadata={"Software": None})
+    return True

@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pipeline.config import Config, UserError
 from pipeline.evidence.contrasts import Contrast, contrast
 from pipeline.evidence.pages import Table, console, keep_metrics, made_where
-from pipeline.evidence.variants import CONTRAST, QUICK_SEEDS, SEEDS, VARIANTS, run_name
+from pipeline.evidence.variants import CONTRAST, EVERY, QUICK_SEEDS, SEEDS, only_clip_teacher, run_name
+from pipeline.looking.facts import SCORES
 
-KEYS = ("pAcc", "mIoU_S", "mIoU_U", "hIoU")
-HEADS = ("pAcc", "mIoU(S)", "mIoU(U)", "hIoU")
+KEYS, HEADS = tuple(SCORES), tuple(SCORES.values())
+ALIKE = (
+    "gamma",
+    "num_images",
+    "unseen",
+    "mode",
+    "flip",
+    "scales",
+    "stride",
+)  # of evaluations that share a table
 
 
 def read_metrics(path: Path) -> dict[str, Any] | None:
@@ -38,10 +47,16 @@ def result_table(results: dict[str, dict[str, Any]]) -> Table:
 
 def print_results(runs: Sequence[Path]) -> None:
     """The table of the runs that were evaluated, and where the first one's report lies."""
-    found = {run.name: m for run in runs if (m := read_metrics(run / "eval" / "metrics.json")) is not None}
-    for path in (path for run in runs for path in sorted(run.glob("eval-on-*/metrics.json"))):
-        if (m := read_metrics(path)) is not None:
-            found[f"{path.parts[-3]} on {path.parent.name.removeprefix('eval-on-')}"] = m
+    names = [run.name for run in runs]
+    labels = {run: run.name if names.count(run.name) == 1 else run.as_posix() for run in runs}
+    found = {}
+    for run, label in labels.items():
+        if (m := read_metrics(run / "eval" / "metrics.json")) is not None:
+            found[label] = m
+    for run, label in labels.items():
+        for path in sorted(run.glob("eval-on-*/metrics.json")):
+            if (m := read_metrics(path)) is not None:
+                found[f"{label} on {path.parent.name.removeprefix('eval-on-')}"] = m
     if not found:
         raise UserError(
             f"none of {', '.join(map(str, runs))} holds eval/metrics.json. Run `cli.py eval` first."
@@ -58,20 +73,50 @@ Results = dict[str, dict[int, dict[str, Any]]]  # by contrast and seed, the metr
 
 
 def results_of(config: Config, variants: Iterable[str] = CONTRAST, *, quick: bool = False) -> Results:
-    """The metrics of the variants' runs that were evaluated, in the order given and of the seeds."""
+    """The metrics of the variants' runs that were evaluated, in the order given and of the seeds.
+
+    Raises: UserError for another recipe, and for evaluations that can't share a table.
+    """
+    only_clip_teacher(config)
     found: Results = {}
     for variant in variants:
         for seed in QUICK_SEEDS if quick else SEEDS:
             run = Path(config.runs) / run_name(config, variant, seed, quick=quick)
             if (metrics := read_metrics(run / "eval" / "metrics.json")) is not None:
                 found.setdefault(variant, {})[seed] = metrics
+    check_alike(config, [metrics for seeds in found.values() for metrics in seeds.values()])
     return found
 
 
-def mean_and_spread(seeds: dict[int, dict[str, Any]], key: str) -> str:
+def check_alike(config: Config, found: Sequence[Mapping[str, Any]]) -> None:
+    """Raises: UserError where evaluations differ in what must not, or a score is missing."""
+    if any(metrics[key] is None for metrics in found for key in KEYS):
+        raise UserError(
+            f"{config.name!r} has no seen or no unseen class that was scored, and these tables want both. Name a split "
+            "in its config (data.unseen or data.split); `cli.py results` prints what there is."
+        )
+    for key in ALIKE:
+        values = list(dict.fromkeys(json.dumps(metrics.get(key)) for metrics in found))
+        if len(values) > 1:
+            raise UserError(
+                f"runs of {config.name!r} were evaluated with {key} {values[0]} and {values[1]}: no average. Run "
+                "`cli.py eval` of all with one config."
+            )
+    if len({tuple(metrics.get("gamma_sweep") or ()) for metrics in found}) > 1:
+        raise UserError(
+            f"runs of {config.name!r} were evaluated with other eval.gamma_sweep. Evaluate all with one."
+        )
+
+
+def mean_and_spread(seeds: Mapping[int, Mapping[str, Any]], key: str) -> str:
     values = [metrics[key] for metrics in seeds.values()]
     spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.1f}{spread}"
+
+
+def row_of(label: str, seeds: Mapping[int, Mapping[str, Any]], keys: Sequence[str] = KEYS) -> list[str]:
+    """A table's line: label, number of seeds, mean and spread of each score."""
+    return [label, str(len(seeds)), *(mean_and_spread(seeds, key) for key in keys)]
 
 
 def lift_of_glm(results: Results) -> Contrast | None:
@@ -84,11 +129,12 @@ def print_contrast(config: Config) -> None:
     """The contrast's table: means and standard deviations over the seeds that were run, and GLM's lift."""
     results = results_of(config)
     if not results:
-        raise UserError(f"no contrast run of {config.name!r} is evaluated. Run `make demo-contrast` first.")
+        raise UserError(
+            f"no contrast run of {config.name!r} is evaluated. Run `snakemake contrast --cores all` with its config "
+            "first."
+        )
     out = console()
-    lines = [
-        [c, str(len(seeds)), *(mean_and_spread(seeds, key) for key in KEYS)] for c, seeds in results.items()
-    ]
+    lines = [row_of(EVERY[c].label, seeds) for c, seeds in results.items()]
     out.print(Table("mean ± std over seeds", ("training", "seeds", *HEADS), lines).drawn())
     if (lift := lift_of_glm(results)) is not None:
         spread = "" if lift.spread is None else f"; the larger spread is {lift.spread:.1f}"
@@ -97,7 +143,7 @@ def print_contrast(config: Config) -> None:
 
 # --- what stands in the repository ----------------------------------------------------------------
 
-README = Path("README.md")
+README, DEMO = Path("README.md"), "demo"
 BEGIN, END = "<!-- results: written by `cli.py contrast --keep` -->", "<!-- end of results -->"
 
 
@@ -109,6 +155,10 @@ def keep_contrast(config: Config, root: Path = Path()) -> None:
     results = results_of(config)
     if not results:
         raise UserError(f"no contrast run of {config.name!r} is evaluated. Run `make demo-contrast` first.")
+    if config.name != DEMO:
+        raise UserError(
+            f"--keep writes README's section, which is the demo's, and this is {config.name!r}. Leave it out."
+        )
     readme = root / README
     text = readme.read_text(encoding="utf-8")
     if BEGIN not in text or END not in text:
@@ -123,10 +173,7 @@ def keep_contrast(config: Config, root: Path = Path()) -> None:
 def results_section(results: Results) -> str:
     """README's words and table for a contrast, all numbers from its metrics.json files."""
     first = next(iter(next(iter(results.values())).values()))
-    rows = [
-        [VARIANTS[c].label, str(len(seeds)), *(mean_and_spread(seeds, key) for key in KEYS)]
-        for c, seeds in results.items()
-    ]
+    rows = [row_of(EVERY[c].label, seeds) for c, seeds in results.items()]
     lines = [
         f"{first['num_images']} test scenes whose seed was fixed before any training, gamma {first['gamma']:g}, "
         "percent; mean ±",
@@ -137,16 +184,18 @@ def results_section(results: Results) -> str:
         *Table("", ("training", "seeds", *HEADS), rows).markdown(),
     ]
     if 0 in results.get("full", {}):
-        own = ", ".join(f"{key} {results['full'][0][key]:.1f}" for key in KEYS)
-        lines += ["", f"    make demo             # the first seed: {own}"]
+        own = ", ".join(
+            f"{head} {results['full'][0][key]:.1f}" for head, key in zip(HEADS, KEYS, strict=True)
+        )
+        lines += ["", f"    make demo             # the full method's first seed: {own}"]
         lines += ["    make demo-contrast    # the whole table"]
     lift = lift_of_glm(results)
     if lift is not None and lift.spread is not None:
-        word = "more" if lift.difference > lift.spread else "not more"
+        word = "more" if abs(lift.difference) > lift.spread else "not more"
         lines += [
             "",
-            f"GLM lifts mIoU(U) by {lift.difference:+.1f} points, {word} than the larger spread, {lift.spread:.1f} "
-            "(the paper's",
+            f"GLM changes mIoU(U) by {lift.difference:+.1f} points, {word} than the larger spread, "
+            f"{lift.spread:.1f} (the paper's",
             "Table 3, on PASCAL Context: 8.6 to 50.7).",
         ]
     if all(m["gamma_sweep"] for seeds in results.values() for m in seeds.values()):
@@ -161,5 +210,5 @@ def sweep_table(results: Results, title: str = "") -> Table:
     for variant, seeds in results.items():
         sweeps = [metrics["gamma_sweep"] for metrics in seeds.values()]
         means = [[statistics.mean(sweep[g][key] for sweep in sweeps) for key in KEYS[2:]] for g in gammas]
-        lines.append([VARIANTS[variant].label, *(f"{unseen:.0f} / {both:.0f}" for unseen, both in means)])
+        lines.append([EVERY[variant].label, *(f"{unseen:.0f} / {both:.0f}" for unseen, both in means)])
     return Table(title, ("mIoU(U) / hIoU at gamma", *gammas), lines)

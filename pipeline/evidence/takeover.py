@@ -24,6 +24,11 @@ def take_over(like: Path, config: Config) -> bool:
     made, target = read_manifest(like / "extract.manifest.json"), config.cache_path
     if made is None:
         raise UserError(f"--like {like}: no finished extraction there. Run `cli.py extract` for it first.")
+    if not (like / "data.zarr").is_dir():
+        raise UserError(
+            f"--like {like}: its arrays are not there, and a cache at a URL can't be taken over. Run `cli.py extract` "
+            "without --like."
+        )
     is_same = made["config"] == config_fingerprint(config, "extract")
     if not is_same or not isinstance(target, Path) or target.exists():
         return False

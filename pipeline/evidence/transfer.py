@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import Config, UserError
-from pipeline.evidence.contrasts import Contrast, contrast
+from pipeline.evidence.contrasts import RULE, Contrast, contrast
 from pipeline.evidence.pages import Table, console, keep_metrics, made_where, write_page
-from pipeline.evidence.results import HEADS, KEYS, mean_and_spread, read_metrics
-from pipeline.evidence.variants import SEEDS, run_name
+from pipeline.evidence.results import DEMO, HEADS, check_alike, read_metrics, row_of
+from pipeline.evidence.variants import SEEDS, only_clip_teacher, run_name
 
-PAGE = Path("docs/transfer.md")
-HEAD = ("trained on", "tested on", "seeds", *HEADS)
+HEAD = ("trained on, tested on", "seeds", *HEADS)
 CLAIMS_HEAD = ("what", "ours", "spread", "paper", "verdict")
 Scores = tuple[float, float, float, float]  # pAcc, mIoU(S), mIoU(U), hIoU
 # Trained on COCO-Stuff's seen classes: tested at home (Table 1), on PASCAL Context and on VOC (Table 2). Of Swin-B on
@@ -79,6 +78,7 @@ def _values(seeds: Seeds, key: str) -> list[float]:
 
 def evaluations(config: Config, folder: str) -> dict[int, dict[str, Any]]:
     """By seed, what the full method's runs hold in `folder`, as far as they were evaluated."""
+    only_clip_teacher(config)
     found = {}
     for seed in SEEDS:
         path = Path(config.runs) / run_name(config, "full", seed) / folder / "metrics.json"
@@ -87,68 +87,70 @@ def evaluations(config: Config, folder: str) -> dict[int, dict[str, Any]]:
     return found
 
 
-def tables_of(config: Config, other: Config) -> list[Table]:
-    """Table 2, ours and the paper's rows, and its claims. Raises: UserError when nothing was evaluated, or the other
-    set's classes aren't split.
-    """
+@dataclass(frozen=True)
+class Transfer:
+    """Table 2 as far as it was run: the students of a config on another one's data set, and at home."""
+
+    config: Config
+    other: Config
+    abroad: Seeds
+    at_home: Seeds
+    options: str  # of the command line, beyond the target
+
+    @property
+    def tables(self) -> list[Table]:
+        """Our rows and the paper's, and what the paper's table says of each."""
+        lines = [
+            row_of(f"{self.config.name} on {where}", seeds)
+            for where, seeds in ((self.other.name, self.abroad), (self.config.name, self.at_home))
+            if seeds
+        ]
+        for student, rows in PAPER.items():
+            for where, scores in rows.items():
+                lines.append([f"COCO-Stuff on {where} (paper, {student})", "", *(f"{v:.1f}" for v in scores)])
+        said = []
+        for claim in claims(self.abroad, self.at_home):
+            ours, (low, high) = claim.ours, claim.paper
+            spread = "" if ours.spread is None else f"{ours.spread:.1f}"
+            said.append(
+                [claim.what, f"{ours.difference:+.1f}", spread, f"{low:+.1f} to {high:+.1f}", ours.verdict]
+            )
+        return [
+            Table("Table 2, another data set without training on it (percent)", HEAD, lines),
+            Table("Its contrasts, the paper's on Context", CLAIMS_HEAD, said),
+        ]
+
+    def show(self) -> None:
+        out = console()
+        for table in self.tables:
+            out.print(table.drawn())
+
+    def keep(self, root: Path = Path()) -> None:
+        """Writes docs/transfer.md, of other runs than the demo with their name, and docs/results/."""
+        name = f"{self.config.name}-on-{self.other.name}"
+        keep_metrics({f"{name}-{seed}": metrics for seed, metrics in self.abroad.items()}, root)
+        first = next(iter(self.abroad.values()))
+        head = [
+            "# On another data set",
+            "",
+            f"`snakemake transfer --cores all{self.options}`, then `cli.py transfer --keep`. {made_where(first)}.",
+            "",
+            f"The students of {self.config.name}, as they are, on {first['num_images']} test images of "
+            f"{self.other.name}, gamma {first['gamma']:g}, percent, mean ± standard deviation over training seeds. "
+            f"{RULE}",
+        ]
+        page = "transfer.md" if self.config.name == DEMO else f"transfer-{name}.md"
+        write_page(root / "docs" / page, head, self.tables)
+
+
+def collect(config: Config, other: Config, *, options: str = "") -> Transfer:
+    """What was evaluated. Raises: UserError when nothing was, or it can't share a table, or classes aren't split."""
     abroad, at_home = evaluations(config, f"eval-on-{other.name}"), evaluations(config, "eval")
     if not abroad:
         raise UserError(
-            f"no run of {config.name!r} is evaluated on {other.name!r}. Run `snakemake transfer --cores all`, or "
-            f"`cli.py eval --on {other.name}`, first."
+            f"no run of {config.name!r} is evaluated on {other.name!r}. Run `snakemake transfer --cores all{options}` "
+            "first."
         )
-    if any(metrics[key] is None for metrics in abroad.values() for key in KEYS):
-        raise UserError(
-            f"{other.name!r} has no seen or no unseen class that was scored, and Table 2 wants both. Name a split "
-            "in its config (data.unseen or data.split)."
-        )
-    lines = [
-        [config.name, where, str(len(seeds)), *(mean_and_spread(dict(seeds), key) for key in KEYS)]
-        for where, seeds in ((other.name, abroad), (config.name, at_home))
-        if seeds
-    ]
-    for student, rows in PAPER.items():
-        for where, scores in rows.items():
-            lines.append([f"COCO-Stuff (paper, {student})", where, "", *(f"{v:.1f}" for v in scores)])
-    said = []
-    for claim in claims(abroad, at_home):
-        spread = "" if claim.ours.spread is None else f"{claim.ours.spread:.1f}"
-        low, high = claim.paper
-        said.append(
-            [
-                claim.what,
-                f"{claim.ours.difference:+.1f}",
-                spread,
-                f"{low:+.1f} to {high:+.1f}",
-                claim.ours.verdict,
-            ]
-        )
-    return [
-        Table("Table 2, another data set without training on it (percent)", HEAD, lines),
-        Table("Its contrasts, the paper's on Context", CLAIMS_HEAD, said),
-    ]
-
-
-def print_transfer(config: Config, other: Config) -> None:
-    """`tables_of` on the terminal. Raises: as it."""
-    out = console()
-    for table in tables_of(config, other):
-        out.print(table.drawn())
-
-
-def keep_transfer(config: Config, other: Config, root: Path = Path()) -> None:
-    """Writes docs/transfer.md, and every evaluation's metrics.json into docs/results/. Raises: as tables_of."""
-    tables = tables_of(config, other)
-    abroad = evaluations(config, f"eval-on-{other.name}")
-    keep_metrics({f"{config.name}-on-{other.name}-{seed}": m for seed, m in abroad.items()}, root)
-    first = next(iter(abroad.values()))
-    head = [
-        "# On another data set",
-        "",
-        f"`snakemake transfer --cores all`, then `cli.py transfer --keep`. {made_where(first)}.",
-        "",
-        f"The students of {config.name}, as they are, on {first['num_images']} test images of {other.name}, gamma "
-        f"{first['gamma']:g}, percent, mean ± standard deviation over training seeds. A difference counts as resolved "
-        "when it is larger than the larger of the two spreads.",
-    ]
-    write_page(root / PAGE, head, tables)
+    check_alike(other, list(abroad.values()))
+    check_alike(config, list(at_home.values()))
+    return Transfer(config, other, abroad, at_home, options)

@@ -71,6 +71,7 @@ MORE = {
     "nel_all": Variant("focal and dice on potential objects too", ("train.nel=all",)),
     "views_1": Variant("the first cached view alone", ("train.views=1",)),
     "views_2": Variant("the first two cached views", ("train.views=2",)),
+    "views_4": Variant("four cached views", ("views.num=4",)),
     "views_8": Variant("eight cached views", ("views.num=8",)),
     "tokens_int8": Variant("tokens kept as int8", ("cache.tokens=int8",)),
     "tokens_stream": Variant("tokens clustered and not kept", ("cache.tokens=stream",)),
@@ -87,7 +88,7 @@ MORE_TABLES: dict[str, tuple[str, ...]] = {
     "bank": ("bank_0", "bank_8", "bank_96", "negatives_192", "negatives_768"),
     "potentials": ("potentials_image", "potentials_batch"),
     "nel": ("nel_seen", "nel_all"),
-    "views": ("views_1", "views_2", "views_8"),
+    "views": ("views_1", "views_2", "views_4", "views_8"),
     "tokens": ("tokens_int8", "tokens_stream"),
 }
 SEEDS = (0, 1, 2)
@@ -139,16 +140,16 @@ def variant_runs(
         for seed in QUICK_SEEDS if quick else SEEDS:
             name = run_name(config, variant, seed, quick=quick)
             where = f"cache.path={cache.as_posix() if isinstance(cache, Path) else cache}"
-            own = (*changed.settings, *shorter, *side_by_side(), f"name={name}", where, f"train.seed={seed}")
+            own = (*changed.settings, *shorter, f"name={name}", where, f"train.seed={seed}")
             runs.setdefault(name, (*settings, *own))
     return runs
 
 
-def side_by_side() -> tuple[str, ...]:
-    """Settings of variants that train at the same time, a core each: without a GPU two small students on two cores
-    end sooner than one after the other on both (bench/README.md). On a GPU nothing, and one at a time.
+def side_by_side() -> bool:
+    """Whether variants train at the same time, a core each: without a GPU two small students on two cores end sooner
+    than one after the other on both (5 minutes a pair of the demo's, 3.5 each). On a GPU one at a time.
     """
-    return () if shutil.which("nvidia-smi") else ("train.threads=1",)
+    return not shutil.which("nvidia-smi")
 
 
 def own_cache(config: Config, variant: str) -> Path | None:
@@ -182,10 +183,27 @@ def more_tables(config: Config, only: str = "") -> dict[str, tuple[str, ...]]:
     if strange := [table for table in wanted if table not in MORE_TABLES]:
         raise UserError(f"table {strange[0]!r}: there are {', '.join(MORE_TABLES)}.")
     return {
-        table: ("full", *(name for name in names if varied(config, MORE[name].settings) != config))
+        table: ("full", *(name for name in names if _differs(varied(config, MORE[name].settings), config)))
         for table, names in MORE_TABLES.items()
         if table in wanted
     }
+
+
+def _differs(other: Config, config: Config) -> bool:
+    """Whether training would: the first two of two cached views are all of them, of one there are no two."""
+    first = other.train.views
+    if first is not None and first != config.train.views and first >= other.views.num:
+        return False
+    return other != config
+
+
+def only_clip_teacher(config: Config) -> None:
+    """Raises: UserError for another recipe, whose losses know none of the parts that variants take away."""
+    if config.recipe != "clip_teacher":
+        raise UserError(
+            f"these tables vary parts of recipe clip_teacher; {config.name} is {config.recipe}. `cli.py results` "
+            "prints its scores."
+        )
 
 
 def stage_triggers(raw: Mapping[str, Any], settings: Iterable[str]) -> dict[str, str]:

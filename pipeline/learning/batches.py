@@ -25,14 +25,13 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from cache.store import Store
 from cache.verify import check_whole, read_recorded
 from pipeline.config import LABELS_FROM, Config
-from pipeline.data.base import DataError, DataSet, Sample, open_data_set
+from pipeline.data.base import IGNORE, DataError, DataSet, Sample, open_data_set
 from pipeline.learning.loading import Kept, loader_processes, made_ahead
 from pipeline.ops.masks import fitted_size, mask_and_confidence, named_labels
 from pipeline.ops.views import replay_image, replay_labels, view_of
 from pipeline.teaching.rows import cached_samples
 from pipeline.tracking import required_manifest
 
-IGNORE = 255  # label of a pixel without annotation
 # What training reads, by recipe. Views, CLS tokens and pseudo labels are about 2 KiB a view at C = 512.
 READ = {
     "clip_teacher": ("view", "cls", "pseudo"),

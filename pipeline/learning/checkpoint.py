@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from cache.ledger import read_manifest
 from pipeline.config import Config, UserError, from_mapping
 from pipeline.models.student import DenseStudent, build_student
 from pipeline.tracking import say
@@ -151,7 +152,15 @@ def load_checkpoint(path: Path, student: nn.Module) -> dict[str, Any]:
 
 
 def student_file(run: Path) -> Path:
-    """The student of a run folder, a train folder, a checkpoint folder or a file."""
+    """The student of a run folder, a train folder, a checkpoint folder or a file.
+
+    Of a finished training it is the one that eval takes, which with held-out images is the best and not the last.
+    """
+    for folder in (run / "train", run):
+        if chosen := (read_manifest(folder / "train.manifest.json") or {}).get("student"):
+            if not (folder / chosen).is_file():
+                raise CheckpointError(f"{folder / chosen}: is gone. Run `cli.py train` again.")
+            return folder / str(chosen)
     choices = [run / "train" / "student.safetensors", run / "student.safetensors"]
     choices += sorted((run / "train").glob("checkpoint-*/student.safetensors"), reverse=True)
     for path in [run, *choices]:

@@ -126,7 +126,7 @@ def negatives_of(views: CachedViews, channels: int) -> ClsBank | CachedNegatives
     config, section = views.config, views.config.train
     if config.recipe != "clip_teacher":
         return ClsBank(0, section.batch, channels)
-    if section.negatives is None:
+    if section.negatives is None or section.glm == "off":
         return ClsBank(section.bank, section.batch, channels)
     tokens, rows = torch.from_numpy(views.cls_tokens()), torch.tensor(views.rows)
     if section.negatives > (num := tokens.shape[0] * tokens.shape[1]):

@@ -15,9 +15,8 @@ from pipeline.config import Config
 from pipeline.data.base import DataSet, Sample
 from pipeline.looking.gallery import IGNORE, Card, present
 from pipeline.looking.panels import Panel, class_panel, object_palette, object_panel, photo, resized
+from pipeline.ops.fusion import is_object, num_objects
 from pipeline.ops.views import replay_image, replay_labels
-
-ANNOTATED, PADDING = 0, 255  # codes of the `pseudo` array that are no potential object
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class Clustered:
     def telling(self, rows: Sequence[int]) -> Sequence[bool]:
         """Those whose whole image has potential objects."""
         maps = self.store.read_rows("pseudo", rows)[:, 0]
-        return list(((maps != ANNOTATED) & (maps != PADDING)).any((1, 2)))
+        return [bool(is_object(pseudo).any()) for pseudo in maps]
 
     def cards(self, sample: Sample, row: int, has_labels: bool, views: int) -> Iterator[Card]:
         for view in range(views):
@@ -63,7 +62,7 @@ def training_card(
         if store.has("pseudo_raw"):
             shown.append(object_panel("K-means", store.read_rows("pseudo_raw", [row])[0][view]))
         pseudo = store.read_rows("pseudo", [row])[0][view]
-        num = len(np.setdiff1d(pseudo, [ANNOTATED, PADDING]))
+        num = num_objects(pseudo)
         notes.append(f"{num} potential object{'' if num == 1 else 's'}")
         shown.append(object_panel("pseudo labels", pseudo))
     else:

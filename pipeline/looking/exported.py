@@ -21,7 +21,8 @@ def export_labels(
     """Writes the whole image's pseudo labels or CLIP-ES's mask as <sample id>.png, and returns how many.
 
     At the image's own size. Pseudo labels: 0 annotated, 1..P potential objects, 255 padding, the token grid by
-    nearest. Masks: class ids. Quarantined images have none. Raises: MissingCache (no labels yet).
+    nearest. Masks: class ids. Quarantined images have none. Raises: MissingCache (no labels yet), UserError (none
+    of the images has any).
     """
     if not taught.done:
         raise MissingCache(f"{store.path}: no labels yet. Run `cli.py {stage}` first.")
@@ -34,6 +35,10 @@ def export_labels(
             if is_wanted and status[place] == 0:
                 write(_png_path(folder, ids[row]), indexed(*taught.exported(row)))
                 count += 1
+    if not count:
+        raise UserError(
+            "none of these images has labels: they are test images, quarantined, or hold no such class."
+        )
     return count
 
 

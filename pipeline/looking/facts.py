@@ -21,6 +21,12 @@ from pipeline.config import LABELS_FROM, Config, UserError
 from pipeline.tracking import found_manifest, run_config
 
 SHARD_STAGES = ("extract", "cluster", "cams")
+SCORES = {
+    "pAcc": "pAcc",
+    "mIoU_S": "mIoU(S)",
+    "mIoU_U": "mIoU(U)",
+    "hIoU": "hIoU",
+}  # metrics.json's, and for people
 ELAPSED = "time/elapsed_s"  # in a loss curve: seconds since training was started or resumed
 NOT_A_DIFFERENCE = ("name", "runs", "cache.", "report.")  # of two runs that are to be compared
 
@@ -222,7 +228,8 @@ def sisters(config: Config) -> list[Sister]:
 def differences(config: Config, other: Config) -> tuple[str, ...]:
     """The settings of another run that aren't this one's, as `key = value`."""
     own, theirs = settings_of(config), settings_of(other)
-    return tuple(f"{key} = {_word(theirs.get(key))}" for key in theirs if theirs[key] != own.get(key))
+    keys = dict.fromkeys([*theirs, *own])
+    return tuple(f"{key} = {_word(theirs.get(key))}" for key in keys if theirs.get(key) != own.get(key))
 
 
 def settings_of(config: Config) -> dict[str, Any]:

@@ -22,13 +22,13 @@ from pipeline.looking.gallery import Pupil, Selection, eval_cards, spread
 from pipeline.looking.panels import Panel, Strip, class_panel, object_panel, photo, resized, sheet
 from pipeline.looking.quality import quality_picture
 from pipeline.looking.tagged import percent_panel
+from pipeline.ops.fusion import is_object, num_objects
 
 ROWS = 4  # images in a figure: what a screen holds
 CENTRES = 4  # single centres shown of each image, those with most tokens
 MANY = 2  # potential objects from which on an image is worth a figure
 PROBED = 400  # cache rows looked at for that
 MAX_BYTES = 290_000  # of a PNG, so that a repository can hold it
-ANNOTATED, PADDING = 0, 255  # codes of `pseudo` and `pseudo_raw` that are no object
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def figures(
 ) -> list[Figure]:
     """Those that can be drawn: attention and predictions want a student, single centres a cache with cluster.debug."""
     found = []
-    rows = telling_rows(store, done)
+    rows = [row for *_, row in _images(store, data, telling_rows(store, done))]  # that can still be read
     if rows and pupil is not None:
         found.append(attention_figure(store, data, rows, pupil))
     if rows and store.has("pseudo_raw"):
@@ -67,8 +67,7 @@ def telling_rows(store: Store, done: set[int]) -> list[int]:
     if not probed:
         return []
     maps = store.read_rows("pseudo", probed)[:, 0]
-    nums = [len(np.setdiff1d(pseudo, [ANNOTATED, PADDING])) for pseudo in maps]
-    good = [row for row, num in zip(probed, nums, strict=True) if num >= MANY]
+    good = [row for row, pseudo in zip(probed, maps, strict=True) if num_objects(pseudo) >= MANY]
     return [good[i] for i in spread(len(good), ROWS)]
 
 
@@ -104,7 +103,7 @@ def centres_figure(store: Store, data: DataSet, rows: Sequence[int]) -> Figure:
     strips = []
     for sample, image, row in _images(store, data, rows):
         raw, pseudo = (store.read_rows(name, [row])[0][0] for name in ("pseudo_raw", "pseudo"))
-        ids, counts = np.unique(raw[(raw != ANNOTATED) & (raw != PADDING)], return_counts=True)
+        ids, counts = np.unique(raw[is_object(raw)], return_counts=True)
         largest = sorted(zip(-counts, ids, strict=True))[:CENTRES]
         single = [
             _only(

@@ -25,7 +25,7 @@ CRC, INDEX_ENTRY = 4, 16  # bytes: a crc32c; where a chunk begins and how long i
 METADATA = 1_200  # bytes of an array's zarr.json: 1,010 to 1,430 in caches of the demo
 # zstd's bytes a token of a label map: 0.15 to 0.20 in caches of the demo (256 tokens, 2 to 3 objects a view). Random
 # ids of 58 take log2(58) / 8 = 0.73, and no map takes more.
-PSEUDO_BYTES_PER_TOKEN, PSEUDO_BYTES_AT_MOST = 0.17, 0.75
+PSEUDO_BYTES_PER_TOKEN = 0.17
 RECORD_BYTES_PER_IMAGE = 110  # both stages' ledger records, mostly stamps: 105 to 130 in caches of the demo
 ID_BYTES = 12  # of a sample's id, compressed
 FORWARDS_A_STEP = 3  # a backward costs two forwards: gradients of the features, gradients of the weights

@@ -12,20 +12,17 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import numpy as np
-import torch
-from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from cache.errors import StaleCache
 from cache.store import Store
 from pipeline.config import Config, UserError
-from pipeline.data.base import BadImage, DataError, DataSet, Sample
+from pipeline.data.base import IGNORE, BadImage, DataError, DataSet, Sample
 from pipeline.learning.checkpoint import Checkpoint
 from pipeline.learning.inference import best_by_group, class_logits, predicted
 from pipeline.looking.panels import Panel, Strip, class_panel, error_panel, photo
 from pipeline.models.student import DenseStudent
 from pipeline.ops import metrics
 
-IGNORE = 255
 PARTS = {"train": "training image", "test": "test image"}
 CLOSEST = 2000  # names that difflib compares; it is too slow for 100,000
 TRIES = 4  # training images looked at for each one that is shown
@@ -50,7 +47,7 @@ class Card:
     """One image with its panels. accuracy and iou are percent of this image alone, None without truth.
 
     `rivals` are the IoUs of the other runs' students by their letters. num_objects counts potential objects of a
-    training image, classes in the truth of a test image.
+    training image, classes in the truth of a test image. `truth` are these classes, where only predictions hold more.
     """
 
     id: str
@@ -62,6 +59,7 @@ class Card:
     num_objects: int | None = None
     notes: tuple[str, ...] = field(default=())
     rivals: tuple[tuple[str, float], ...] = ()
+    truth: tuple[int, ...] | None = None
 
     def strip(self, data: DataSet) -> Strip:
         """The card as a row of a contact sheet; unseen names carry a star."""
@@ -193,22 +191,22 @@ def eval_card(data: DataSet, sample: Sample, pupils: Sequence[Pupil]) -> Card:
     for which, guess in guesses:
         panels.append(class_panel(f"prediction{which}", guess, data.palette))
         panels.append(error_panel(f"errors{which}", truth, guess, list(data.unseen_ids)))
-    classes, num = present(truth, *(guess for _, guess in guesses)), len(present(truth))
+    classes, true = present(truth, *(guess for _, guess in guesses)), present(truth)
     scores = [scores_of(guess, truth, len(data.classes)) for _, guess in guesses]
     if scores[0] is None:
         return Card(sample.id, "test", tuple(panels), classes, notes=("no labelled pixel",))
     others = tuple((p.letter, s[1]) for p, s in zip(pupils[1:], scores[1:], strict=True) if s is not None)
-    return Card(sample.id, "test", tuple(panels), classes, *scores[0], num_objects=num, rivals=others)
+    return Card(sample.id, "test", tuple(panels), classes, *scores[0], len(true), rivals=others, truth=true)
 
 
 def scores_of(guess: np.ndarray, truth: np.ndarray, num_classes: int) -> tuple[float, float] | None:
     """Accuracy and mean IoU of one image in percent, of (H, W) class ids; None without a labelled pixel."""
-    matrix = multiclass_confusion_matrix(
-        torch.from_numpy(guess), torch.from_numpy(truth).long(), num_classes, ignore_index=IGNORE
+    known = truth != IGNORE
+    if not known.any():
+        return None
+    return 100 * float((guess == truth)[known].mean()), 100 * metrics.image_iou(
+        truth, guess, num_classes, IGNORE
     )
-    iou = metrics.iou_per_class(matrix)
-    known = iou[~np.isnan(iou)]
-    return (100 * metrics.pixel_accuracy(matrix), 100 * float(known.mean())) if known.size else None
 
 
 # ---- choosing ----------------------------------------------------------------------------------

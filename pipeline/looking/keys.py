@@ -26,7 +26,7 @@ DATA_OPTIONS = {
     "unseen": "names of the classes without a label in training; instead of a split",
     "split": "a named split into seen and unseen; the first one if left out",
     "background": "what is no object is a class of its own",
-    "tags": "where image-level labels come from",
+    "tags": "where image-level labels come from: xml or masks of voc, masks or json of coco14",
     "train_list": "the list of training samples; names joined by + are lists laid end to end",
     "test_list": "the list of test samples",
     "seed": "of the training scenes",

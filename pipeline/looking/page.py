@@ -50,10 +50,11 @@ def render(
     *,
     figures: Sequence[Figure] = (),
     about: Sequence[str] = (),
+    is_spread: bool = True,
 ) -> str:
     """The page of a run as far as it has got, or of several, of which the first owns store and training cards.
 
-    `about` are lines on what is shown and what is missing.
+    `about` are lines on what is shown and what is missing; is_spread: images were not asked for by name or class.
     """
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
@@ -73,7 +74,8 @@ def render(
         config=config,
         config_yaml=yaml.safe_dump(config.model_dump(mode="json", by_alias=True), sort_keys=False),
         about=about,
-        score_names=scores.SCORES,
+        score_names=scores.SCORES if data.unseen else {"pAcc": "pAcc", "mIoU_S": "mIoU"},
+        is_spread=is_spread,
         metrics=metrics,
         sisters=facts.sisters(config) if metrics and len(runs) == 1 else [],
         galleries=[
@@ -167,7 +169,12 @@ def _encoded(cards: Sequence[Card], data: DataSet) -> list[dict[str, Any]]:
         rest |= {"order": order, "ratio": round(width / height, 4), "objects": card.num_objects}
         rest |= {"rivals": card.rivals, "lead": _lead(card)}
         shown.append(
-            {**rest, "panels": panels, "legend": legend, "has_unseen": bool(unseen & set(card.classes))}
+            {
+                **rest,
+                "panels": panels,
+                "legend": legend,
+                "has_unseen": bool(unseen & set(card.classes if card.truth is None else card.truth)),
+            }
         )
     return shown
 

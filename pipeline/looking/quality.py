@@ -15,10 +15,10 @@ from matplotlib.figure import Figure as Canvas
 from cache.store import Store
 from pipeline.data.base import IGNORE, BadImage, DataError, DataSet
 from pipeline.looking.gallery import spread
-from pipeline.teaching.pseudo import MAX_CENTRES, token_states
+from pipeline.ops.fusion import PSEUDO_PADDING, is_object, num_objects
+from pipeline.teaching.pseudo import token_states
 
 PROBED = 400  # images looked at: a percent or two of error in a share
-ANNOTATED, PADDING = 0, 255
 MOST_CLASSES = 30  # bars whose names can be read
 LEAST_SHARE = 0.01  # of the ignored tokens: below it a bar would speak of a few tokens at an edge
 SEEN, UNSEEN = "#0072B2", "#D55E00"  # blue and vermilion of Okabe and Ito's set
@@ -33,7 +33,7 @@ def quality_picture(store: Store, data: DataSet, done: set[int]) -> tuple[str, b
     followed, tokens = purity_by_class(store, data, usable, maps)
     canvas = Canvas((9.5, 3.1), layout="constrained")
     left, middle, right = canvas.subplots(1, 3, width_ratios=(1, 1, 1.3))
-    nums = [len(np.setdiff1d(pseudo, [ANNOTATED, PADDING])) for pseudo in maps]
+    nums = [num_objects(pseudo) for pseudo in maps]
     left.bar(*np.unique(nums, return_counts=True), color=SEEN)
     left.set_xlabel("potential objects in a view")
     left.set_ylabel("views")
@@ -57,8 +57,8 @@ def quality_picture(store: Store, data: DataSet, done: set[int]) -> tuple[str, b
 
 def coverage(maps: np.ndarray) -> np.ndarray:
     """Share of ignored area in each view, padding apart: (N, h, w) uint8 -> (N,), 0 to 1."""
-    is_object, inside = (maps != ANNOTATED) & (maps <= MAX_CENTRES), maps != PADDING
-    return is_object.sum((1, 2)) / np.maximum(inside.sum((1, 2)), 1)
+    inside = maps != PSEUDO_PADDING
+    return is_object(maps).sum((1, 2)) / np.maximum(inside.sum((1, 2)), 1)
 
 
 def purity_by_class(
@@ -83,7 +83,7 @@ def purity_by_class(
 
 def majorities(pseudo: np.ndarray, truth: np.ndarray, num: int) -> tuple[np.ndarray, np.ndarray]:
     """One view of `purity_by_class`: pseudo and truth (h, w) uint8 -> two (num,) counts."""
-    is_counted = (pseudo != ANNOTATED) & (pseudo <= MAX_CENTRES) & (truth != IGNORE)
+    is_counted = is_object(pseudo) & (truth != IGNORE)
     table = np.zeros((256, num), np.int64)  # (object, class) token counts
     np.add.at(table, (pseudo[is_counted], truth[is_counted]), 1)
     followed = np.where(np.arange(num) == table.argmax(1)[:, None], table, 0).sum(0)

@@ -5,7 +5,7 @@ Axes: K classes. A confusion matrix is (K, K) pixel counts, rows truth, columns 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -15,13 +15,12 @@ from pipeline.config import Config
 from pipeline.data.base import DataSet
 from pipeline.looking import charts, facts
 from pipeline.looking.confusion import confused_pairs, row_shares
-from pipeline.looking.facts import Run
+from pipeline.looking.facts import SCORES, Run
 from pipeline.looking.panels import data_uri, hex_colour, indexed
 from pipeline.looking.tagged import percent_palette
 from pipeline.tracking import found_manifest
 
-SCORES = {"pAcc": "pAcc", "mIoU_S": "mIoU(S)", "mIoU_U": "mIoU(U)", "hIoU": "hIoU"}
-SWEPT = ("mIoU_S", "mIoU_U", "hIoU")
+SWEPT = tuple(SCORES)[1:]
 LOSS_TERMS = {
     "total": "total",
     "global": "global (GLM)",
@@ -128,17 +127,18 @@ def taken_for(matrix: np.ndarray, data: DataSet) -> list[dict[str, Any]]:
 
 def gamma_charts(runs: Sequence[Run]) -> list[tuple[str, Markup]]:
     """The sweeps: of one run its three scores in one chart, of several a chart a score."""
+    gammas = {run.metrics["gamma"] for run in runs if run.metrics}
     sweeps = {run.letter: _sweep(run.metrics) for run in runs if run.metrics and run.metrics["gamma_sweep"]}
     if not sweeps:
         return []
     if len(sweeps) == 1:
         ((_, sweep),) = sweeps.items()
         series = {SCORES[key]: sweep[key] for key in SWEPT}
-        return [("", _gamma_chart(series, "mIoU of seen and unseen classes and hIoU over gamma", runs[0]))]
+        return [("", _gamma_chart(series, "mIoU of seen and unseen classes and hIoU over gamma", gammas))]
     drawn = []
     for key in SWEPT:
         series = {letter: sweep[key] for letter, sweep in sweeps.items()}
-        drawn.append((SCORES[key], _gamma_chart(series, f"{SCORES[key]} over gamma, run by run", runs[0])))
+        drawn.append((SCORES[key], _gamma_chart(series, f"{SCORES[key]} over gamma, run by run", gammas)))
     return drawn
 
 
@@ -147,14 +147,14 @@ def _sweep(metrics: Mapping[str, Any]) -> dict[str, list[tuple[float, float]]]:
     return {key: [(gamma, v[key]) for gamma, v in points if v[key] is not None] for key in SWEPT}
 
 
-def _gamma_chart(series: Mapping[str, charts.Points], what: str, first: Run) -> Markup:
+def _gamma_chart(series: Mapping[str, charts.Points], what: str, gammas: Set[float]) -> Markup:
     return Markup(
         charts.line_chart(
             series,
             what=what,
             x_name="gamma",
             y_name="percent",
-            mark_x=(first.metrics["gamma"], "configured") if first.metrics else None,
+            mark_x=(next(iter(gammas)), "configured") if len(gammas) == 1 else None,
             dots=True,
             width=520,
             height=280,

@@ -21,8 +21,9 @@ from cache.schema import ARRAYS, SHARD, block_digest
 from cache.store import Store
 from pipeline.config import UserError
 from pipeline.looking.facts import SHARD_STAGES, human_bytes
+from pipeline.ops.fusion import PSEUDO_PADDING, is_object, num_objects
+from pipeline.ops.views import ANNOTATED
 
-ANNOTATED, UNWRITTEN, PADDING = 0, 254, 255  # what a pseudo label is beside an object's number
 UNKNOWN = "-"
 
 
@@ -121,7 +122,5 @@ def _samples(
 
 def _label_counts(pseudo: np.ndarray) -> list[str]:
     """Of one sample's pseudo labels (V, h, w): objects of each view; annotated, ignored and padding tokens."""
-    is_object = (pseudo != ANNOTATED) & (pseudo < UNWRITTEN)
-    objects = [len(np.unique(view[found])) for view, found in zip(pseudo, is_object, strict=True)]
-    kinds = (pseudo == ANNOTATED, is_object, pseudo == PADDING)
-    return [" ".join(map(str, objects)), *(str(int(kind.sum())) for kind in kinds)]
+    kinds = (pseudo == ANNOTATED, is_object(pseudo), pseudo == PSEUDO_PADDING)
+    return [" ".join(str(num_objects(view)) for view in pseudo), *(str(int(kind.sum())) for kind in kinds)]

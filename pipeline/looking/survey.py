@@ -126,7 +126,7 @@ def _all_ignored(data: DataSet, seen: Seen) -> Complaint | None:
 
 
 def _off_by_one(data: DataSet, seen: Seen) -> Complaint | None:
-    """Class 0 never, nearly all others, and ignored pixels none: the ids may begin at 1."""
+    """Class 0 never, and nearly all others: the ids may begin at 1."""
     num, occurs = len(data.classes), seen.masks[: len(data.classes)] > 0
     if seen.num_masks < MIN_MASKS or num < 3 or occurs[0] or occurs[1:].mean() < NEARLY_ALL:
         return None

@@ -4,6 +4,8 @@ Axes: B views, K centres, h x w tokens, L = h * w, C channels, P fused masks.
 In a pseudo map 0 is annotated, 1..P are potential objects, 255 is padding (views.token_state).
 """
 
+from typing import TypeVar
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -13,6 +15,17 @@ from pipeline.ops.views import ANNOTATED, IGNORE_LABEL, IGNORED, PADDING
 THRESHOLD = 0.8  # lambda, CLIPTeacher, implementation details
 PSEUDO_PADDING = 255  # cache schema, array `pseudo`
 MAX_MASKS = 253  # ids are uint8; 254 is the cache's "never written" and 255 is padding
+Pseudo = TypeVar("Pseudo", Tensor, np.ndarray)
+
+
+def is_object(pseudo: Pseudo) -> Pseudo:
+    """Where a pseudo map, of any shape, holds a potential object."""
+    return (pseudo > ANNOTATED) & (pseudo <= MAX_MASKS)
+
+
+def num_objects(pseudo: np.ndarray) -> int:
+    """How many potential objects a view's pseudo map holds, of (h, w) uint8."""
+    return len(np.unique(pseudo[is_object(pseudo)]))
 
 
 def similar_pairs(centres: Tensor, alive: Tensor, threshold: float = THRESHOLD) -> Tensor:
@@ -97,7 +110,7 @@ def purity(pseudo: Tensor, labels: Tensor) -> tuple[int, int]:
             f"labels {tuple(labels.shape)}; a whole multiple of the map's {height} x {width} wanted."
         )
     truth = labels[patch // 2 :: patch, patch // 2 :: patch].long()  # (h, w)
-    is_counted = (pseudo > ANNOTATED) & (pseudo <= MAX_MASKS) & (truth != IGNORE_LABEL)
+    is_counted = is_object(pseudo) & (truth != IGNORE_LABEL)
     if not bool(is_counted.any()):
         return 0, 0
     pairs = 256 * pseudo[is_counted].long() + truth[is_counted]

@@ -34,10 +34,11 @@ demo-contrast: $(VENV)/installed ## the demo with GLM, without GLM, and with see
 	$(BIN)/snakemake contrast --cores $(CORES) --quiet rules progress
 	$(BIN)/python cli.py contrast
 
-test: $(VENV)/installed ## the whole test suite
+test: $(VENV)/installed ## the tests that need no GPU, published weights or minutes each
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m '$(MARKS)'
 
-check: $(VENV)/installed ## ruff, mypy, snakemake --lint, the floors test
+check: $(VENV)/installed ## ruff, mypy, snakemake --lint, the floors test, no leftovers of a merge
+	@! git grep -nE '^(<<<<<<<|>>>>>>>) '
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy

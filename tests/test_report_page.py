@@ -1,5 +1,6 @@
 """The report in a browser: nothing logged, nothing asked for, pictures there, filters, paging; several runs."""
 
+import json
 import re
 import shutil
 
@@ -7,8 +8,10 @@ import numpy as np
 import pytest
 
 from cache.errors import MissingCache
+from cache.ledger import read_manifest
 from pipeline.config import UserError
 from pipeline.learning.batches import data_of
+from pipeline.learning.checkpoint import CheckpointError
 from pipeline.looking import facts, scores
 from pipeline.report import inspect, report, report_runs
 from pipeline.tracking import save_config
@@ -57,6 +60,30 @@ def test_several_runs_stand_side_by_side(pair, pages):
     assert page.html.count('class="matrix') == 2
     assert not re.search(r"https?://|@import|url\(", page.html)
     assert pages[1].stat().st_size < 15_000_000
+
+
+def test_each_run_has_its_own_gamma(pair):
+    first, other = pair
+    metrics = json.loads(facts.metrics_path(other).read_text()) | {"gamma": 0.5}
+    runs = [facts.Run(first, read_manifest(facts.metrics_path(first)), "A"), facts.Run(other, metrics, "B")]
+    assert "configured" not in scores.gamma_charts(runs)[0][1]
+    runs[1] = facts.Run(other, metrics | {"gamma": runs[0].metrics["gamma"]}, "B")
+    assert "configured" in scores.gamma_charts(runs)[0][1]
+
+
+def test_differences_go_both_ways(pair):
+    one = pair[0].model_copy(deep=True)
+    one.student.options["decoder_dropout"] = 0.5
+    assert facts.differences(pair[0], one) == ("student.options.decoder_dropout = 0.5",)
+    assert len(facts.differences(one, pair[0])) == 1
+
+
+def test_a_damaged_student_is_an_error_and_not_an_absent_one(pair, tmp_path):
+    shutil.copytree(pair[0].run_path, tmp_path / "hurt")
+    path = tmp_path / "hurt" / "train" / "student.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(CheckpointError, match="not a student of this project"):
+        inspect(tmp_path / "hurt")
 
 
 def test_runs_that_can_not_stand_side_by_side_are_one_line(pair, tmp_path):
@@ -176,10 +203,10 @@ def test_filters_and_orders(browser, pages, pair):
         choose(browser, "test", "by-class", number)
         assert shown(browser) == [name for name, classes in cards if number in classes.split()]
     choose(browser, "test", "by-class", "")
-    unseen = {str(i) for i in data.unseen_ids}
+    unseen = {*data.unseen_ids}
     for value, wanted in (("1", True), ("0", False)):
         choose(browser, "test", "by-group", value)
-        assert shown(browser) == [n for n, classes in cards if bool(unseen & set(classes.split())) == wanted]
+        assert shown(browser) == [n for n in everything if bool(unseen & {*samples[n].tolist()}) == wanted]
     choose(browser, "test", "by-group", "")
     options = browser.run("[...document.querySelectorAll('#test .by-objects option')].map(o => o.value)")
     for option in options[1:]:

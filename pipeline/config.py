@@ -190,6 +190,11 @@ class Train(Section):
     glm: Literal["attention", "max", "mean", "off"] = Field(
         "attention", description="how dense features become a predicted CLS token (eq. 1-2; Table 4)"
     )
+    glm_length: float | None = Field(
+        None,
+        gt=0,
+        description="length of the CLS tokens in eq. 1, whose softmax it sharpens; null: the teacher's own",
+    )
     tau: float = Field(0.07, gt=0, description="InfoNCE's temperature (settled: CLIP's initial one)")
     bank: int = Field(24, ge=0, description="n, iterations of CLS tokens kept (section 4.2)")
     negatives: int | None = Field(
@@ -364,6 +369,7 @@ YOUNGER = {
     "cluster.named_above",
     "cluster.distance",
     "train.negatives",
+    "train.glm_length",
     "eval.flip",
     "eval.scales",
 }

@@ -47,17 +47,25 @@ class Fixed(nn.Module):
         return self.dense[None]
 
 
+def trained_with(length):
+    config = SimpleNamespace(teacher=SimpleNamespace(image_size=8), train=SimpleNamespace(glm_length=length))
+    return SimpleNamespace(config=config)
+
+
 def test_attention_by_hand_and_as_the_objective_has_it():
     # C = 4: the scores are cls . R / 2. Position 0 scores 2, the others 0: weights e^2 : 1, over the largest e^-2.
     dense = torch.zeros(4, 1, 3)
     dense[0, 0, 0] = 4.0
     cls = torch.tensor([1.0, 0, 0, 0])
-    size = SimpleNamespace(config=SimpleNamespace(teacher=SimpleNamespace(image_size=8)))
-    pupil = Pupil(None, Fixed(dense), size, 0.0)
+    pupil = Pupil(None, Fixed(dense), trained_with(None), 0.0)
     found = attention(pupil, np.zeros((8, 8, 3), np.uint8), cls)
     assert found[0] == pytest.approx([1, np.exp(-2), np.exp(-2)])
     weights = torch.from_numpy(found / found.sum())
     assert torch.allclose(pooled(cls[None], dense[None])[0], (dense * weights).sum((1, 2)), atol=1e-6)
+    half = Pupil(None, Fixed(dense), trained_with(0.5), 0.0)
+    assert attention(half, np.zeros((8, 8, 3), np.uint8), cls)[0] == pytest.approx(
+        [1, np.exp(-1), np.exp(-1)]
+    )
 
 
 def test_a_png_is_made_to_fit():

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from pipeline.models.glm import CachedNegatives, ClsBank, pooled
+from pipeline.models.glm import CachedNegatives, ClsBank, of_length, pooled
 from pipeline.models.vla import VARIANTS, VisualLanguageAdapter
 from pipeline.ops.losses import generate_loss
 
@@ -40,6 +40,21 @@ def test_pooling_is_float32_and_checks_its_input():
         pooled(cls, dense, "sum")
     with pytest.raises(ValueError, match="differ"):
         pooled(cls[:1], dense)
+
+
+def test_the_length_of_the_cls_tokens_sharpens_attention_and_nothing_else():
+    cls, dense = torch.randn(3, 8), torch.randn(3, 8, 4, 4)
+    assert of_length(cls, None) is cls
+    assert torch.allclose(of_length(cls, 5.0).norm(dim=1), torch.full((3,), 5.0))
+    assert torch.allclose(of_length(7 * cls, 5.0), of_length(cls, 5.0))
+    # Two positions, C = 4: scores s . r / 2 of 6 and 0 along s; the weight of the first is the logistic of 6 or, at
+    # length 1 instead of 3, of 2.
+    s, r = torch.tensor([[3.0, 0, 0, 0]]), torch.zeros(1, 4, 1, 2)
+    r[0, 0, 0, 0] = 4.0
+    for length, weight in ((None, 1 / (1 + math.exp(-6))), (1.0, 1 / (1 + math.exp(-2)))):
+        assert pooled(of_length(s, length), r)[0, 0] == pytest.approx(4 * weight)
+    tiny = pooled(of_length(cls, 1e-4), dense)
+    assert torch.allclose(tiny, pooled(cls, dense, "mean"), atol=1e-3), "of no length it is the mean"
 
 
 # --- bank ----------------------------------------------------------------------------------------

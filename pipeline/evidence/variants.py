@@ -28,17 +28,19 @@ class Variant:
 
 
 CACHED = ("views.", "cluster.", "cache.")  # sections that say what is in a cache
+NO_LENGTH = "train.glm_length=null"  # only attention knows how long a CLS token is
 VARIANTS = {
     "full": Variant("full method"),
-    "glm_off": Variant("without GLM", ("train.glm=off",)),
+    "glm_off": Variant("without GLM", ("train.glm=off", NO_LENGTH)),
     "seen_only": Variant(
-        "seen labels only (no GLM, no potential objects)", ("train.glm=off", "train.potential=false")
+        "seen labels only (no GLM, no potential objects)",
+        ("train.glm=off", NO_LENGTH, "train.potential=false"),
     ),
     "nel_off": Variant("without focal and dice", ("train.nel=off",)),
     "ce_off": Variant("without cross-entropy", ("train.weights.ce=0",)),
     "generate_off": Variant("without L_generate", ("train.generate=false",)),
-    "glm_max": Variant("GLM by max pooling", ("train.glm=max",)),
-    "glm_mean": Variant("GLM by mean pooling", ("train.glm=mean",)),
+    "glm_max": Variant("GLM by max pooling", ("train.glm=max", NO_LENGTH)),
+    "glm_mean": Variant("GLM by mean pooling", ("train.glm=mean", NO_LENGTH)),
     "vla_mlp": Variant("VLA an MLP", ("train.vla=mlp",)),
     "vla_original": Variant("no VLA, original features", ("train.vla=original",)),
 }
@@ -52,6 +54,7 @@ MORE = {
     "iterations_1": Variant("one iteration of K-means", ("cluster.iterations=1",)),
     "iterations_5": Variant("five iterations of K-means", ("cluster.iterations=5",)),
     "euclidean": Variant("K-means with Euclidean distance", ("cluster.distance=euclidean",)),
+    "length_own": Variant("CLS tokens as long as the teacher made them (eq. 1 as printed)", (NO_LENGTH,)),
     "tau_0.03": Variant("tau 0.03", ("train.tau=0.03",)),
     "tau_0.2": Variant("tau 0.2", ("train.tau=0.2",)),
     "bank_0": Variant("no bank, negatives from the batch", ("train.bank=0",)),
@@ -84,6 +87,7 @@ MORE_TABLES: dict[str, tuple[str, ...]] = {
     "iterations": ("iterations_1", "iterations_5"),
     "distance": ("euclidean",),
     GAMMA: (),
+    "length": ("length_own",),
     "tau": ("tau_0.03", "tau_0.2"),
     "bank": ("bank_0", "bank_8", "bank_96", "negatives_192", "negatives_768"),
     "potentials": ("potentials_image", "potentials_batch"),

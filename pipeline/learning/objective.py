@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from pipeline.config import Train
-from pipeline.models.glm import CachedNegatives, ClsBank, pooled_and_dense
+from pipeline.models.glm import CachedNegatives, ClsBank, of_length, pooled_and_dense
 from pipeline.ops import losses
 
 IGNORED_LABEL = 255  # of a label map
@@ -112,7 +112,7 @@ def _global_term(
         mine[accelerator.process_index * len(cls) : (accelerator.process_index + 1) * len(cls)] = True
         others = torch.cat([bank, all_cls[~mine]])
         other_samples = torch.cat([bank_samples, all_samples[~mine]])
-    predicted, dense = pooled_and_dense(cls, dense, section.glm)
+    predicted, dense = pooled_and_dense(of_length(cls, section.glm_length), dense, section.glm)
     loss = losses.infonce(cls, predicted, others, other_samples, samples, section.tau)
     learner.bank.push(all_cls, all_samples)
     return loss, dense

@@ -9,6 +9,7 @@ from math import sqrt
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 
 from pipeline.ops.closed_form import AttentionPool
 from pipeline.ops.losses import in_float32
@@ -63,6 +64,14 @@ def pooled(cls: Tensor, dense: Tensor, how: str = "attention") -> Tensor:
     Raises: ValueError if batch or channels differ, or for another word.
     """
     return pooled_and_dense(cls, dense if dense.ndim == 4 else dense[:, :, None], how)[0]
+
+
+def of_length(cls: Tensor, length: float | None) -> Tensor:
+    """CLS tokens for eq. 1, made this long or left as the teacher made them (None): (..., C).
+
+    CLIP's own loss doesn't know how long its features are; eq. 1's softmax is the sharper the longer they are.
+    """
+    return cls if length is None else length * normalize(cls.float(), dim=-1)
 
 
 class ClsBank(nn.Module):

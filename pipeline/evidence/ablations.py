@@ -104,6 +104,11 @@ class Ablations:
         theirs = self.options.replace("--configfile", "--config")
         return f"`snakemake {target} --cores all{self.options}`, then `cli.py ablations{theirs}{own} --keep`"
 
+    @property
+    def shown(self) -> Results:
+        """The evaluations that stand in these tables."""
+        return {row.variant: self.results[row.variant] for rows in self.found.values() for row in rows}
+
     def show(self) -> None:
         out = console()
         for table in self.tables:
@@ -113,13 +118,12 @@ class Ablations:
         """Writes docs/ablations.md, or docs/ablations-more.md, of other runs than the demo with their name; a picture
         beside it; and every metrics.json into docs/results/.
         """
-        shown = {
-            variant: self.results[variant]
-            for rows in self.found.values()
-            for variant in (r.variant for r in rows)
-        }
         keep_metrics(
-            {f"{self.config.name}-{v}-{seed}": m for v, seeds in shown.items() for seed, m in seeds.items()},
+            {
+                f"{self.config.name}-{v}-{seed}": m
+                for v, seeds in self.shown.items()
+                for seed, m in seeds.items()
+            },
             root,
         )
         name = "ablations-more" if self.more else "ablations"
@@ -132,12 +136,12 @@ class Ablations:
 
     def _opening(self) -> list[str]:
         """A page's head: the commands, when and on what, and how to read it."""
-        first = next(iter(self.results["full"].values()))
+        first, shown = next(iter(self.results["full"].values())), self.shown
         beside = "" if self.more else ", beside the paper's hIoU on PASCAL Context with SegFormer-B0"
         return [
             "# Ablations beyond the paper" if self.more else "# The paper's ablations",
             "",
-            f"{self.commands}. {made_where(first)}.",
+            f"{self.commands}. {made_where(m for seeds in shown.values() for m in seeds.values())}.",
             "",
             f"{first['num_images']} test images of {self.config.name}, gamma {first['gamma']:g}, percent, mean ± "
             f"standard deviation over training seeds{beside}. {RULE}",

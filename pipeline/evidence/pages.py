@@ -56,10 +56,11 @@ def write_page(path: Path, lines: Iterable[str], tables: Iterable[Table]) -> Non
     path.write_text("\n".join(parts) + "\n" + said, encoding="utf-8")
 
 
-def made_where(metrics: Mapping[str, Any]) -> str:
-    """Date, machine, torch and revision of an evaluation."""
-    made = metrics["made"]
-    return f"{made['date']}, {made['machine']}, torch {made['torch']}, revision {made['revision']}"
+def made_where(evaluations: Iterable[Mapping[str, Any]]) -> str:
+    """Date, machine, torch and revision of evaluations, each said once."""
+    made = [metrics["made"] for metrics in evaluations]
+    lines = [f"{m['date']}, {m['machine']}, torch {m['torch']}, revision {m['revision']}" for m in made]
+    return "; ".join(dict.fromkeys(lines))
 
 
 def keep_metrics(named: Mapping[str, Mapping[str, Any]], root: Path) -> None:

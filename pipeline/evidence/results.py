@@ -179,7 +179,7 @@ def results_section(results: Results) -> str:
         "percent; mean ±",
         "standard deviation over the training seeds. metrics.json of every run is in docs/results/, the evaluations",
         "are logged in docs/test-log.md.",
-        f"{made_where(first)}.",
+        f"{made_where(m for seeds in results.values() for m in seeds.values())}.",
         "",
         *Table("", ("training", "seeds", *HEADS), rows).markdown(),
     ]

@@ -133,7 +133,8 @@ class Transfer:
         head = [
             "# On another data set",
             "",
-            f"`snakemake transfer --cores all{self.options}`, then `cli.py transfer --keep`. {made_where(first)}.",
+            f"`snakemake transfer --cores all{self.options}`, then `cli.py transfer --keep`. "
+            f"{made_where(self.abroad.values())}.",
             "",
             f"The students of {self.config.name}, as they are, on {first['num_images']} test images of "
             f"{self.other.name}, gamma {first['gamma']:g}, percent, mean ± standard deviation over training seeds. "

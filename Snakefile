@@ -15,7 +15,7 @@
 # declared, since Snakemake deletes declared outputs before a rerun, and the resume state with them.
 import sys
 
-from pipeline.config import LABELS_FROM, from_mapping, load, preset
+from pipeline.config import LABELS_FROM, UserError, from_mapping, load, preset
 from pipeline.evidence.more import announced
 from pipeline.evidence.variants import (
     ABLATED,
@@ -41,7 +41,14 @@ SETTINGS = str(config.pop("set", "")).split()
 QUICK = str(config.pop("quick", "")).lower() == "true"
 TABLE = str(config.pop("table", ""))
 ON, ON_SETTINGS = str(config.pop("on", "demo_other")), str(config.pop("on_set", "")).split()
-RUN, OTHER = from_mapping(config, SETTINGS), load(preset(ON), ON_SETTINGS)
+try:
+    RUN, OTHER = from_mapping(config, SETTINGS), load(preset(ON), ON_SETTINGS)
+    MORE_TABLES = more_tables(RUN, TABLE)
+    if {"contrast", "ablations", "ablations_more", "transfer", "paper"} & {*sys.argv}:
+        only_clip_teacher(RUN)
+except UserError as error:  # one line, no traceback
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    sys.exit(2)
 # Run name -> its settings; the run itself comes first. OWN_CACHES: those that make a cache for some variants.
 RUNS = variant_runs(RUN, SETTINGS, quick=QUICK, variants=EVERY)
 OWN_CACHES = cache_runs(RUN, SETTINGS)
@@ -58,8 +65,6 @@ CONFIGS = {run: from_mapping(config, settings) for run, settings in RUNS.items()
 CACHES = {
     run: CACHE if own.cache_path == RUN.cache_path else own.manifest_folder.as_posix() for run, own in CONFIGS.items()
 }
-if {"contrast", "ablations", "ablations_more", "transfer", "paper"} & {*sys.argv}:
-    only_clip_teacher(RUN)
 if said := announced(RUN, sys.argv, TABLE, quick=QUICK):
     print(said, file=sys.stderr)
 CONFIG = (workflow.overwrite_configfiles or ["config/demo.yaml"])[-1]
@@ -104,7 +109,7 @@ rule ablations_more:
     input:
         [
             f"{OUT}/{run}/eval/metrics.json"
-            for variants in more_tables(RUN, TABLE).values()
+            for variants in MORE_TABLES.values()
             for run in run_names(RUN, variants, quick=QUICK)
         ],
 

@@ -242,6 +242,24 @@ def test_snakemake_plans_them_and_says_the_time():
         assert any(line.split() == [job, str(count)] for line in said.splitlines()), (job, said)
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--config", "table=lamda"], "table 'lamda': there are lambda"),
+        (["--config", "set=train.lr=abc"], "train.lr = 'abc'"),
+        (["--configfile", "config/demo_clip_es.yaml"], "demo_clip_es is clip_es"),
+    ],
+)
+def test_snakemake_answers_a_mistake_in_one_line(words, says):
+    command = [sys.executable, "-m", "snakemake", "ablations_more", "--cores", "1", "-n", *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert says in line
+    assert "Traceback" not in done.stderr
+    assert 'File "' not in done.stderr
+
+
 def test_another_lambda_end_to_end(cached_demo, run_cli, tmp_path):
     """The settings that Snakemake hands on: the teacher's part taken over, clustered anew, trained and evaluated."""
     base = [f"runs={tmp_path}/runs", *TINY, f"cache.path={cached_demo}"]

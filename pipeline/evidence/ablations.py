@@ -93,7 +93,6 @@ class Ablations:
     config: Config
     results: Results
     found: dict[str, list[Row]]
-    tables: list[Table]
     more: bool
     options: str
 
@@ -103,6 +102,10 @@ class Ablations:
         target, own = ("ablations_more", " --more") if self.more else ("ablations", "")
         theirs = self.options.replace("--configfile", "--config")
         return f"`snakemake {target} --cores all{self.options}`, then `cli.py ablations{theirs}{own} --keep`"
+
+    @property
+    def tables(self) -> list[Table]:
+        return tables_of(self.found, self.results)
 
     @property
     def shown(self) -> Results:
@@ -118,14 +121,7 @@ class Ablations:
         """Writes docs/ablations.md, or docs/ablations-more.md, of other runs than the demo with their name; a picture
         beside it; and every metrics.json into docs/results/.
         """
-        keep_metrics(
-            {
-                f"{self.config.name}-{v}-{seed}": m
-                for v, seeds in self.shown.items()
-                for seed, m in seeds.items()
-            },
-            root,
-        )
+        keep_metrics(self.config.name, self.shown, root)
         name = "ablations-more" if self.more else "ablations"
         page = root / "docs" / (f"{name}.md" if self.config.name == DEMO else f"{name}-{self.config.name}.md")
         lines = {title: _lines(its_rows) for title, its_rows in self.found.items()}
@@ -162,15 +158,12 @@ def collect(
     """The paper's tables, or those beyond it, as far as they were run. Raises: UserError when none was."""
     results = results_of(config, tuple(EVERY), quick=quick)
     found = rows_by_table(config, results, more=more, only=only)
-    tables = tables_of(found, results)
-    words = [f"--configfile {configfile}"] if configfile else []
-    words += (
-        ["--config", *(["quick=true"] if quick else []), *([f"table={only}"] if only else [])]
-        if quick or only
-        else []
+    settings = ["quick=true"] * quick + [f"table={only}"] * bool(only)
+    options = f" --configfile {configfile}" * bool(configfile) + f" --config {' '.join(settings)}" * bool(
+        settings
     )
-    made = Ablations(config, results, found, tables, more, "".join(f" {word}" for word in words))
-    if not tables:
+    made = Ablations(config, results, found, more, options)
+    if not made.tables:
         missing = "no variant" if "full" in results else "the full method" if results else "no run"
         raise UserError(
             f"{missing} of {config.name!r} is evaluated yet. Run {made.commands.partition(',')[0]} first."

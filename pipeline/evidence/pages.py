@@ -63,11 +63,12 @@ def made_where(evaluations: Iterable[Mapping[str, Any]]) -> str:
     return "; ".join(dict.fromkeys(lines))
 
 
-def keep_metrics(named: Mapping[str, Mapping[str, Any]], root: Path) -> None:
-    """Each metrics.json into docs/results/ under its name, and its line in docs/test-log.md, once."""
+def keep_metrics(run: str, results: Mapping[str, Mapping[int, Mapping[str, Any]]], root: Path) -> None:
+    """Each metrics.json into docs/results/<run>-<variant>-<seed>.json, and its line in docs/test-log.md, once."""
     (root / KEPT).mkdir(parents=True, exist_ok=True)
     log = root / TEST_LOG
     logged = log.read_text(encoding="utf-8") if log.is_file() else ""
+    named = {f"{run}-{variant}-{seed}": m for variant, seeds in results.items() for seed, m in seeds.items()}
     for name, metrics in named.items():
         (root / KEPT / f"{name}.json").write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
         made, scores = metrics["made"], " / ".join(f"{metrics[key]:.1f}" for key in tuple(SCORES)[1:])

@@ -15,6 +15,7 @@ from pipeline.evidence.variants import CONTRAST, EVERY, QUICK_SEEDS, SEEDS, only
 from pipeline.looking.facts import SCORES
 
 KEYS, HEADS = tuple(SCORES), tuple(SCORES.values())
+# What evaluations that share a table have in common.
 ALIKE = (
     "gamma",
     "num_images",
@@ -23,7 +24,7 @@ ALIKE = (
     "flip",
     "scales",
     "stride",
-)  # of evaluations that share a table
+)
 
 
 def read_metrics(path: Path) -> dict[str, Any] | None:
@@ -163,9 +164,7 @@ def keep_contrast(config: Config, root: Path = Path()) -> None:
     text = readme.read_text(encoding="utf-8")
     if BEGIN not in text or END not in text:
         raise UserError(f"{readme}: has no lines {BEGIN!r} and {END!r}. Put them where the results belong.")
-    keep_metrics(
-        {f"{config.name}-{c}-{seed}": m for c, seeds in results.items() for seed, m in seeds.items()}, root
-    )
+    keep_metrics(config.name, results, root)
     before, after = text.split(BEGIN)[0], text.split(END)[1]
     readme.write_text(f"{before}{BEGIN}\n{results_section(results)}{END}{after}", encoding="utf-8")
 

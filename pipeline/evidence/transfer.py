@@ -128,7 +128,7 @@ class Transfer:
     def keep(self, root: Path = Path()) -> None:
         """Writes docs/transfer.md, of other runs than the demo with their name, and docs/results/."""
         name = f"{self.config.name}-on-{self.other.name}"
-        keep_metrics({f"{name}-{seed}": metrics for seed, metrics in self.abroad.items()}, root)
+        keep_metrics(self.config.name, {f"on-{self.other.name}": self.abroad}, root)
         first = next(iter(self.abroad.values()))
         head = [
             "# On another data set",

@@ -67,8 +67,8 @@ class Text(Section):
     features: str | None = Field(None, description=".npy of shape (K, C), classes in the data set's order")
     synonyms: str | dict[str, list[str]] = Field(
         default_factory=dict,
-        description="names that stand for a class in its prompts, averaged; what a background is, say; or a named "
-        "set: maskclip (airplane, dining table, brick wall)",
+        description="names that stand for a class in its prompts: averaged for training, the best of them counts on "
+        "another data set; what a background is, say; or a named set: maskclip (airplane, dining table, brick wall)",
     )
 
 

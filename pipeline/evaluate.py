@@ -37,6 +37,8 @@ from pipeline.looking.extremes import save_extremes
 from pipeline.ops import metrics
 from pipeline.tracking import provenance, required_manifest, say
 
+SEVERAL = "best"  # of a class's names counts: said in metrics.json, for it was their mean once
+
 
 @dataclass(frozen=True)
 class Task:
@@ -44,7 +46,7 @@ class Task:
 
     label: str
     data: DataSet
-    text: Callable[[Checkpoint], Tensor]  # -> (K, C)
+    text: Callable[[Checkpoint], Tensor]  # -> (K, C) or (K, n, C)
     folder: Path
     identity: str
     config: str  # what the config asks, hashed
@@ -88,6 +90,7 @@ def evaluate_on(config: Config, other: Config) -> dict[str, Any]:
         "images": data.identity("test"),
         "labels": data.identity("test", "labels"),
         "classes": [data.classes, data.unseen, named],
+        "several_names": SEVERAL,
         "text": _bytes_digest(text.features),
     }
 
@@ -110,6 +113,7 @@ def evaluate_on(config: Config, other: Config) -> dict[str, Any]:
                 "features": text.features,
                 "templates": None if text.features else checkpoint.config.text.templates,
                 "synonyms": text.synonyms,
+                "several_names": SEVERAL,
             },
         }
 

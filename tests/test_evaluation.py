@@ -9,7 +9,15 @@ from torch.nn.functional import interpolate
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from pipeline.config import Eval, Student
-from pipeline.learning.inference import best_by_group, best_classes, class_logits, predicted, squashed
+from pipeline.learning.inference import (
+    best_by_group,
+    best_classes,
+    class_logits,
+    dense_logits,
+    predicted,
+    squashed,
+)
+from pipeline.learning.text import stacked
 from pipeline.models.student import build_student
 from pipeline.ops import enlarge
 from pipeline.ops.metrics import SweptConfusion
@@ -87,13 +95,26 @@ def test_a_true_class_that_is_not_there():
         swept.update(torch.tensor([[1, 9]], dtype=torch.uint8), ids, ids, torch.zeros(1, 2))
 
 
+def test_the_best_of_a_classes_names_counts_by_hand():
+    dense = torch.tensor([[3.0, 1.0], [1.0, 3.0]]).view(1, 2, 1, 2)  # 3, 1 at the left, 1, 3 at the right
+    text = stacked([[torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])], [torch.tensor([0.6, 0.8])]])
+    assert text.shape == (2, 2, 2)
+    # Of class 0 one name says 3 and 1, the other 1 and 3; their mean would say 2 and lose to class 1's 2.6 and 3.
+    found = dense_logits(dense, text)
+    torch.testing.assert_close(found, torch.tensor([[3.0, 3.0], [2.6, 3.0]]).view(1, 2, 1, 2))
+    one = [[torch.tensor([1.0, 0.0])], [torch.tensor([0.6, 0.8])]]
+    assert stacked(one).shape == (2, 2)
+
+
+@pytest.mark.parametrize("names", [1, 3])
 @pytest.mark.parametrize(
     ("seen", "unseen"), [([0, 2, 3], [1, 4]), ([0, 1, 2, 3, 4], []), ([], [0, 1, 2, 3, 4])]
 )
-def test_best_classes_of_a_batch_are_those_of_class_logits(seen, unseen):
+def test_best_classes_of_a_batch_are_those_of_class_logits(names, seen, unseen):
     student = build_student(Student(encoder="tu-resnet10t", encoder_weights=None, arch="FPN"), 16).eval()
     generator = torch.Generator().manual_seed(2)
-    text = torch.randn(5, 16, generator=generator)
+    text = torch.randn(5, names, 16, generator=generator)
+    text = text[:, 0] if names == 1 else text
     images = [
         torch.randint(0, 256, (*size, 3), dtype=torch.uint8, generator=generator).numpy()
         for size in ((64, 64), (50, 90))

@@ -167,7 +167,7 @@ def test_gamma_is_for_names_that_never_had_a_label(tmp_path):
     assert asked.is_trained == (True, True, True, False, False, False)
 
 
-def test_a_name_has_its_row_and_synonyms_the_average_of_their_prompts(run):
+def test_a_name_has_its_row_and_of_synonyms_the_best_counts(run):
     segmenter = Segmenter(run)
     text = segmenter.ask(parsed_names("Bloom,pond")).text
     assert torch.equal(text[0], segmenter.checkpoint.text[2])
@@ -177,8 +177,15 @@ def test_a_name_has_its_row_and_synonyms_the_average_of_their_prompts(run):
         [[f"a photo of a {word}."] for word in ("pond", "soil", "mud")]
     )  # (3, C) unit norm
     assert torch.allclose(text[1], each[0], atol=1e-6)
-    joined = segmenter.ask(parsed_names("pond|soil|mud")).text[0]
-    assert torch.allclose(joined, normalize(each.mean(0), dim=0), atol=1e-6)
+    joined = segmenter.ask(parsed_names("pond|Soil|mud,bloom"))
+    assert joined.text.shape[:2] == (2, 3)
+    own = segmenter.checkpoint.text
+    assert torch.allclose(joined.text[0], torch.stack([each[0], own[0], each[2]]), atol=1e-6)
+    assert torch.equal(joined.text[1], own[[2, 2, 2]])
+    image = np.random.default_rng(4).integers(0, 256, (64, 64, 3)).astype(np.uint8)
+    (apart,) = segmenter.scores([image], segmenter.ask(parsed_names("pond,soil,mud,bloom")), gamma=0.0)
+    (found,) = segmenter.scores([image], joined, gamma=0.0)
+    assert torch.allclose(found, torch.stack([apart[:3].amax(0), apart[3]]), atol=1e-5)
 
 
 def test_a_learned_classifier_knows_its_classes_alone(tmp_path):
@@ -186,9 +193,9 @@ def test_a_learned_classifier_knows_its_classes_alone(tmp_path):
         made_student(tmp_path / "run", "recipe=clip_es", "student.classifier=learned", text=torch.eye(3))
     )
     assert segmenter.ask(parsed_names("leaf, Soil")).text.tolist() == [[0, 1, 0], [1, 0, 0]]
-    for text in ("soil,pond", "soil|leaf"):
-        with pytest.raises(UserError, match="has learned its 3 classes"):
-            segmenter.ask(parsed_names(text))
+    assert segmenter.ask(parsed_names("soil|bloom")).text.tolist() == [[[1, 0, 0], [0, 0, 1]]]
+    with pytest.raises(UserError, match=r"'pond'.*has learned its 3 classes"):
+        segmenter.ask(parsed_names("soil,leaf|pond"))
 
 
 def test_a_teacher_that_is_not_there_is_missed_only_by_strange_names(tmp_path):

@@ -1,6 +1,7 @@
 """The student at test time: no CLIP, no adapter, only dense features and text features.
 
-Axes: K classes, C channels, H x W the image's own size, S the student's input side.
+Axes: K classes, n names of a class, C channels, H x W the image's own size, S the student's input side. Text features
+are (K, C), or (K, n, C): of several names the best one's logit is the class's.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ Best = tuple[
 def class_logits(student: DenseStudent, text: Tensor, image: np.ndarray, size: int, section: Eval) -> Tensor:
     """Logits R^T T at the image's size, gamma not yet added.
 
-    Shapes: text (K, C), image (H, W, 3) uint8 -> (K, H, W) float32.
+    Shapes: text (K, C) or (K, n, C), image (H, W, 3) uint8 -> (K, H, W) float32.
     `whole` squashes the image to the student's side, as view 0; `slide` scales the short side to it and
     averages the logits of overlapping windows (mmseg's slide_inference).
     With `flip` or `scales` the softmax is averaged over all sights of the image (mmseg's SegTTAModel), and its
@@ -79,7 +80,8 @@ def best_classes(
 ) -> list[Best]:
     """`best_by_group` of the logits of mode `whole`, of several squashed images, without all planes at full size.
 
-    Shapes: text (K, C), views (B, 3, S, S) uint8, sizes: the images' own (H, W) -> B times `Best`, on the CPU.
+    Shapes: text (K, C) or (K, n, C), views (B, 3, S, S) uint8, sizes: the images' own (H, W) -> B times `Best`, on the
+    CPU.
     """
     device = next(student.parameters()).device
     dense = student(views.to(device)).float()  # (B, C, h, w)
@@ -88,7 +90,10 @@ def best_classes(
         groups = []
         for ids in (seen, unseen):
             if ids:
-                scores = torch.mm(image.flatten(1).T, text[ids].T.to(device))  # (h w, K), without a copy
+                names = text[ids].flatten(0, -2).to(device)
+                scores = torch.mm(image.flatten(1).T, names.T)  # (h w, K n), without a copy
+                if text.ndim == 3:
+                    scores = scores.unflatten(1, (len(ids), -1)).amax(2)
                 value, place = best_enlarged(scores.unflatten(0, image.shape[1:]), size)
                 groups.append((value, torch.tensor(ids, device=device)[place]))
             else:
@@ -129,8 +134,17 @@ def _starts(length: int, size: int, stride: float) -> list[int]:
 
 def _logits(student: DenseStudent, text: Tensor, images: Tensor) -> Tensor:
     device = next(student.parameters()).device
-    dense = student(images.to(device)).float()  # (B, C, S/4, S/4)
-    return torch.einsum("bchw,kc->bkhw", dense, text.to(device))
+    return dense_logits(student(images.to(device)).float(), text.to(device))
+
+
+def dense_logits(dense: Tensor, text: Tensor) -> Tensor:
+    """R^T T; of a class with several names the best one's.
+
+    Shapes: dense (B, C, h, w), text (K, C) or (K, n, C) -> (B, K, h, w).
+    """
+    if text.ndim == 2:
+        return torch.einsum("bchw,kc->bkhw", dense, text)
+    return torch.einsum("bchw,knc->bknhw", dense, text).amax(2)
 
 
 def best_by_group(logits: Tensor, seen: list[int], unseen: list[int]) -> Best:

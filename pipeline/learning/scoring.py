@@ -34,7 +34,7 @@ from pipeline.tracking import progress
 class Scored:
     """A student's counts on the test images of a data set; holds no image, one number an image.
 
-    text (K, C); size: the student's input side in pixels.
+    text (K, C) or (K, n, C); size: the student's input side in pixels.
     """
 
     def __init__(self, student: DenseStudent, text: Tensor, data: DataSet, size: int, section: Eval) -> None:

@@ -1,6 +1,7 @@
 """A trained student that can be asked for any names: which text features they have, which of them gamma is for.
 
-A name is a tuple of synonyms, the first of which it is shown under. Axes: K names, C channels, h x w the
+A name is a tuple of synonyms, the first of which it is shown under; the best one's logit is its own. Axes: K names,
+n synonyms, C channels, h x w the
 student's grid (in mode `slide` that of the windows' pixels), H x W the image.
 """
 
@@ -22,8 +23,8 @@ from pipeline.config import UserError
 from pipeline.data.base import BadImage
 from pipeline.data.words import other_names
 from pipeline.learning.checkpoint import load_student, student_file
-from pipeline.learning.inference import class_logits, squashed
-from pipeline.learning.text import text_of_names, text_teacher
+from pipeline.learning.inference import class_logits, dense_logits, squashed
+from pipeline.learning.text import stacked, text_of_names, text_teacher
 from pipeline.ops.enlarge import strips
 
 Name = tuple[str, ...]
@@ -68,7 +69,7 @@ def _key(word: str) -> str:
 
 @dataclass(frozen=True)
 class Asked:
-    """Names with their text features (K, C), and which of them the student was trained on with labels."""
+    """Names with their text features, (K, C) or (K, n, C), and which of them the student was trained on with labels."""
 
     names: tuple[Name, ...]
     text: Tensor
@@ -89,7 +90,7 @@ class Segmenter:
             self.student = self.student.cuda()
         self.config = self.checkpoint.config
         self.is_closed = self.config.student.classifier == "learned"
-        self._features: dict[Name, Tensor] = {}  # of names that the run's own table lacks
+        self._features: dict[str, Tensor] = {}  # of words that the run's own table lacks
 
     @cached_property
     def _teacher(self) -> Any:
@@ -98,39 +99,34 @@ class Segmenter:
     def ask(self, names: Sequence[Name] | None) -> Asked:
         """The names as the student takes them; None: the run's own classes.
 
-        A class of the run has its row of the run's table. Other names, and all with synonyms, are encoded by the
-        teacher: every prompt of every synonym, averaged, as `text.synonyms` does.
+        A class of the run has its row of the run's table, other words are encoded by the teacher.
         Raises: UserError for names that a learned classifier hasn't learned, or a teacher that can't be loaded.
         """
         checkpoint = self.checkpoint
         names = tuple((name,) for name in checkpoint.classes) if names is None else tuple(names)
-        known = {(_key(name),): row for name, row in zip(checkpoint.classes, checkpoint.text, strict=True)}
-        keys = [tuple(_key(word) for word in name) for name in names]
-        strange = [
-            name
-            for name, key in zip(names, keys, strict=True)
-            if key not in known and key not in self._features
-        ]
+        own = {_key(name): row for name, row in zip(checkpoint.classes, checkpoint.text, strict=True)}
+        known = self._features | own
+        strange = [word for name in names for word in name if _key(word) not in known]
         if strange and self.is_closed:
             raise UserError(
-                f"--names {'|'.join(strange[0])!r}: this student has learned its {len(known)} classes and knows no "
+                f"--names {strange[0]!r}: this student has learned its {len(known)} classes and knows no "
                 f"other name ({', '.join(checkpoint.classes)}). Train with student.classifier text for any names."
             )
         if strange:
-            new = [tuple(_key(word) for word in name) for name in strange]
-            self._features |= dict(zip(new, self._encoded(strange), strict=True))
-        text = torch.stack([known[key] if key in known else self._features[key] for key in keys])
+            self._features |= dict(zip(map(_key, strange), self._encoded(strange), strict=True))
+            known |= self._features
+        text = stacked([[known[_key(word)] for word in name] for name in names])
         labelled = [checkpoint.classes[i] for i in checkpoint.seen_ids]
         synonyms = other_names(checkpoint.classes, self.config.text.synonyms)
         trained = {_key(word) for name in labelled for word in (name, *synonyms.get(name, ()))}
-        return Asked(names, text, tuple(not trained.isdisjoint(key) for key in keys))
+        return Asked(names, text, tuple(any(_key(word) in trained for word in name) for name in names))
 
-    def _encoded(self, names: Sequence[Name]) -> Tensor:
+    def _encoded(self, words: Sequence[str]) -> Tensor:
         try:
-            return text_of_names(self.checkpoint, names, lambda _: self._teacher)
+            return text_of_names(self.checkpoint, [(word,) for word in words], lambda _: self._teacher)
         except UserError as error:
             raise UserError(
-                f"--names {'|'.join(names[0])!r} is none of the run's classes, so the teacher's text encoder must read "
+                f"--names {words[0]!r} is none of the run's classes, so the teacher's text encoder must read "
                 f"it, and: {error}"
             ) from None
 
@@ -152,7 +148,7 @@ class Segmenter:
         device = next(self.student.parameters()).device
         views = torch.stack([squashed(image, self.config.teacher.image_size) for image in images])
         dense = self.student(views.to(device)).float()  # (B, C, h, w)
-        return list(torch.einsum("bchw,kc->bkhw", dense, text.to(device)))
+        return list(dense_logits(dense, text.to(device)))
 
     def _slide(self, images: Sequence[np.ndarray], text: Tensor) -> list[Tensor]:
         size, section = self.config.teacher.image_size, self.config.eval.model_copy(update=ONE_SIGHT)

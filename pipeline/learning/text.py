@@ -1,6 +1,6 @@
 """Text features at test time: rows of the student's own table, the teacher's text encoder, or a file.
 
-Axes: K classes, C the teacher's joint space.
+Axes: K classes, n names of a class, C the teacher's joint space.
 """
 
 from __future__ import annotations
@@ -32,21 +32,29 @@ def text_of_names(
     named: Sequence[Sequence[str]],
     load: Callable[[Checkpoint], Any] = text_teacher,
 ) -> Tensor:
-    """(K, C) unit norm: a class that goes by one name of the student's takes its row, others the teacher encodes.
+    """`stacked` features: a name of the student's classes takes its row of the table, others the teacher encodes.
 
-    `named` holds what each class is called, one name or several that are averaged; the templates are those the
-    student was trained with. The teacher is loaded, by `load`, only if there is something to encode.
+    `named` holds what each class is called, one name or several; the templates are those the student was trained
+    with. The teacher is loaded, by `load`, only if there is something to encode.
     """
-    known: dict[tuple[str, ...], Tensor] = {
-        (name,): row for name, row in zip(checkpoint.classes, checkpoint.text, strict=True)
-    }
-    strange = list(dict.fromkeys(tuple(names) for names in named if tuple(names) not in known))
+    known = dict(zip(checkpoint.classes, checkpoint.text, strict=True))
+    strange = list(dict.fromkeys(name for names in named for name in names if name not in known))
     if strange:
-        teacher = load(checkpoint)
         templates = checkpoint.config.text.templates
-        groups = [[prompt for name in names for prompt in prompts(templates, name)] for names in strange]
-        known |= dict(zip(strange, teacher.encode_text(groups), strict=True))
-    return torch.stack([known[tuple(names)] for names in named])
+        rows = load(checkpoint).encode_text([prompts(templates, name) for name in strange])
+        known |= dict(zip(strange, rows, strict=True))
+    return stacked([[known[name] for name in names] for names in named])
+
+
+def stacked(classes: Sequence[Sequence[Tensor]]) -> Tensor:
+    """(K, C) from a feature (C,) for each class; (K, n, C) where one has several, shorter lists repeating their first.
+
+    Of several names the best one's logit counts (`dense_logits`), not their mean's: the mean of tomato and lemon is
+    near neither.
+    """
+    most = max(len(rows) for rows in classes)
+    table = torch.stack([torch.stack([*rows, *[rows[0]] * (most - len(rows))]) for rows in classes])
+    return table[:, 0] if most == 1 else table
 
 
 def features_of_file(path: str, shape: tuple[int, int], data_name: str) -> np.ndarray:

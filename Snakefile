@@ -41,8 +41,14 @@ SETTINGS = str(config.pop("set", "")).split()
 QUICK = str(config.pop("quick", "")).lower() == "true"
 TABLE = str(config.pop("table", ""))
 ON, ON_SETTINGS = str(config.pop("on", "demo_other")), str(config.pop("on_set", "")).split()
+CONFIG = (workflow.overwrite_configfiles or ["config/demo.yaml"])[-1]
 try:
-    RUN, OTHER = from_mapping(config, SETTINGS), load(preset(ON), ON_SETTINGS)
+    RUN, OTHER = load(CONFIG, SETTINGS), load(preset(ON), ON_SETTINGS)
+    if from_mapping(config, SETTINGS) != RUN:
+        raise UserError(
+            f"--config knows set, quick, table, on and on_set, and one --configfile is read, {CONFIG}: give what a run "
+            "changes as --config set='section.key=value ...'."
+        )
     MORE_TABLES = more_tables(RUN, TABLE)
     if {"contrast", "ablations", "ablations_more", "transfer", "paper"} & {*sys.argv}:
         only_clip_teacher(RUN)
@@ -67,7 +73,6 @@ CACHES = {
 }
 if said := announced(RUN, sys.argv, TABLE, quick=QUICK):
     print(said, file=sys.stderr)
-CONFIG = (workflow.overwrite_configfiles or ["config/demo.yaml"])[-1]
 
 # Every shell command begins with this: `cli STAGE` is cli.py with the run's config and the user's settings.
 # `set` is Snakemake's own, which a prefix replaces.

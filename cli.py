@@ -27,10 +27,11 @@ SetOption = Annotated[
 ]
 LogOption = Annotated[Path | None, typer.Option("--log", help="write what is printed to this file too")]
 WorkersOption = Annotated[
-    int, typer.Option("--workers", help="dask processes on this machine; 0 runs in this one")
+    int, typer.Option("--workers", min=0, help="dask processes on this machine; 0 runs in this one")
 ]
 SchedulerOption = Annotated[str | None, typer.Option("--scheduler", help="a dask scheduler, tcp://host:port")]
 DEFAULT = Path("config/demo.yaml")
+INTERRUPTED = 130  # exit code: 128 + SIGINT
 
 
 def _load(config: Path, settings: list[str], log: Path | None = None):
@@ -48,7 +49,9 @@ def extract(
     set_: SetOption = [],  # noqa: B006 - typer copies it
     workers: WorkersOption = 0,
     scheduler: SchedulerOption = None,
-    audit: Annotated[int, typer.Option(help="recompute this many random rows and compare, instead")] = 0,
+    audit: Annotated[
+        int, typer.Option(min=0, help="recompute this many random rows and compare, instead")
+    ] = 0,
     like: Annotated[
         Path | None,
         typer.Option(help="begin a new cache as this one, by hard links, if extraction is the same"),
@@ -297,8 +300,10 @@ def report(
     from pipeline import report as stage
     from pipeline.tracking import log_to
 
-    if set_:
-        raise stage.UserError("--set belongs to --config; a run folder has its own config.yaml.")
+    if set_ or config != DEFAULT:
+        raise stage.UserError(
+            "--config and --set are in the place of a run folder, which has its own config.yaml."
+        )
     if log:
         log_to(log)
     stage.report_runs(runs, out)
@@ -322,8 +327,10 @@ def figures(
     from pipeline import report as stage
     from pipeline.tracking import log_to
 
-    if set_:
-        raise stage.UserError("--set belongs to --config; a run folder has its own config.yaml.")
+    if set_ or config != DEFAULT:
+        raise stage.UserError(
+            "--config and --set are in the place of a run folder, which has its own config.yaml."
+        )
     if log:
         log_to(log)
     stage.run_figures(run, out)
@@ -337,7 +344,7 @@ def verify(config: ConfigOption = DEFAULT, set_: SetOption = []) -> None:  # noq
 
     findings = check(settings)
     for finding in findings:
-        typer.echo(f"{finding.kind}: {finding.where}: {finding.what} {finding.todo}")
+        typer.echo(f"{finding.kind}: {finding}")
     if findings:
         typer.echo(f"{len(findings)} findings in {settings.cache_path}", err=True)
         raise typer.Exit(2)
@@ -473,8 +480,11 @@ def main() -> None:
                 f"{error.filename or 'writing'}: {error.strerror or error}. Make room or mend permissions."
             )
         )
-    except KeyboardInterrupt:
-        sys.exit(_complain("interrupted; the same command resumes.", 130))
+    except (KeyboardInterrupt, SystemExit) as end:  # typer makes the one into the other
+        code = INTERRUPTED if isinstance(end, KeyboardInterrupt) else end.code
+        sys.exit(
+            _complain("interrupted; the same command resumes.", INTERRUPTED) if code == INTERRUPTED else code
+        )
 
 
 def _complain(line: str, code: int = 2) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import platform
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -19,11 +20,11 @@ from cache.places import Place, RemotePath
 
 PARTIAL = ".partial"
 ADVICE = {
-    errno.ENOSPC: "Free space on that disk, or point cache.path to another one",
-    errno.EDQUOT: "Free some of your quota, or point cache.path to another disk",
-    errno.EACCES: "Make it writable for this user, or point cache.path elsewhere",
-    errno.EPERM: "Make it writable for this user, or point cache.path elsewhere",
-    errno.EROFS: "Mount it writable, or point cache.path elsewhere",
+    errno.ENOSPC: "Free space on that disk, or write to another one (of a cache: cache.path)",
+    errno.EDQUOT: "Free some of your quota, or write to another disk (of a cache: cache.path)",
+    errno.EACCES: "Make it writable for this user, or write elsewhere (of a cache: cache.path)",
+    errno.EPERM: "Make it writable for this user, or write elsewhere (of a cache: cache.path)",
+    errno.EROFS: "Mount it writable, or write elsewhere (of a cache: cache.path)",
 }
 OTHERWISE = "Check the path and its disk"
 
@@ -53,8 +54,8 @@ def write_atomic(path: Place, *pieces: Any) -> None:
         with writing(path):
             path.put(pieces[0] if len(pieces) == 1 else b"".join(pieces))
         return
-    # The process id keeps a repeated task on a lost worker from writing into its twin's file.
-    partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")
+    # Host and process keep a repeated task on a lost worker from writing into its twin's file.
+    partial = path.with_name(f"{path.name}.{platform.node()}.{os.getpid()}{PARTIAL}")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:

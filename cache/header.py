@@ -1,6 +1,6 @@
 """What a cache says of itself: the attributes of its Zarr group, read and written as the JSON they are.
 
-    {"cache": {"version": 1, "shard": 64, "sizes": {"N": 1464, ...}, "dtypes": {"tokens": "int8"},
+    {"cache": {"version": 2, "shard": 64, "sizes": {"N": 1464, ...}, "dtypes": {"tokens": "int8"},
                "identity": ["data", "teacher", ...]},
      "data": ..., "teacher": ..., "cluster": ...}
 

@@ -86,8 +86,8 @@ class Store:
     def add_arrays(self, names: Iterable[str], sizes: Mapping[str, int], *, replace: bool = False) -> None:
         """Adds arrays that aren't there yet; `sizes` needs only the axes that are new. Hold the lock.
 
-        An array of another shape is an error, or with `replace` is dropped first if it is in `names`;
-        one that only lacks rows gets them.
+        An array of another shape is an error, or with `replace` is dropped first if it is of the same stage as
+        `names`, asked for or not; one that only lacks rows gets them.
         Raises: StaleCache naming both shapes, CacheWriteFailed.
         """
         names, merged = list(names), self.sizes | {axis: int(size) for axis, size in sizes.items()}
@@ -100,7 +100,7 @@ class Store:
             if found[1:] == wanted[1:] and self.spec(name).is_sharded:
                 longer += [name] * (found != wanted)
             elif found != wanted:
-                if not (replace and name in names):
+                if not (replace and ARRAYS[name].stage in {ARRAYS[asked].stage for asked in names}):
                     raise StaleCache(
                         f"{self.path}: array {name!r} has shape {found}, wanted {wanted}. Delete "
                         f"{self.data / name} to have it made again, or point cache.path elsewhere."

@@ -24,16 +24,17 @@ from torch import Tensor
 
 from cache.ledger import lock, refuse_if_locked
 from cache.store import Store
-from cache.verify import read_recorded
+from cache.verify import OK, read_recorded
 from pipeline.config import Cams, Config, ConfigError, config_fingerprint, digest, fingerprint
 from pipeline.data.base import DataSet, Sample
 from pipeline.data.words import background_names, fused_name
-from pipeline.learning.batches import FULL_CONFIDENCE, data_of
+from pipeline.learning.batches import FULL_CONFIDENCE, data_of, refuse_unseen
 from pipeline.ops import pamr
 from pipeline.ops.masks import class_scores, fitted_size
 from pipeline.teaching import crf
-from pipeline.teaching.encode import DECODE_THREADS, OK
-from pipeline.teaching.labels import Job, checked_tags, make_shards, record_labels
+from pipeline.teaching.encode import DECODE_THREADS
+from pipeline.teaching.engine import Job
+from pipeline.teaching.labels import checked_tags, make_shards, record_labels
 from pipeline.teaching.maps import explained_maps, explained_teacher, fitted, text_features
 from pipeline.teaching.rows import cached_samples, samples_of
 from pipeline.teaching.seeds import add_refined, add_seeds, new_stats, summarise
@@ -55,8 +56,9 @@ def cams(config: Config, *, workers: int = 0, scheduler: str | None = None) -> d
     if data.background is None:
         raise ConfigError(
             f"data.kind {config.data.kind!r} as configured has no background class, and CAMs compete with one: set "
-            "data.background."
+            "data.background, or in a folder's dataset.yaml call a class background."
         )
+    refuse_unseen(data)
     if config.cams.refine == "crf":
         crf.required()  # before an hour is spent
     names = {"background": background_names(config.cams.background), "classes": _words(config.cams, data)}

@@ -21,18 +21,18 @@ from cache.errors import damaged
 from cache.ledger import Ledger, lock, refuse_if_locked
 from cache.schema import ARRAYS
 from cache.store import Store
-from cache.verify import read_recorded
-from pipeline.config import Config, ConfigError, config_fingerprint, digest, fingerprint
+from cache.verify import OK, read_recorded
+from pipeline.config import Config, config_fingerprint, digest, fingerprint
 from pipeline.learning.batches import data_of
 from pipeline.ops.quantise import dequantised
-from pipeline.teaching.labels import Job, make_shards, record_labels
+from pipeline.ops.views import IGNORED
+from pipeline.teaching.engine import Job
+from pipeline.teaching.labels import make_shards, record_labels
 from pipeline.teaching.names import object_names
-from pipeline.teaching.pseudo import IGNORED, cluster_tokens, device_name, num_centres, sum_of, written_arrays
-from pipeline.teaching.rows import cached_samples, check_unchanged, made_from, samples_of
+from pipeline.teaching.pseudo import cluster_tokens, device_name, num_centres, sum_of, written_arrays
+from pipeline.teaching.rows import STREAM, cached_samples, check_unchanged, made_from, samples_of
 from pipeline.teaching.verdict import verdict
 from pipeline.tracking import finish, found_manifest, required_manifest, say
-
-STREAM, POOLED = "stream", "pooled"
 
 
 def cluster(config: Config, *, workers: int = 0, scheduler: str | None = None) -> dict[str, Any]:
@@ -40,15 +40,6 @@ def cluster(config: Config, *, workers: int = 0, scheduler: str | None = None) -
 
     Raises: MissingCache, StaleCache, CorruptShard, DataError, ConfigError.
     """
-    if config.cache.tokens == POOLED:
-        raise ConfigError(
-            "cache.tokens pooled keeps no dense tokens to cluster: set it to float16, int8 or stream, or train with "
-            "recipe clip_es, which needs none."
-        )
-    if config.cluster.named_above is not None and config.cache.tokens == STREAM:
-        raise ConfigError(
-            "cluster.named_above asks for a stage of its own: set cache.tokens to float16 or int8, or leave it out."
-        )
     above = required_manifest(config, "extract")
     manifest = found_manifest(config, "cluster")
     if manifest is None:
@@ -114,7 +105,7 @@ def cluster_shard(job: Job, shard: int, *, tick: Any = None) -> int:
     )
     if config.cluster.named_above is not None:
         text, most = torch.from_numpy(store.read_whole("text")), store.sizes["K_c"]
-        is_ok = made["status"] == 0
+        is_ok = made["status"] == OK
         names = object_names(config, data, samples, made["view"], blocks["pseudo"], is_ok, text, most)
         names[~is_ok] = ARRAYS["named"].fill
         blocks["named"] = names

@@ -94,7 +94,9 @@ class CacheSection(Section):
 class Cluster(Section):
     """Pseudo labels: multi-scale K-means and mask fusion (eq. 4-5, Algorithm 1)."""
 
-    sizes: tuple[int, ...] = Field((3, 7), description="windows per side at each scale (section 3.3)")
+    sizes: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (3, 7), min_length=1, description="windows per side at each scale (section 3.3)"
+    )
     window: Literal["grid", "tokens"] = Field("grid", description="the two readings of eq. 4-5")
     iterations: int = Field(20, ge=1, description="at most this many of Lloyd's (settled)")
     threshold: float = Field(0.8, gt=0, lt=1, description="lambda of Algorithm 1 (section 4.2)")
@@ -182,7 +184,7 @@ class Train(Section):
     head_lr_factor: float = Field(10.0, gt=0, description="decoder, head and VLA learn so much faster")
     warmup: int = Field(1500, ge=0, description="linear, iterations")
     power: float = Field(1.0, gt=0, description="of the poly decay")
-    seed: int = Field(0, description="of first weights, order, flips and colours")
+    seed: int = Field(0, ge=0, lt=2**32, description="of first weights, order, flips and colours")
     confidence: float = Field(
         0.95, ge=0, le=1, description="pixels of clip_es below it don't count (0.95 after the CRF)"
     )
@@ -234,7 +236,7 @@ class Train(Section):
         ge=0,
         description="replayed views kept for the next epochs, a training process; 0.001 a 512 x 512 view",
     )
-    threads: int | None = Field(None, description="torch threads; null leaves torch's own choice")
+    threads: int | None = Field(None, ge=1, description="torch threads; null leaves torch's own choice")
     log_every: int = Field(50, ge=1, description="iterations between two lines of the log")
     checkpoint_every: int = Field(2000, ge=1, description="iterations between two checkpoints")
     keep: int = Field(2, ge=1, description="checkpoints kept")
@@ -316,6 +318,15 @@ class Config(Section):
             raise ValueError(
                 "student.classifier learned knows its classes alone, and clip_teacher trains for unseen ones: use text"
             )
+        if self.cache.tokens == "pooled" and self.recipe == "clip_teacher":
+            raise ValueError(
+                "cache.tokens pooled keeps no dense tokens to cluster: set it to float16, int8 or stream, or train "
+                "with recipe clip_es, which needs none"
+            )
+        if self.cache.tokens == "stream" and self.cluster.named_above is not None:
+            raise ValueError(
+                "cluster.named_above asks for a stage of its own: set cache.tokens to float16 or int8, or leave it out"
+            )
         return self
 
     @property
@@ -373,11 +384,12 @@ YOUNGER = {
     "eval.flip",
     "eval.scales",
 }
-# Options of a data set that only other stages see.
-DATA_NOT_FOR = {"extract": ("test_seed", "test", "unseen", "split"), "cluster": ("test_seed", "test")}
-DATA_NOT_FOR["train"] = DATA_NOT_FOR["cams"] = DATA_NOT_FOR["cluster"]
-# Options of a data set that say how many samples there are, not what any of them is.
-HOW_MANY = ("train", "limit")
+# Options of a data set that only other stages see; where it lies matters to none, ids and stamps say what it holds.
+OF_TEST = ("root", "test_seed", "test", "test_list")
+DATA_NOT_FOR = {"extract": (*OF_TEST, "unseen", "split", "tags"), "eval": ("root",)}
+DATA_NOT_FOR["cluster"] = DATA_NOT_FOR["train"] = DATA_NOT_FOR["cams"] = OF_TEST
+# Options of a data set that say which samples there are, not what any of them is.
+WHICH = ("train", "limit", "train_list")
 
 
 def digest(value: Any) -> str:
@@ -415,7 +427,7 @@ def config_fingerprint(config: Config, stage: str, apart_from: tuple[str, ...] =
 
 def data_options(config: Config, stage: str) -> dict[str, Any]:
     """The data set's options that bear on what a stage makes of one sample."""
-    hidden = (*_hidden_options(config, stage), *HOW_MANY)
+    hidden = (*_hidden_options(config, stage), *WHICH)
     return {name: value for name, value in config.data.options().items() if name not in hidden}
 
 
@@ -427,9 +439,9 @@ def _hidden_options(config: Config, stage: str) -> tuple[str, ...]:
 def fingerprint(config: Config, stage: str, upstream: str | None, facts: Mapping[str, Any]) -> str:
     """Identity of what `stage` makes: config, the fingerprint found upstream, and facts about the data.
 
-    Options that only say how many samples there are don't count; which samples there are is a fact.
+    Options that only say which samples there are don't count; the samples are a fact.
     """
-    return digest([config_fingerprint(config, stage, HOW_MANY), upstream, dict(facts)])
+    return digest([config_fingerprint(config, stage, WHICH), upstream, dict(facts)])
 
 
 def load(path: str | Path, settings: Iterable[str] = ()) -> Config:
@@ -456,7 +468,7 @@ def preset(name_or_path: str) -> Path:
 
 
 def from_mapping(raw: Mapping[str, Any], settings: Iterable[str] = (), *, where: str = "config") -> Config:
-    values = json.loads(json.dumps(raw))
+    values = json.loads(json.dumps(raw, default=str))  # a copy; a date without quotes is a name, too
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals or not key:

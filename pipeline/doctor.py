@@ -100,7 +100,12 @@ def _machine(config: Config, shape: TeacherShape) -> list[Complaint]:
     found = []
     has_gpu = torch.cuda.is_available()
     say(f"device: {torch.cuda.get_device_name() if has_gpu else 'cpu'}")
-    for key, device in (("teacher.device", config.teacher.device), ("cluster.device", config.cluster.device)):
+    own = (
+        ("cams.device", config.cams.device)
+        if config.recipe == "clip_es"
+        else ("cluster.device", config.cluster.device)
+    )
+    for key, device in (("teacher.device", config.teacher.device), own):
         if device.startswith("cuda") and not has_gpu:
             found.append(Complaint("no GPU", f"{key} is {device!r}, torch sees none.", f"Set {key} to auto."))
     if shape.weights is not None:

@@ -26,18 +26,16 @@ from torch import Tensor
 
 from pipeline.config import Config, UserError, config_fingerprint, fingerprint
 from pipeline.data.base import DataSet
-from pipeline.data.words import names_of_classes
+from pipeline.data.words import SEVERAL, key_of, names_of_classes
 from pipeline.evidence.results import read_metrics, result_table
 from pipeline.learning.batches import data_of
 from pipeline.learning.checkpoint import Checkpoint, load_student
 from pipeline.learning.scoring import Scored, rounded
-from pipeline.learning.text import features_of_file, text_of_names
+from pipeline.learning.text import features_of_file, labelled_words, text_of_names
 from pipeline.looking.confusion import confusion_picture
 from pipeline.looking.extremes import save_extremes
 from pipeline.ops import metrics
 from pipeline.tracking import provenance, required_manifest, say
-
-SEVERAL = "best"  # of a class's names counts: said in metrics.json, for it was their mean once
 
 
 @dataclass(frozen=True)
@@ -85,12 +83,13 @@ def evaluate_on(config: Config, other: Config) -> dict[str, Any]:
     above = required_manifest(config, "train")
     data, text = data_of(other), other.text
     named = names_of_classes(data.classes, text.synonyms)
+    several = SEVERAL if text.features is None else None
     moved = config.model_copy(update={"data": other.data})
     facts = {
         "images": data.identity("test"),
         "labels": data.identity("test", "labels"),
         "classes": [data.classes, data.unseen, named],
-        "several_names": SEVERAL,
+        "several_names": several,
         "text": _bytes_digest(text.features),
     }
 
@@ -101,9 +100,10 @@ def evaluate_on(config: Config, other: Config) -> dict[str, Any]:
         return torch.from_numpy(features_of_file(text.features, shape, data.name))
 
     def said(checkpoint: Checkpoint) -> dict[str, Any]:
-        labelled = {checkpoint.classes[i] for i in checkpoint.seen_ids}
+        labelled = labelled_words(checkpoint)
         known = {
-            name: sorted(labelled & {name, *names}) for name, names in zip(data.classes, named, strict=True)
+            name: sorted(word for word in {name, *names} if key_of(word) in labelled)
+            for name, names in zip(data.classes, named, strict=True)
         }
         return {
             "trained": _described(config, checkpoint.classes, checkpoint.unseen),
@@ -113,8 +113,8 @@ def evaluate_on(config: Config, other: Config) -> dict[str, Any]:
                 "features": text.features,
                 "templates": None if text.features else checkpoint.config.text.templates,
                 "synonyms": text.synonyms,
-                "several_names": SEVERAL,
             },
+            "several_names": several,
         }
 
     task = Task(

@@ -16,7 +16,6 @@ import functools
 import hashlib
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from cache.errors import CorruptShard, StaleCache, damaged
 from cache.ledger import Ledger, lock, refuse_if_locked
 from cache.schema import block_digest
 from cache.store import Store
-from cache.verify import whole_digests
+from cache.verify import OK, whole_digests
 from pipeline.config import Config, config_fingerprint, data_options, digest, fingerprint
 from pipeline.data.base import DataError, DataSet, Sample
 from pipeline.data.prompts import prompts
@@ -36,22 +35,22 @@ from pipeline.learning.batches import data_of
 from pipeline.learning.text import features_of_file
 from pipeline.models.teacher import Teacher
 from pipeline.ops.quantise import dequantised
-from pipeline.teaching.encode import OK, STORAGE, STREAM, axis_sizes, mean_colour, shard_blocks, teacher_of
-from pipeline.teaching.engine import map_shards
+from pipeline.teaching.encode import STORAGE, axis_sizes, mean_colour, shard_blocks, teacher_of
+from pipeline.teaching.engine import Job, map_shards
 from pipeline.teaching.pseudo import cluster_tokens, num_centres, sum_of, written_arrays
-from pipeline.teaching.rows import cached_samples, check_unchanged, in_row_order, made_from, samples_of, span
+from pipeline.teaching.rows import (
+    STREAM,
+    cached_samples,
+    check_unchanged,
+    in_row_order,
+    made_from,
+    samples_of,
+    span,
+)
 from pipeline.tracking import finish, found_manifest, progress, record_shard, reopen, save_config, say
 
 # An audit fails below this cosine. int8 alone costs about 3e-5, bfloat16 on another machine 1e-4.
 AUDIT_COSINE = 0.999
-
-
-@dataclass(frozen=True)
-class Job:
-    """What a worker needs to make a shard; small and picklable."""
-
-    config: Config
-    fingerprint: str
 
 
 def extract(config: Config, *, workers: int = 0, scheduler: str | None = None) -> dict[str, Any]:
@@ -185,14 +184,19 @@ def audit(config: Config, count: int) -> str:
     """Recomputes `count` random rows and compares them with the cache; returns what was found, in a line.
 
     Kept tokens are compared with the teacher's in float16, so the line shows what int8 costs.
-    Raises: CorruptShard when a vector's cosine is below AUDIT_COSINE.
+    Raises: CorruptShard when a vector's cosine is below AUDIT_COSINE, DataError for an image that can't be read now.
     """
     data, teacher, store = data_of(config), teacher_of(config.teacher), Store.open(config.cache_path)
     good = np.flatnonzero(store.read_rows("status", np.arange(store.num_samples)) == OK)
+    if not len(good):
+        raise DataError(f"{config.cache_path}: no image of it could be used, so there is nothing to compare.")
     rows = np.sort(np.random.default_rng().choice(good, min(count, len(good)), replace=False))
     samples = cached_samples(data, store)
     unpacked = config.model_copy(update={"cache": config.cache.model_copy(update={"tokens": "float16"})})
-    fresh, _ = shard_blocks(unpacked, data, teacher, [samples[row] for row in rows], None)
+    fresh, bad = shard_blocks(unpacked, data, teacher, [samples[row] for row in rows], None)
+    if bad:
+        listed = "; ".join(f"{name}: {why}" for name, why in bad.items())
+        raise DataError(f"audit: what was cached can't be read any more: {listed}. Restore the images.")
     said, lowest = [], 1.0
     for name in ("cls", "tokens"):
         if not store.has(name):
@@ -200,13 +204,13 @@ def audit(config: Config, count: int) -> str:
             continue
         stored, new = _vectors(store, name, rows), fresh[name].astype(np.float32)
         cosine = (stored * new).sum(-1) / (np.linalg.norm(stored, axis=-1) * np.linalg.norm(new, axis=-1))
-        lowest = min(lowest, float(cosine.min()))
+        lowest = float(np.minimum(lowest, cosine.min()))  # NaN stays
         kept = f" (kept as {store.spec(name).dtype})"
         said.append(
             f"{name}{kept}: largest difference {np.abs(stored - new).max():.3g}, lowest cosine {cosine.min():.6f}"
         )
     line = f"audit of {len(rows)} rows: {'; '.join(said)}"
-    if lowest < AUDIT_COSINE:
+    if not lowest >= AUDIT_COSINE:  # NaN too
         raise CorruptShard(
             f"{config.cache_path}: {line}; want at least {AUDIT_COSINE}. This teacher on this machine doesn't make "
             "what is cached: run `cli.py verify`, then extract again into another cache.path."
@@ -248,6 +252,7 @@ def _text_features(config: Config, data: DataSet, teacher: Teacher) -> np.ndarra
 
 def _open_store(config: Config, data: DataSet, identity: str, samples: Sequence[Sample]) -> Store:
     teacher = teacher_of(config.teacher)
+    text = _text_features(config, data, teacher)  # a mistake in it must not leave a store behind
     sizes = {"N": len(samples), "K": len(data.classes), **axis_sizes(config, teacher)}
     storage = STORAGE[config.cache.tokens]
     arrays = ["view", "cls", "status", "text", *(storage.arrays if storage.is_kept else ())]
@@ -279,7 +284,7 @@ def _open_store(config: Config, data: DataSet, identity: str, samples: Sequence[
         )
     except StaleCache as error:
         raise StaleCache(f"{error} (an unfinished extraction of another config or other data)") from None
-    store.write_whole("text", _text_features(config, data, teacher))
+    store.write_whole("text", text)
     return store
 
 

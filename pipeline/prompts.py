@@ -24,7 +24,7 @@ from torch.nn.functional import normalize
 
 from cache.errors import MissingCache
 from cache.store import Store
-from cache.verify import check_whole, read_recorded
+from cache.verify import OK, check_whole, read_recorded
 from pipeline.config import Config
 from pipeline.data.base import DataError, DataSet
 from pipeline.data.prompts import templates
@@ -32,7 +32,6 @@ from pipeline.data.words import background_names, fused_name
 from pipeline.learning.batches import data_of
 from pipeline.ops.quantise import dequantised
 from pipeline.ops.sharpness import sharpness
-from pipeline.teaching.encode import OK
 from pipeline.teaching.maps import explained_teacher
 from pipeline.teaching.rows import cached_samples
 from pipeline.tracking import progress, required_manifest, save_config, say

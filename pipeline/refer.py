@@ -49,7 +49,7 @@ def refer(config: Config, texts: Sequence[str], image: Path, out: Path) -> np.nd
     )
     full = interpolate(maps, size, mode="bilinear", align_corners=False)[0].numpy()  # (texts, H, W)
     out.parent.mkdir(parents=True, exist_ok=True)
-    _picture(pixels, full, texts).save(out)
+    _picture(pixels, full, texts).save(out, "PNG")
     for text, found in zip(texts, full, strict=True):
         if not found.any():
             say(

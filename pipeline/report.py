@@ -172,6 +172,10 @@ def inspect(
     With `shard` it prints that shard instead. Raises: UserError for a run, image, class or shard that
     doesn't exist, naming the nearest that do.
     """
+    if shard is not None and any((image, class_name, png, export)):
+        raise UserError(
+            "--shard prints a shard and draws nothing: leave --image, --class, --png and --export out."
+        )
     config = _config_of(run)
     store, metrics = Store.open(config.cache_path), read_manifest(facts.metrics_path(config))
     out = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=PIPE_WIDTH)

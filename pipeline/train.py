@@ -32,7 +32,7 @@ from torch import Tensor
 from cache.ledger import write_manifest
 from pipeline.config import LABELS_FROM, Config, config_fingerprint, fingerprint
 from pipeline.learning.batches import CachedViews, training_batches
-from pipeline.learning.checkpoint import save_checkpoint, save_student
+from pipeline.learning.checkpoint import BEST, LAST, save_checkpoint, save_student
 from pipeline.learning.journal import Clock, Curve, note, peak_memory_bytes
 from pipeline.learning.objective import OBJECTIVES
 from pipeline.learning.pictures import pictures, show
@@ -41,6 +41,7 @@ from pipeline.learning.training import (
     Run,
     TrainError,
     batches_of,
+    claim,
     new_run,
     open_accelerator,
     prepare,
@@ -64,7 +65,6 @@ TRIAL_ITERATIONS = 10  # of a dry run
 PEER_IS_GONE = re.compile(
     r"gloo|nccl|connection (closed|reset)|broken pipe|process group|peer", re.IGNORECASE
 )
-LAST, BEST = "student.safetensors", "student.best.safetensors"
 
 
 def train(config: Config) -> dict[str, Any]:
@@ -87,6 +87,8 @@ def train(config: Config) -> dict[str, Any]:
         return manifest
     if is_main:
         save_config(config)
+        claim(config.run_path / "train", identity)
+    accelerator.wait_for_everyone()
     run = new_run(config, accelerator, identity, above["content"])
     resume(run)
     prepare(run)

@@ -26,7 +26,7 @@ def verify(config: Config) -> list[Finding]:
     for stage, manifest in manifests.items():
         wanted = config_fingerprint(config, stage)
         if manifest.get("config") != wanted:
-            what = f"made with config {manifest.get('config')}, this config asks for {wanted}."
+            what = f"made with config {manifest.get('config')}, this config asks for {wanted}"
             findings.append(
                 Finding("stale", f"{config.cache_path}: {stage}", what, f"Run `cli.py {stage}` again.")
             )

@@ -247,6 +247,8 @@ def test_snakemake_plans_them_and_says_the_time():
     [
         (["--config", "table=lamda"], "table 'lamda': there are lambda"),
         (["--config", "set=train.lr=abc"], "train.lr = 'abc'"),
+        (["--config", "name=foo"], "--config knows set, quick, table, on and on_set"),
+        (["--config", "eval={gamma: 3}"], "--config set='section.key=value ...'"),
         (["--configfile", "config/demo_clip_es.yaml"], "demo_clip_es is clip_es"),
     ],
 )

@@ -131,10 +131,13 @@ def test_another_question_makes_them_again_and_a_threshold_does_not(few, tmp_pat
 
 def test_refusals(made, tmp_path, run_cli):
     config, _ = made
-    plain = load("config/demo.yaml", [f"runs={tmp_path}", "name=x", "data.train=4", "cache.tokens=pooled"])
+    plain = load("config/demo.yaml", [f"runs={tmp_path}", "name=x", "data.train=4"])
     extract(plain)
     with pytest.raises(ConfigError, match="has no background class"):
         cams(plain)
+    unseen = config.data.model_copy(update={"unseen": ["tomato"]})
+    with pytest.raises(DataError, match=r"every class from its tags, and data.unseen names tomato"):
+        cams(config.model_copy(update={"data": unseen}))
     words = config.model_copy(update={"cams": config.cams.model_copy(update={"background": "vok"})})
     with pytest.raises(
         DataError, match=r"cams.background: unknown set 'vok'; the nearest valid one is 'voc'"
@@ -184,9 +187,6 @@ def odd(tmp_path):
 def test_odd_images(odd, monkeypatch):
     import yaml
 
-    from pipeline.data.folder import FolderDataSet
-
-    monkeypatch.setattr(FolderDataSet, "background", 0)
     monkeypatch.chdir(ROOT)
     raw = yaml.safe_load((ROOT / "config/demo.yaml").read_text())
     raw |= {"data": {"kind": "folder", "root": str(odd / "odd")}, "runs": str(odd / "runs"), "name": "odd"}

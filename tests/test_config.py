@@ -1,4 +1,5 @@
 import pytest
+import yaml
 
 from pipeline.config import STAGES, Config, ConfigError, config_fingerprint, fingerprint, from_mapping, load
 from tests.conftest import ROOT
@@ -29,6 +30,9 @@ def changed(key: str, value: object) -> list[str]:
         ("teacher.device", "cpu", []),
         ("cache.path", "/tmp/x", []),
         ("name", "other", []),
+        ("data.root", "/elsewhere", []),
+        ("data.test_list", "test", ["eval", "report"]),
+        ("data.tags", "masks", ["cluster", "cams", "train", "eval", "report"]),
     ],
 )
 def test_a_key_changes_the_stages_that_read_it_and_those_below(key, value, stages):
@@ -60,6 +64,11 @@ def test_facts_and_upstream_enter_the_fingerprint():
         ("train.glm=attn", ["train.glm", "attn", "'attention'"]),
         ("train.lr", ["train.lr", "section.key=value"]),
         ("train.lr.x=1", ["train.lr"]),
+        ("train.seed=-1", ["train.seed", "-1"]),
+        ("train.threads=0", ["train.threads", "0"]),
+        ("cluster.sizes=[]", ["cluster.sizes", "at least 1"]),
+        ("cluster.sizes=[3,0]", ["cluster.sizes", "0"]),
+        ("cache.tokens=pooled", ["no dense tokens", "clip_es"]),
     ],
 )
 def test_a_wrong_key_or_value_is_named(setting, words):
@@ -107,3 +116,7 @@ def test_every_key_is_explained_in_the_configs_readme(monkeypatch):
     assert not [row for row in rows if row.endswith("|  |")]  # a key without a meaning
     assert "| `train.lr` | `6e-05` | number > 0 | mmseg's SegFormer schedule, as the three below |" in rows
     assert "| `train.views` | `null` | whole number or null >= 1 |" in "".join(rows)
+
+
+def test_a_name_that_yaml_takes_for_a_date():
+    assert from_mapping(yaml.safe_load("name: 2026-11-21")).name == "2026-11-21"

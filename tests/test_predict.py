@@ -403,6 +403,7 @@ def test_everything_rejected_and_probabilities(run, tmp_path, run_cli):
     assert np.allclose(probabilities.astype(np.float32).sum(0), 1, atol=2e-3)
     done = run_cli("predict", photo, "--run", run, "--out", out)
     assert done.returncode == 0, done.stderr
+    assert not (out / "a.probabilities.npy").exists(), "they were of another question"
     ids = np.asarray(mask_of(out, "a"))
     best = np.take_along_axis(probabilities, ids[None].astype(int), 0)[0]
     assert (best >= probabilities.max(0) - 1e-3).all()  # float16
@@ -449,7 +450,8 @@ def test_a_file_killed_between_two_results_is_made_again(run, tmp_path, run_cli,
         return real(path)
 
     monkeypatch.setattr(stage, "_whole", dies_at_the_mask)
-    assert run_cli("predict", photo, "--run", run, "--out", out).returncode == 130
+    done = run_cli("predict", photo, "--run", run, "--out", out)
+    assert (done.returncode, done.stderr) == (130, "error: interrupted; the same command resumes.\n")
     assert [path.name for path in out.iterdir()] == ["a.overlay.png"]
     monkeypatch.undo()
     done = run_cli("predict", photo, "--run", run, "--out", out)

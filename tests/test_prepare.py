@@ -86,6 +86,8 @@ def test_smaller_objects_are_on_top_and_crowds_below():
     ]
     assert coco_mask((3, 3), objects).tolist() == [[1, 1, 80], [1, 2, 80], [80, 80, 80]]
     assert coco_mask((1, 2), []).tolist() == [[0, 0]]
+    with pytest.raises(DataError, match=r"of 3 x 3 pixels, its image has 2 x 3"):
+        coco_mask((2, 3), objects)
 
 
 @pytest.fixture

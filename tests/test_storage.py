@@ -236,11 +236,12 @@ def test_a_killed_streaming_extract_resumes(made, tmp_path):
 def test_pooled_tokens_are_the_mean_and_cannot_be_clustered(made, tmp_path):
     from pipeline.config import ConfigError, load
 
-    settings = [f"runs={tmp_path}", "name=pooled", "cache.tokens=pooled", *SMALL]
+    settings = [f"runs={tmp_path}", "name=pooled", "recipe=clip_es", "cache.tokens=pooled", *SMALL]
     config = load(ROOT / "config" / "demo.yaml", settings)
     extract(config)
     assert not Store.open(config.cache_path).has("tokens")
     mean = array(made["float16"], "tokens").astype(np.float32).mean((2, 3))
     assert np.abs(array(config, "pooled").astype(np.float32) - mean).max() < 5e-3
+    assert "not compared" in audit(config, 1)
     with pytest.raises(ConfigError, match="pooled keeps no dense tokens"):
-        cluster(config)
+        load(ROOT / "config" / "demo.yaml", [*settings, "recipe=clip_teacher"])

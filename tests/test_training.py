@@ -302,6 +302,29 @@ def test_training_ends_early_and_eval_takes_the_best(run_of, monkeypatch):
     assert loaded == ["student.best.safetensors"]
 
 
+def test_another_training_in_the_same_folder_takes_nothing_over(run_of, monkeypatch):
+    monkeypatch.setattr(stage, "seen_miou", lambda *_: 50.0)
+    validate = "train.validate={fraction: 0.2, every: 1}"
+    first, other = run_of("one", validate), run_of("one", validate, "train.lr=1e-5")
+    train(first)
+    curves = curve(first)
+    with monkeypatch.context() as patched:
+        patched.setattr(stage, "save_checkpoint", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            train(other)  # has validated by then, and kept its best student
+    monkeypatch.setattr(stage, "seen_miou", lambda *_: 40.0)
+    assert student_file(first.run_path).name == "student.safetensors", "the other's best isn't the first's"
+    done = train(run_of("one", validate))
+    _, best = load_student(first.run_path / "train" / done["student"])
+    assert best.identity == done["fingerprint"]
+    assert done["validation"]["score"] == 40.0, "the 50 was of a student that is gone"
+    assert [line["total"] for line in curve(first)] == [line["total"] for line in curves[3:]]
+
+
+def stopped(*_, **__):
+    raise KeyboardInterrupt
+
+
 def test_an_equal_score_is_not_a_better_one():
     best = Best()
     assert best.better(0.0, 1)
@@ -347,6 +370,22 @@ def test_two_runs_with_one_seed_are_one_and_pictures_change_nothing(run_of):
     assert [event.step for event in events.Images(tag)] == [2, 4, 6]
     assert (events.Images(tag)[0].width, events.Images(tag)[0].height) == (4 * 128, 4 * 128)
     assert same(weights(config), weights(without))
+
+
+def test_the_tracker_shows_the_attention_that_training_pays(run_of):
+    from pipeline.learning.pictures import pictures
+    from pipeline.learning.training import new_run, open_accelerator
+
+    def shown(length):
+        config = run_of("attention", f"train.glm_length={length}")
+        run = new_run(config, open_accelerator(config, tracks=False), "", None)
+        with torch.no_grad():
+            for layer in run.learner.student.net.segmentation_head.parameters():
+                layer.mul_(30)  # else attention is even at the start
+        return pictures(run.learner, run.student, run.views)[0, :, -128:].astype(float)
+
+    assert shown(0.01).min() > 250, "of a CLS token without length all positions are alike"
+    assert shown(100).mean() < 128, "of a long one a few"
 
 
 def test_trackers_by_one_key(run_of, run_cli):

@@ -86,6 +86,10 @@ def test_things_without_a_name_have_no_label():
         ({"classes": ["grass"]}, "a class a line"),
         ({"things": (3, 99)}, "0 to 16"),
         ({"things": 3}, "two numbers"),
+        ({"radius": 0.2}, "two shares"),
+        ({"radius": (0.3, 0.1)}, "two shares"),
+        ({"train": "x"}, "want whole numbers"),
+        ({"size": 64.5}, "want whole numbers"),
     ],
 )
 def test_wrong_options(options, says):

@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from tests.conftest import ROOT, is_one_line_error
@@ -165,6 +166,64 @@ def test_a_cache_made_by_another_teacher(cached, run_cli):
     assert run_cli("cluster", *options(cached)).returncode == 0
 
 
+@pytest.mark.parametrize("setting", ["text.templates=singel", "text.features=gone.npy"])
+def test_text_features_that_were_mended_need_no_new_folder(tmp_path, run_cli, setting):
+    garden(tmp_path / "garden")
+    assert is_one_line_error(run_cli("extract", *options(tmp_path, setting)), setting.partition("=")[0])
+    done = run_cli("extract", *options(tmp_path))
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_data_set_that_was_moved_keeps_its_cache(cached, run_cli):
+    (cached / "garden").rename(cached / "elsewhere")
+    moved = f"data.root={cached}/elsewhere"
+    assert "nothing to do" in run_cli("extract", *options(cached, moved)).stderr
+    assert run_cli("cluster", *options(cached, moved)).returncode == 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize(
+    ("command", "setting", "says"),
+    [
+        (["extract"], "teacher.device=cuda", "no GPUs here"),
+        (["extract"], "teacher.device=gpu", "want auto, cpu, cuda"),
+        (["cluster"], "cluster.device=cuda", "FAISS"),
+        (["cluster", "--set", "cluster.backend=torch"], "cluster.device=cuda:1", "no GPUs here"),
+    ],
+)
+def test_a_device_that_is_not_there(tmp_path, run_cli, command, setting, says):
+    garden(tmp_path / "garden")
+    if command[0] == "cluster":
+        run_cli("extract", *options(tmp_path))
+    done = run_cli(command[0], *options(tmp_path, setting), *command[1:])
+    assert is_one_line_error(done, setting.partition("=")[0], says)
+
+
+def test_numbers_below_zero(run_cli):
+    for word in ("--workers", "--audit"):
+        done = run_cli("extract", "--config", CONFIG, word, -1)
+        assert (done.returncode, word in done.stderr) == (2, True)
+
+
+def test_audit_of_an_image_that_was_damaged_since(tmp_path, run_cli):
+    """In the middle, which the stamp doesn't read: extract says there is nothing to do."""
+    garden(tmp_path / "garden")
+    noise = np.random.default_rng(1).integers(0, 256, (256, 384, 3), dtype=np.uint8)
+    photo = tmp_path / "garden/train/0.jpg"
+    for i in range(3):
+        Image.fromarray(noise).save(photo.with_name(f"{i}.jpg"), "PNG")
+        Image.fromarray(np.zeros((256, 384), np.uint8)).save(photo.with_name(f"{i}.png"))
+    run_cli("extract", *options(tmp_path))
+    for path in photo.parent.glob("*.jpg"):
+        whole = bytearray(path.read_bytes())
+        whole[len(whole) // 2] ^= 255
+        path.write_bytes(whole)
+    assert "nothing to do" in run_cli("extract", *options(tmp_path)).stderr
+    done = run_cli("extract", *options(tmp_path), "--audit", 2)
+    assert done.returncode == 2, done.stderr
+    assert is_one_line_error(done, "audit")
+
+
 def test_a_stage_before_its_time(tmp_path, run_cli):
     garden(tmp_path / "garden")
     assert is_one_line_error(run_cli("cluster", *options(tmp_path)), "extract", "cli.py extract")
@@ -189,11 +248,11 @@ FULL_DISK = """
 import errno, os, sys
 import cache.files as files
 real, count = files.write_atomic, [0]
-def write_atomic(path, content):
+def write_atomic(path, *pieces):
     count[0] += 1
     if "tokens" in str(path) and path.name != "zarr.json":
         raise files.CacheWriteFailed(f"{path}: No space left on device. Make room; the same command resumes.")
-    return real(path, content)
+    return real(path, *pieces)
 import cache.store
 cache.store.write_atomic = write_atomic
 import cli

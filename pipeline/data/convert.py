@@ -60,7 +60,7 @@ def context_mask_of_runs(size: tuple[int, int], objects: Iterable[Mapping[str, A
         runs = thing["segmentation"]
         if not 0 <= thing["category_id"] <= CONTEXT_NUM_RAW:
             raise DataError(f"category_id {thing['category_id']} is none of PASCAL Context's 459 classes.")
-        raw[mask_of_runs(runs["counts"], tuple(runs["size"]))] = thing["category_id"]
+        raw[_mask_of_image(runs, size)] = thing["category_id"]
     return context_ids(raw)
 
 
@@ -74,11 +74,7 @@ def coco_mask(size: tuple[int, int], objects: Sequence[Mapping[str, Any]]) -> np
     mask = np.zeros(size, np.uint8)
     for thing in sorted(objects, key=lambda thing: (not thing.get("iscrowd", 0), -thing["area"])):
         shape = thing["segmentation"]
-        inside = (
-            mask_of_runs(shape["counts"], tuple(shape["size"]))
-            if isinstance(shape, Mapping)
-            else mask_of_polygons(shape, size)
-        )
+        inside = _mask_of_image(shape, size) if isinstance(shape, Mapping) else mask_of_polygons(shape, size)
         mask[inside] = 1 + COCO_CLASSES.index(thing["name"])
     return mask
 
@@ -89,6 +85,14 @@ def mask_of_polygons(polygons: Sequence[Sequence[float]], size: tuple[int, int])
     for polygon in polygons:
         ImageDraw.Draw(canvas).polygon(list(polygon), fill=1, outline=1)
     return np.array(canvas)
+
+
+def _mask_of_image(runs: Mapping[str, Any], size: tuple[int, int]) -> np.ndarray:
+    """`mask_of_runs` of the JSON's runs. Raises: DataError for runs of another size than the image's (H, W)."""
+    if tuple(runs["size"]) != tuple(size):
+        found = " x ".join(map(str, runs["size"]))
+        raise DataError(f"a segment is of {found} pixels, its image has {size[0]} x {size[1]}.")
+    return mask_of_runs(runs["counts"], size)
 
 
 def mask_of_runs(counts: str | Sequence[int], size: tuple[int, ...]) -> np.ndarray:

@@ -242,6 +242,17 @@ def _is_range(found: object, most: int) -> bool:
     return 0 <= found[0] <= found[1] <= most
 
 
+def _is_share(found: object) -> bool:
+    """Two numbers in order, above 0 and at most a half."""
+    if (
+        not isinstance(found, Sequence)
+        or len(found) != 2
+        or not all(isinstance(n, (int, float)) for n in found)
+    ):
+        return False
+    return 0 < found[0] <= found[1] <= 0.5
+
+
 def _table(members: Mapping[str, Sequence[str]]) -> tuple[np.ndarray, np.ndarray]:
     """From the world's ids to those of a data set whose classes stand for the world's: (256,) ids, (K, 3) colours."""
     table, colours = np.full(256, IGNORE, np.uint8), []
@@ -285,10 +296,14 @@ class DemoDataSet(DataSet):
             raise DataError(
                 f"data.seed and data.test_seed are both {seed}: the test scenes would be training scenes."
             )
-        if min(train, test) < 1 or size < 32:
+        whole = (seed, test_seed, train, test, size)
+        if not all(isinstance(number, int) for number in whole) or min(train, test) < 1 or size < 32:
             raise DataError(
-                f"demo data: train={train}, test={test}, size={size}; want at least 1, 1 and 32 pixels."
+                f"demo data: seed={seed}, test_seed={test_seed}, train={train}, test={test}, size={size}; want whole "
+                "numbers, at least 1, 1 and 32 pixels."
             )
+        if not _is_share(radius):
+            raise DataError(f"demo: radius {radius}; want two shares of the side, least and most, 0 to 0.5.")
         if not _is_range(things, len(THINGS)):
             raise DataError(f"demo: things {things}; want two numbers, least and most, 0 to {len(THINGS)}.")
         if classes is not None and not isinstance(classes, Mapping):

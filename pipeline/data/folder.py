@@ -27,6 +27,7 @@ import numpy as np
 import yaml
 
 from pipeline.data.base import IGNORE, PARTS, DataError, Sample, check_names, unknown
+from pipeline.data.classes import BACKGROUND
 from pipeline.data.files import FileDataSet, raw_table, read_ids, refuse_missing, root_of
 
 KEYS = (
@@ -74,6 +75,7 @@ class FolderDataSet(FileDataSet):
             raise DataError(
                 f"{self.path}: neither train nor test is described; give at least `train: {{images: ...}}`."
             )
+        self.background = classes.index(BACKGROUND) if BACKGROUND in classes else None
         self.listed_tags = _tags(self.path, described.get("tags"), classes)
         self.reduce_zero_label = _reduced(self.path, described.get("reduce_zero_label", False))
         self.table = _table(self.path, classes, described.get("ignore", IGNORE), self.reduce_zero_label)

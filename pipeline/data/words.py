@@ -29,6 +29,13 @@ BACKGROUNDS: dict[str, tuple[str, ...]] = {
     "coco": tuple(name for name in _VOC_BACKGROUND.split() if name not in ("keyboard", "sign")),
 }
 
+SEVERAL = "best"  # which of a class's several names counts at test time: said in metrics.json, once it was their mean
+
+
+def key_of(word: str) -> str:
+    """What CLIP's tokenizer reads of a word: lower case, single spaces."""
+    return " ".join(word.split()).casefold()
+
 
 def fused_name(synonyms: str | Mapping[str, str], class_name: str) -> str:
     """The words of a class in a prompt: those of the named set or mapping, else its own name.

@@ -59,8 +59,14 @@ def write_page(path: Path, lines: Iterable[str], tables: Iterable[Table]) -> Non
 def made_where(evaluations: Iterable[Mapping[str, Any]]) -> str:
     """Date, machine, torch and revision of evaluations, each said once."""
     made = [metrics["made"] for metrics in evaluations]
-    lines = [f"{m['date']}, {m['machine']}, torch {m['torch']}, revision {m['revision']}" for m in made]
+    lines = [f"{m['date']}, {m['machine']}, torch {m['torch']}, revision {_revision(m)}" for m in made]
     return "; ".join(dict.fromkeys(lines))
+
+
+def _revision(made: Mapping[str, Any]) -> str:
+    """The training's, and the evaluation's where it is another one."""
+    trained, evaluated = made["revision"], made.get("evaluated")
+    return f"{trained}, evaluated by {evaluated}" if evaluated not in (None, trained) else str(trained)
 
 
 def keep_metrics(run: str, results: Mapping[str, Mapping[int, Mapping[str, Any]]], root: Path) -> None:
@@ -72,6 +78,6 @@ def keep_metrics(run: str, results: Mapping[str, Mapping[int, Mapping[str, Any]]
     for name, metrics in named.items():
         (root / KEPT / f"{name}.json").write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
         made, scores = metrics["made"], " / ".join(f"{metrics[key]:.1f}" for key in tuple(SCORES)[1:])
-        line = f"| {made['date']} | {name} | {made['revision']} | {scores} | {metrics['fingerprint']} |\n"
+        line = f"| {made['date']} | {name} | {_revision(made)} | {scores} | {metrics['fingerprint']} |\n"
         logged += line * (line not in logged)
     log.write_text(logged, encoding="utf-8")

@@ -24,6 +24,7 @@ ALIKE = (
     "flip",
     "scales",
     "stride",
+    "several_names",
 )
 
 

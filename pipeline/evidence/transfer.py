@@ -36,6 +36,7 @@ PAPER: dict[str, dict[str, Scores]] = {
         "VOC": (96.8, 93.5, 92.3, 92.9),
     },
 }
+DEMO_OTHER = "demo_other"  # the demo's own other data set
 Seeds = Mapping[int, Mapping[str, Any]]  # by seed, the metrics
 
 
@@ -95,7 +96,12 @@ class Transfer:
     other: Config
     abroad: Seeds
     at_home: Seeds
-    options: str  # of the command line, beyond the target
+    options: str  # of Snakemake's command line, beyond the target
+
+    @property
+    def own_options(self) -> str:
+        """The same of `cli.py transfer`."""
+        return self.options.replace(" --configfile ", " --config ").replace(" --config on=", " --on ")
 
     @property
     def tables(self) -> list[Table]:
@@ -126,21 +132,22 @@ class Transfer:
             out.print(table.drawn())
 
     def keep(self, root: Path = Path()) -> None:
-        """Writes docs/transfer.md, of other runs than the demo with their name, and docs/results/."""
+        """Writes docs/transfer.md, of others than the demo on demo_other with their names, and docs/results/."""
         name = f"{self.config.name}-on-{self.other.name}"
         keep_metrics(self.config.name, {f"on-{self.other.name}": self.abroad}, root)
         first = next(iter(self.abroad.values()))
         head = [
             "# On another data set",
             "",
-            f"`snakemake transfer --cores all{self.options}`, then `cli.py transfer --keep`. "
+            f"`snakemake transfer --cores all{self.options}`, then `cli.py transfer{self.own_options} --keep`. "
             f"{made_where(self.abroad.values())}.",
             "",
             f"The students of {self.config.name}, as they are, on {first['num_images']} test images of "
             f"{self.other.name}, gamma {first['gamma']:g}, percent, mean ± standard deviation over training seeds. "
             f"{RULE}",
         ]
-        page = "transfer.md" if self.config.name == DEMO else f"transfer-{name}.md"
+        is_first = (self.config.name, self.other.name) == (DEMO, DEMO_OTHER)
+        page = "transfer.md" if is_first else f"transfer-{name}.md"
         write_page(root / "docs" / page, head, self.tables)
 
 

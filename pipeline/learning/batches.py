@@ -56,6 +56,15 @@ def data_of(config: Config) -> DataSet:
     return _data(config.model_dump_json(by_alias=True))
 
 
+def refuse_unseen(data: DataSet) -> None:
+    """Raises: DataError for unseen classes, of which recipe clip_es knows none."""
+    if data.unseen:
+        raise DataError(
+            f"recipe clip_es learns every class from its tags, and data.unseen names {', '.join(data.unseen)}. "
+            "Leave data.unseen empty."
+        )
+
+
 @dataclass(frozen=True)
 class Plan:
     """Which rows make iteration t: shuffled epochs laid end to end, cut into batches."""
@@ -105,11 +114,8 @@ class CachedViews(Dataset):
         self.arrays = REFINED if self.is_tagged and config.cams.refine != "none" else READ[config.recipe]
         if self.is_named:
             self.arrays = (*self.arrays, "named")
-        if self.is_tagged and data.unseen:
-            raise DataError(
-                f"recipe clip_es learns every class from its tags, and data.unseen names {', '.join(data.unseen)}. "
-                "Leave data.unseen empty."
-            )
+        if self.is_tagged:
+            refuse_unseen(data)
         self.size = int(self.store.attributes["teacher"]["image_size"])
         self.mean_colour = np.array(self.store.attributes["mean_colour"], np.uint8)
         self.num_views = self._views_used(int(self.store.attributes["views"]["num"]))

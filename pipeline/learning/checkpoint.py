@@ -29,6 +29,7 @@ from pipeline.models.student import DenseStudent, build_student
 from pipeline.tracking import say
 
 TEXT = "text"  # name of the text table among the student's tensors
+LAST, BEST = "student.safetensors", "student.best.safetensors"  # of a train folder
 SEAL = "seal.json"
 SEALED = ("student.safetensors", "state.pt")
 

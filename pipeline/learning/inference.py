@@ -14,12 +14,11 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from pipeline.config import Eval
-from pipeline.models.student import DenseStudent
+from pipeline.models.student import DIVISOR, DenseStudent
 from pipeline.ops.enlarge import best_enlarged
 from pipeline.ops.views import replay_image
 
 BLACK = np.zeros(3, np.uint8)
-SIDES = 32  # encoders halve their input five times
 Best = tuple[
     Tensor, Tensor, Tensor
 ]  # best seen class, best unseen class, the gamma to be passed: (H, W) each
@@ -50,8 +49,8 @@ def class_logits(student: DenseStudent, text: Tensor, image: np.ndarray, size: i
 
 
 def scaled(size: int, scale: float) -> int:
-    """The input's side at a scale: the nearest multiple of SIDES, at least one of them; at 1 the side itself."""
-    return size if scale == 1 else max(1, round(size * scale / SIDES)) * SIDES
+    """The input's side at a scale: the nearest multiple of DIVISOR, at least one of them; at 1 the side itself."""
+    return size if scale == 1 else max(1, round(size * scale / DIVISOR)) * DIVISOR
 
 
 def _whole(

@@ -6,7 +6,6 @@ GLM's attention. No unseen name or label is shown, training has none.
 
 from __future__ import annotations
 
-from math import sqrt
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from torch.nn.functional import interpolate
 from pipeline.learning.batches import IGNORE, CachedViews
 from pipeline.learning.objective import Learner
 from pipeline.looking.panels import object_palette
+from pipeline.models.glm import attention_over_largest
 from pipeline.ops.losses import PSEUDO_IDS, logits
 
 NUM_IMAGES = 4  # the first of the cache: the same ones whenever and wherever
@@ -35,8 +35,7 @@ def pictures(learner: Learner, student: Any, views: CachedViews) -> np.ndarray:
         image, labels = item["image"], item["labels"]
         dense = student(image[None].to(device).float()).float()  # (1, C, H, W)
         best = logits(dense, learner.text_seen, learner.text_seen[:0]).argmax(1)[0]  # (H, W)
-        score = torch.einsum("c,bchw->hw", item["cls"].to(device), dense) / sqrt(dense.shape[1])
-        weight = (score - score.max()).exp()  # eq. 1 up to its norm: 1 where attention is largest
+        weight = attention_over_largest(item["cls"].to(device), dense[0], views.config.train.glm_length)
         panels = [
             image.permute(1, 2, 0).numpy(),
             _labels(views, labels, item["pseudo"]),

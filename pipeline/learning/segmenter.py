@@ -21,10 +21,10 @@ from torch import Tensor
 
 from pipeline.config import UserError
 from pipeline.data.base import BadImage
-from pipeline.data.words import other_names
+from pipeline.data.words import key_of
 from pipeline.learning.checkpoint import load_student, student_file
 from pipeline.learning.inference import class_logits, dense_logits, squashed
-from pipeline.learning.text import stacked, text_of_names, text_teacher
+from pipeline.learning.text import labelled_words, stacked, text_of_names, text_teacher
 from pipeline.ops.enlarge import strips
 
 Name = tuple[str, ...]
@@ -52,7 +52,7 @@ def parsed_names(text: str) -> tuple[Name, ...]:
     groups = [[" ".join(word.split()) for word in group.split("|")] for group in text.split(",")]
     names = tuple(tuple(word for word in group if word) for group in groups if any(group))
     repeated = [
-        word for word, num in Counter(_key(word) for name in names for word in name).items() if num > 1
+        word for word, num in Counter(key_of(word) for name in names for word in name).items() if num > 1
     ]
     if repeated or not 1 <= len(names) <= MOST_NAMES:
         what = f"{repeated[0]!r} stands there twice" if repeated else f"{len(names)} names"
@@ -61,10 +61,6 @@ def parsed_names(text: str) -> tuple[Name, ...]:
             "synonyms of one by |."
         )
     return names
-
-
-def _key(word: str) -> str:
-    return " ".join(word.split()).casefold()  # CLIP's tokenizer reads lower case
 
 
 @dataclass(frozen=True)
@@ -104,22 +100,20 @@ class Segmenter:
         """
         checkpoint = self.checkpoint
         names = tuple((name,) for name in checkpoint.classes) if names is None else tuple(names)
-        own = {_key(name): row for name, row in zip(checkpoint.classes, checkpoint.text, strict=True)}
+        own = {key_of(name): row for name, row in zip(checkpoint.classes, checkpoint.text, strict=True)}
         known = self._features | own
-        strange = [word for name in names for word in name if _key(word) not in known]
+        strange = [word for name in names for word in name if key_of(word) not in known]
         if strange and self.is_closed:
             raise UserError(
                 f"--names {strange[0]!r}: this student has learned its {len(known)} classes and knows no "
                 f"other name ({', '.join(checkpoint.classes)}). Train with student.classifier text for any names."
             )
         if strange:
-            self._features |= dict(zip(map(_key, strange), self._encoded(strange), strict=True))
+            self._features |= dict(zip(map(key_of, strange), self._encoded(strange), strict=True))
             known |= self._features
-        text = stacked([[known[_key(word)] for word in name] for name in names])
-        labelled = [checkpoint.classes[i] for i in checkpoint.seen_ids]
-        synonyms = other_names(checkpoint.classes, self.config.text.synonyms)
-        trained = {_key(word) for name in labelled for word in (name, *synonyms.get(name, ()))}
-        return Asked(names, text, tuple(any(_key(word) in trained for word in name) for name in names))
+        text = stacked([[known[key_of(word)] for word in name] for name in names])
+        trained = labelled_words(checkpoint)
+        return Asked(names, text, tuple(any(key_of(word) in trained for word in name) for name in names))
 
     def _encoded(self, words: Sequence[str]) -> Tensor:
         try:

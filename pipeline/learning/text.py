@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pipeline.data.base import DataError
 from pipeline.data.prompts import prompts
+from pipeline.data.words import key_of, other_names
 from pipeline.learning.checkpoint import Checkpoint
 
 
@@ -44,6 +45,13 @@ def text_of_names(
         rows = load(checkpoint).encode_text([prompts(templates, name) for name in strange])
         known |= dict(zip(strange, rows, strict=True))
     return stacked([[known[name] for name in names] for names in named])
+
+
+def labelled_words(checkpoint: Checkpoint) -> frozenset[str]:
+    """What the classes that the student had labels of go by, as `key_of` has it: their names and `text.synonyms`."""
+    seen = [checkpoint.classes[i] for i in checkpoint.seen_ids]
+    synonyms = other_names(checkpoint.classes, checkpoint.config.text.synonyms)
+    return frozenset(key_of(word) for name in seen for word in (name, *synonyms.get(name, ())))
 
 
 def stacked(classes: Sequence[Sequence[Tensor]]) -> Tensor:

@@ -11,9 +11,10 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import set_seed
 
+from cache.ledger import read_manifest
 from pipeline.config import Config, Train, UserError
 from pipeline.learning.batches import CachedViews, data_of, training_batches
-from pipeline.learning.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint
+from pipeline.learning.checkpoint import BEST, Checkpoint, latest_checkpoint, load_checkpoint
 from pipeline.learning.objective import Learner
 from pipeline.learning.processes import is_launched
 from pipeline.learning.validation import Best
@@ -136,6 +137,21 @@ def negatives_of(views: CachedViews, channels: int) -> ClsBank | CachedNegatives
     return CachedNegatives(section.negatives, tokens, rows, section.seed)
 
 
+OWNER = ".training"  # in a train folder: whose its curve and its best student are
+
+
+def claim(folder: Path, identity: str) -> None:
+    """Takes a train folder for one training: another's manifest, curve and best student go, its checkpoints stay."""
+    owner, manifest = folder / OWNER, folder / "train.manifest.json"
+    made = read_manifest(manifest) or {}
+    before = owner.read_text(encoding="utf-8") if owner.is_file() else made.get("fingerprint", identity)
+    if before != identity:
+        for name in (manifest.name, "losses.jsonl", BEST):
+            (folder / name).unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    owner.write_text(identity, encoding="utf-8")
+
+
 def resume(run: Run) -> None:
     """Goes back to the last whole checkpoint of this training, if there is one."""
     found = latest_checkpoint(run.folder, run.checkpoint.identity)
@@ -147,7 +163,11 @@ def resume(run: Run) -> None:
     run.optimiser.load_state_dict(state["optimiser"])
     if run.accelerator.scaler is not None and state["scaler"] is not None:
         run.accelerator.scaler.load_state_dict(state["scaler"])
-    run.start, run.best = int(state["iteration"]), Best(**state["best"])
+    run.start = int(state["iteration"])
+    if (
+        run.folder / BEST
+    ).is_file():  # else another training's took its place meanwhile: the best of what follows
+        run.best = Best(**state["best"])
     if run.accelerator.is_main_process:
         say(f"train: resuming at iteration {run.start} from {found}")
 

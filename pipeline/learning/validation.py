@@ -46,7 +46,8 @@ def seen_miou(student: nn.Module, views: CachedViews, text_seen: Tensor, seen_id
     device = text_seen.device
     index = torch.full((256,), IGNORE, device=device)
     index[seen_ids] = torch.arange(len(seen_ids), device=device)
-    matrix = MulticlassConfusionMatrix(len(seen_ids), ignore_index=IGNORE).to(device)
+    num = max(len(seen_ids), 2)  # what torchmetrics asks for; one that never occurs is left out
+    matrix = MulticlassConfusionMatrix(num, ignore_index=IGNORE).to(device)
     was_training = student.training
     student.eval()
     for row in views.held_out:

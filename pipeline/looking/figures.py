@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import sqrt
 
 import numpy as np
 import torch
@@ -22,7 +21,7 @@ from pipeline.looking.gallery import Pupil, Selection, eval_cards, spread
 from pipeline.looking.panels import Panel, Strip, class_panel, object_panel, photo, resized, sheet
 from pipeline.looking.quality import quality_picture
 from pipeline.looking.tagged import percent_panel
-from pipeline.models.glm import of_length
+from pipeline.models.glm import attention_over_largest
 from pipeline.ops.fusion import is_object, num_objects
 
 ROWS = 4  # images in a figure: what a screen holds
@@ -95,9 +94,8 @@ def attention(pupil: Pupil, image: np.ndarray, cls: torch.Tensor) -> np.ndarray:
     device = next(pupil.student.parameters()).device
     view = squashed(image, pupil.checkpoint.config.teacher.image_size)
     dense = pupil.student(view[None].to(device).float()).float()[0]  # (C, h, w)
-    asked = of_length(cls.to(device), pupil.checkpoint.config.train.glm_length)
-    score = torch.einsum("c,chw->hw", asked, dense) / sqrt(len(cls))
-    return (score - score.max()).exp().cpu().numpy()
+    length = pupil.checkpoint.config.train.glm_length
+    return attention_over_largest(cls.to(device), dense, length).cpu().numpy()
 
 
 def centres_figure(store: Store, data: DataSet, rows: Sequence[int]) -> Figure:

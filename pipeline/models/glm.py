@@ -74,6 +74,12 @@ def of_length(cls: Tensor, length: float | None) -> Tensor:
     return cls if length is None else length * normalize(cls.float(), dim=-1)
 
 
+def attention_over_largest(cls: Tensor, dense: Tensor, length: float | None) -> Tensor:
+    """Eq. 1's weights over their largest, for a picture: cls (C,), dense (C, H, W) -> (H, W), 0 to 1."""
+    score = torch.einsum("c,chw->hw", of_length(cls, length), dense) / sqrt(len(cls))
+    return (score - score.max()).exp()
+
+
 class ClsBank(nn.Module):
     """The CLS tokens of the last iterations, first in, first out: the extra negatives of eq. 3.
 

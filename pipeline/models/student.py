@@ -13,7 +13,7 @@ import segmentation_models_pytorch as smp
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.nn.functional import interpolate
+from torch.nn.functional import interpolate, pad
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.config import Student, UserError
@@ -23,6 +23,7 @@ HEAD_STD = (
     0.01  # mmseg's init of its last layer; a longer R makes GLM's attention (eq. 1) a spike from the start
 )
 STRIDE = 4  # of the dense output; SegFormer's (method section 4)
+DIVISOR = 32  # of the input's sides: encoders halve it five times
 PARAMETERS_WITHOUT_DECAY = ("pos_embed", "position", "relative_position_bias_table")
 
 
@@ -46,14 +47,17 @@ class DenseStudent(nn.Module):
         self.register_buffer("std", 255 * torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """images (B, 3, S, S) in 0..255 RGB, uint8 or float."""
-        dense = self.net((images.float() - self.mean) / self.std)
-        size = (images.shape[2] // STRIDE, images.shape[3] // STRIDE)
-        return (
-            dense
-            if dense.shape[2:] == size
-            else interpolate(dense, size, mode="bilinear", align_corners=False)
-        )
+        """images (B, 3, S, S) in 0..255 RGB, uint8 or float; of any S, padded to what encoders can halve."""
+        pixels = (images.float() - self.mean) / self.std
+        height, width = pixels.shape[2:]
+        below, right = -height % DIVISOR, -width % DIVISOR
+        if below or right:  # the patch size of ViT-L/14 is no power of two
+            pixels = pad(pixels, (0, right, 0, below))
+        dense = self.net(pixels)
+        size = (pixels.shape[2] // STRIDE, pixels.shape[3] // STRIDE)
+        if dense.shape[2:] != size:
+            dense = interpolate(dense, size, mode="bilinear", align_corners=False)
+        return dense[:, :, : height // STRIDE, : width // STRIDE]
 
 
 class DeepLabV2(nn.Module):
@@ -151,7 +155,9 @@ def _smp_net(arch: Any, section: Student, channels: int, pretrained: bool) -> nn
 
 def _own_net(arch: Any, section: Student, channels: int, pretrained: bool) -> nn.Module:
     if arch is DeepLabV2:
-        return arch(section.encoder, channels, section.encoder_weights if pretrained else None)
+        return arch(
+            section.encoder, channels, section.encoder_weights if pretrained else None, **section.options
+        )
     if pretrained and section.encoder_weights is not None:
         raise StudentError(
             f"no weights of {section.encoder!r} can be downloaded by name; put the published file into student.weights"

@@ -25,7 +25,7 @@ def lloyd_euclidean(
         raise ValueError(f"iterations is {iterations}; at least 1 wanted.")
     if bool((active.any(1) & ~alive.any(1)).any()):
         raise ValueError("a view has active tokens but no living centre to go to.")
-    tokens, centres, alive = tokens.float(), centres.float().clone(), alive.clone()
+    tokens, centres, alive = tokens.float(), centres.float().clone(), alive & active.any(1)[:, None]
     assign = torch.full(active.shape, -1, dtype=torch.int64, device=tokens.device)
     num_iterations = torch.zeros(len(tokens), dtype=torch.int64, device=tokens.device)
     index = torch.arange(centres.shape[1], device=tokens.device)[:, None]

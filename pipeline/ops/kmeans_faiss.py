@@ -123,7 +123,8 @@ def similar_centres(centres: Tensor, threshold: float) -> Tensor:
     """Which centres are more similar than `threshold`, by range search; the diagonal is always True.
 
     Shapes: centres (K, C) unit norm -> (K, K) bool on the CPU.
-    Source: Algorithm 1; the twin of fusion.similar_pairs for one view whose centres are all alive.
+    Source: Algorithm 1; the twin of fusion.similar_pairs for one view. A dead centre is a row of zeros, and like
+    none, lambda being above 0.
     """
     num_centres = len(centres)
     similar = torch.eye(num_centres, dtype=torch.bool)

@@ -88,7 +88,7 @@ def refine_all(pairs: Iterable[tuple[NDArray, NDArray]], processes: int | None =
         except BrokenProcessPool:
             raise UserError(
                 f"the CRF: one of {count} processes was ended from outside, most often for want of memory. "
-                "Run the same command again with fewer processes, or with a smaller cams.max_side."
+                "Run the same command again with a smaller cams.max_side, or on fewer cores (`taskset -c 0`)."
             ) from None
         finally:
             pool.shutdown(wait=False, cancel_futures=True)

@@ -20,16 +20,18 @@ import torch
 from torch import Tensor
 
 from cache.schema import spec_of
+from cache.verify import OK
 from pipeline.config import Config
 from pipeline.data.base import BadImage, DataSet, Sample
 from pipeline.models.teacher import Teacher, TeacherError
 from pipeline.ops.quantise import quantised
 from pipeline.ops.views import draw_views, replay_image
+from pipeline.teaching.devices import device_of
+from pipeline.teaching.rows import STREAM
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 DECODE_THREADS = min(max(CORES, 2), 16)  # 16 feed an H100, 5 an A100 (docs/scale.md)
-OK, BAD_IMAGE = 0, 1  # codes of the `status` array
-STREAM = "stream"
+BAD_IMAGE = 1  # code of a row without a usable image in `status`
 
 
 def _as_float16(tokens: Tensor) -> dict[str, Tensor]:
@@ -67,16 +69,13 @@ STORAGE = {
 @functools.lru_cache(maxsize=1)
 def teacher_of(section: Any) -> Teacher:
     """The run's teacher, loaded once a process."""
-    device = section.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     return Teacher.load(
         section.model,
         section.pretrained,
         image_size=section.image_size,
         quick_gelu=section.quick_gelu,
         precision=section.precision,
-        device=device,
+        device=str(device_of("teacher.device", section.device)),
     )
 
 

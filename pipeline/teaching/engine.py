@@ -11,13 +11,22 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
-from pipeline.config import UserError
+from pipeline.config import Config, UserError
 
 WINDOW_PER_WORKER = 2  # shards in flight a worker: one at work, one waiting
 RETRIES = 2
 RECOUNT_S = 1.0  # between two looks at how many workers there are: a question to the scheduler each
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker needs to make a shard; small and picklable."""
+
+    config: Config
+    fingerprint: str
 
 
 class EngineError(UserError):

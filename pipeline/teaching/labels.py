@@ -7,25 +7,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from cache.ledger import Ledger
 from cache.store import Store
-from pipeline.config import Config, digest
+from pipeline.config import digest
 from pipeline.data.base import DataError, DataSet, Sample
 from pipeline.learning.batches import data_of
-from pipeline.teaching.engine import map_shards
+from pipeline.teaching.engine import Job, map_shards
 from pipeline.teaching.rows import samples_of, span
 from pipeline.tracking import progress, record_shard, say
-
-
-@dataclass(frozen=True)
-class Job:
-    """What a worker needs to make a shard; small and picklable."""
-
-    config: Config
-    fingerprint: str
 
 
 def done_shards(stage: str, fingerprint: str, store: Store, stamps: Sequence[str]) -> set[int]:

@@ -19,6 +19,7 @@ from pipeline.models.explain import explain
 from pipeline.models.teacher import Teacher
 from pipeline.ops.cam import activation_maps, affinity, box_masks, refined
 from pipeline.ops.masks import fitted_size
+from pipeline.teaching.devices import device_of
 
 
 def explained_maps(
@@ -58,15 +59,13 @@ def fitted(image: np.ndarray, section: Cams, patch: int) -> Tensor:
 
 @functools.lru_cache(maxsize=1)
 def _loaded(section: TeacherSection, device: str, precision: str) -> Teacher:
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     return Teacher.load(
         section.model,
         section.pretrained,
         image_size=None,  # its own: every image has its own positions, interpolated once
         quick_gelu=section.quick_gelu,
         precision=precision,
-        device=device,
+        device=str(device_of("cams.device", device)),
     )
 
 

@@ -21,9 +21,8 @@ from pipeline.config import Cluster, ConfigError
 from pipeline.data.base import DataSet, Sample
 from pipeline.ops import fusion, kmeans, views
 from pipeline.ops.kmeans_euclidean import lloyd_euclidean
+from pipeline.teaching.devices import device_of
 
-IGNORED = 1  # token_state's code of a token in the ignored area
-MAX_CENTRES = 253  # the ids that a uint8 pseudo label has: 0, 254 and 255 mean something else
 QUARANTINED = 255  # pseudo label of every token of an image without tokens: padding, never trained on
 
 
@@ -76,10 +75,10 @@ def num_centres(section: Cluster, side: int) -> int:
     """Initial centres of a view of side x side tokens. Raises: ConfigError for more than uint8 ids."""
     windows = section.sizes if section.window == "grid" else [-(-side // size) for size in section.sizes]
     total = sum(count * count for count in windows)
-    if total > MAX_CENTRES or max(windows) > side:
+    if total > fusion.MAX_MASKS or max(windows) > side:
         raise ConfigError(
             f"cluster.sizes {section.sizes} with window {section.window!r} make {total} centres on {side} x {side} "
-            f"tokens; want at most {MAX_CENTRES}, and no window smaller than a token."
+            f"tokens; want at most {fusion.MAX_MASKS}, and no window smaller than a token."
         )
     return total
 
@@ -89,15 +88,16 @@ def device_name(section: Cluster) -> str:
     if section.backend == "faiss" and section.distance is None:
         from pipeline.ops import kmeans_faiss
 
-        return kmeans_faiss.device_name(gpu=section.device != "cpu")
-    return str(_torch_device(section))
-
-
-def _torch_device(section: Cluster) -> torch.device:
-    wanted = section.device
-    if wanted == "auto":
-        wanted = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(wanted)
+        found = kmeans_faiss.device_name(gpu=section.device != "cpu")
+        if section.device not in ("auto", "cpu", "cuda", "cuda:0") or (
+            section.device[:4] == "cuda" and found == "cpu"
+        ):
+            raise ConfigError(
+                f"cluster.device is {section.device!r}: FAISS clusters on auto, cpu or cuda, its first GPU, and this "
+                f"FAISS is {kmeans_faiss.build_name()}. Set it to auto, or cluster.backend to torch."
+            )
+        return found
+    return str(device_of("cluster.device", section.device))
 
 
 def token_states(
@@ -132,7 +132,7 @@ def pseudo_labels(grid: Tensor, state: Tensor, section: Cluster) -> tuple[Tensor
     """
     num, _, _, channels = grid.shape
     centres, alive = kmeans.window_centres(grid, state, section.sizes, section.window)
-    flat, active = grid.reshape(num, -1, channels), (state == IGNORED).reshape(num, -1)
+    flat, active = grid.reshape(num, -1, channels), (state == views.IGNORED).reshape(num, -1)
     if section.backend == "faiss" and section.distance is None:
         from pipeline.ops import kmeans_faiss
 
@@ -142,7 +142,7 @@ def pseudo_labels(grid: Tensor, state: Tensor, section: Cluster) -> tuple[Tensor
             [kmeans_faiss.similar_centres(found.centres[view], section.threshold) for view in range(num)]
         )
     else:
-        device = _torch_device(section)
+        device = device_of("cluster.device", section.device)
         tokens, is_active, starts, living = (x.to(device) for x in (flat, active, centres, alive))
         lloyd = kmeans.lloyd if section.distance is None else lloyd_euclidean
         found = lloyd(tokens, is_active, starts, living, section.iterations)
@@ -169,7 +169,7 @@ def new_stats(centres: int) -> dict[str, np.ndarray]:
 
 def add_stats(stats: dict[str, np.ndarray], maps: Tensor, state: Tensor, truth: Tensor | None) -> None:
     for view in range(len(maps)):
-        ids, counts = maps[view][state[view] == IGNORED].unique(return_counts=True)
+        ids, counts = maps[view][state[view] == views.IGNORED].unique(return_counts=True)
         stats["objects"][len(ids)] += 1
         stats["masks"] += len(ids)
         stats["largest"] += int(counts.max()) if len(counts) else 0

@@ -15,6 +15,8 @@ from cache.store import Store
 from pipeline.config import Config
 from pipeline.data.base import DataSet, Sample
 
+STREAM = "stream"  # of cache.tokens: extraction clusters, and keeps no tokens
+
 
 def in_row_order(data: DataSet, cached: Sequence[str], where: object) -> list[Sample]:
     """The training samples: those that are cached in the order of their rows, then the others as listed.
@@ -60,7 +62,7 @@ def span(rows: range) -> list[int]:
 def made_from(config: Config, data: DataSet, samples: Sequence[Sample]) -> list[str]:
     """What extraction makes each row from: its image, and where tokens stream its labels too."""
     images = data.stamps(samples)
-    if config.cache.tokens != "stream":
+    if config.cache.tokens != STREAM:
         return images
     return [f"{image} {mask}" for image, mask in zip(images, data.stamps(samples, "labels"), strict=True)]
 

@@ -76,7 +76,8 @@ if said := announced(RUN, sys.argv, TABLE, quick=QUICK):
 
 # Every shell command begins with this: `cli STAGE` is cli.py with the run's config and the user's settings.
 # `set` is Snakemake's own, which a prefix replaces.
-PREFIX = f'set -euo pipefail; cli() ( stage=$1; shift; {sys.executable} cli.py $stage --config {CONFIG} {SETS} "$@" ); '
+PYTHON = "python" if workflow.deployment_settings.deployment_method else sys.executable  # conda brings its own
+PREFIX = f'set -euo pipefail; cli() ( stage=$1; shift; {PYTHON} cli.py $stage --config {CONFIG} {SETS} "$@" ); '
 shell.prefix(PREFIX.replace("{", "{{").replace("}", "}}"))
 
 

@@ -253,7 +253,7 @@ def export(
         int | None, typer.Option(help="fix height and width, for students that need it; default: any")
     ] = None,
 ) -> None:
-    """Write the student as ONNX: any images, any classes (text features are an input), no CLIP."""
+    """Write the student as ONNX: sides of multiples of 32, any classes (text features are an input), no CLIP."""
     from pipeline import export as stage
 
     stage.export(run, out, size)

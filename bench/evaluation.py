@@ -3,9 +3,10 @@
     python bench/evaluation.py                  SegFormer-B0, 512 x 512, 171 classes, JPEGs of 640 x 480
     python bench/evaluation.py --case demo      the demo's student, 128 x 128, 20 classes, scenes rendered before
 
-Ours: images and masks read and squashed by the stage's own thread, the student, logits, the best classes at the image's
-own size, the confusion matrices of nine gammas. Bare: the student on the same squashed images in memory, in the same
-batches; and the same with the logits, its product with the text features, which every segmenter's head contains.
+Ours, with eval.pictures 0: images and masks read and squashed by the stage's own thread, the student, logits, the best
+classes at the image's own size, the confusion matrices of nine gammas. Bare: the student on the same squashed images in
+memory, in the same batches; and the same with the logits, its product with the text features, which every segmenter's
+head contains.
 Weights are random. Images of noise are the worst case: nearly every class is in contention everywhere. Images of
 large flat blocks lie nearer to what a trained student makes of photographs.
 """
@@ -31,7 +32,7 @@ from pipeline.ops.metrics import SweptConfusion
 
 CASES = {  # side, channels, seen and unseen classes, images
     "b0": (512, 512, 156, 15, 8),
-    "demo": (128, 256, 15, 5, 64),
+    "demo": (128, 128, 15, 5, 64),
 }
 IMAGES = {"noise": loader.GRAINS, "flat": (64, 160)}  # grains of the noise that a JPEG shows, pixels
 

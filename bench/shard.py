@@ -8,7 +8,6 @@ Ours encodes, takes a checksum a sample, writes, forces to disk, renames, reads 
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 import subprocess
 import tempfile
@@ -58,5 +57,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     main()

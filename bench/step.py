@@ -46,11 +46,11 @@ CASES = {
     "demo": {
         "side": 128,
         "batch": 8,
-        "channels": 256,
+        "channels": 128,
         "seen": 15,
         "student": {
             "encoder": "tu-edgenext_xx_small",
-            "options": {"decoder_segmentation_channels": 128},
+            "options": {"decoder_segmentation_channels": 64},
         },
     },
 }

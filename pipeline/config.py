@@ -358,7 +358,7 @@ STAGES: dict[str, tuple[tuple[str, ...], str | None]] = {
     "eval": (("data", "eval"), "train"),
     "report": (("report",), "eval"),
 }
-# Speed and bookkeeping, not content: changing these never re-runs a stage.
+# Speed and bookkeeping, not content: changing these never re-runs a stage (but `eval`, once more, for other pictures).
 NOT_CONTENT = {
     "teacher.device",
     "cluster.device",

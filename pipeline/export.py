@@ -133,7 +133,7 @@ def _described(checkpoint: Checkpoint, size: int | None) -> dict[str, str]:
         "classes": json.dumps(checkpoint.classes),
         "unseen": json.dumps(checkpoint.unseen),
         "gamma": json.dumps(config.eval.gamma),
-        "image_size": json.dumps(size or config.teacher.image_size),
+        "image_size": json.dumps(size or -(-config.teacher.image_size // STRIDE) * STRIDE),
         "fingerprint": checkpoint.identity,
         "revision": json.dumps(checkpoint.revision),
     }

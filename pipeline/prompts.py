@@ -41,12 +41,13 @@ WHOLE = 0  # the view that is the whole image
 
 
 def select_prompt(config: Config, candidates: Sequence[str]) -> str:
-    """Ranks the templates (or those of a named set), says and writes which is best, and returns it.
+    """Ranks the templates (or those of a named set) and the config's own; says and writes which is best, returns it.
 
     Raises: MissingCache, StaleCache, CorruptShard, DataError (a template without braces, no image with two classes).
     """
     above = required_manifest(config, "extract")
     chosen = templates(candidates[0] if len(candidates) == 1 else candidates)
+    chosen = tuple(dict.fromkeys((*chosen, config.cams.template)))
     data, store = data_of(config), Store.open(config.cache_path)
     check_whole(store, above)
     teacher = explained_teacher(config.teacher, config.cams)

@@ -22,6 +22,7 @@ from tests.conftest import ROOT, is_one_line_error
 TEXTURES = "[grass, sand, water, brick]"
 SETTINGS = (
     "name=p",
+    "recipe=clip_es",
     "cache.tokens=pooled",
     "data.train=12",
     "data.test=2",
@@ -81,7 +82,7 @@ def arguments(config, *more):
 
 
 def test_the_command(extracted, run_cli):
-    """Two sentences that the tiny teacher was taught and one of words that it never saw, ranked and drawn."""
+    """Two sentences that the tiny teacher was taught, one of words that it never saw and CLIP-ES's, ranked and drawn."""
     asked = ("a photo of a {}.", "a {}", "the quarterly report mentions {} twice")
     options = [word for template in asked for word in ("--templates", template)]
     done = run_cli(*arguments(extracted), *options)
@@ -90,13 +91,15 @@ def test_the_command(extracted, run_cli):
     values = [entry["sharpness"] for entry in found["ranking"]]
     assert values == sorted(values)
     assert values[0] < values[-1]
-    assert sorted(entry["template"] for entry in found["ranking"]) == sorted(asked)
+    assert sorted(entry["template"] for entry in found["ranking"]) == sorted(
+        [*asked, "a clean origami {}."]
+    ), "the config's own too"
     assert found["winner"] == found["ranking"][0]["template"]
     data = data_of(extracted)
     several = sum(len(data.tags(sample)) > 1 for sample in data.samples("train"))
     assert (found["images"], found["with several classes"]) == (12, several)
     assert f'cams: {{template: "{found["winner"]}"}}' in done.stderr
-    assert Image.open(extracted.run_path / "prompts.png").height == 4 * 20
+    assert Image.open(extracted.run_path / "prompts.png").height == 5 * 20
 
 
 def test_kept_tokens_give_the_same_ranking(extracted, tmp_path):

@@ -3,7 +3,9 @@
     python -m pytest -m weights tests/test_weights.py
 
 takes the weights of config/coco_stuff.yaml, from open_clip's cache or downloaded; CLIP_WEIGHTS names a file instead
-(ViT-B-16.pt). Deselected unless asked for; asked for without weights or reference features, it fails.
+(ViT-B-16.pt). The reference features are
+ZegCLIP's published .npy files, in ../shared/data/clip_vit_b16. Deselected unless asked for; asked for without weights
+or reference features, it fails.
 """
 
 import os

@@ -30,6 +30,7 @@ from pipeline.tracking import say
 
 TEXT = "text"  # name of the text table among the student's tensors
 LAST, BEST = "student.safetensors", "student.best.safetensors"  # of a train folder
+OWNER = ".training"  # in a train folder: the fingerprint of the training whose its students and curve are
 SEAL = "seal.json"
 SEALED = ("student.safetensors", "state.pt")
 
@@ -162,8 +163,10 @@ def student_file(run: Path) -> Path:
             if not (folder / chosen).is_file():
                 raise CheckpointError(f"{folder / chosen}: is gone. Run `cli.py train` again.")
             return folder / str(chosen)
-    choices = [run / "train" / "student.safetensors", run / "student.safetensors"]
-    choices += sorted((run / "train").glob("checkpoint-*/student.safetensors"), reverse=True)
+    owner = run / "train" / OWNER
+    own = owner.read_text(encoding="utf-8") if owner.is_file() else None
+    checkpoints = [p for p in _checkpoints(run / "train") if own in (None, _seal(p).get("fingerprint"))]
+    choices = [run / "train" / LAST, run / LAST, *(path / LAST for path in reversed(checkpoints))]
     for path in [run, *choices]:
         if path.is_file():
             return path

@@ -14,7 +14,7 @@ from accelerate.utils import set_seed
 from cache.ledger import read_manifest
 from pipeline.config import Config, Train, UserError
 from pipeline.learning.batches import CachedViews, data_of, training_batches
-from pipeline.learning.checkpoint import BEST, Checkpoint, latest_checkpoint, load_checkpoint
+from pipeline.learning.checkpoint import BEST, LAST, OWNER, Checkpoint, latest_checkpoint, load_checkpoint
 from pipeline.learning.objective import Learner
 from pipeline.learning.processes import is_launched
 from pipeline.learning.validation import Best
@@ -137,16 +137,13 @@ def negatives_of(views: CachedViews, channels: int) -> ClsBank | CachedNegatives
     return CachedNegatives(section.negatives, tokens, rows, section.seed)
 
 
-OWNER = ".training"  # in a train folder: whose its curve and its best student are
-
-
 def claim(folder: Path, identity: str) -> None:
-    """Takes a train folder for one training: another's manifest, curve and best student go, its checkpoints stay."""
+    """Takes a train folder for one training: another's manifest, curve and students go, its checkpoints stay."""
     owner, manifest = folder / OWNER, folder / "train.manifest.json"
     made = read_manifest(manifest) or {}
     before = owner.read_text(encoding="utf-8") if owner.is_file() else made.get("fingerprint", identity)
     if before != identity:
-        for name in (manifest.name, "losses.jsonl", BEST):
+        for name in (manifest.name, "losses.jsonl", LAST, BEST):
             (folder / name).unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     owner.write_text(identity, encoding="utf-8")

@@ -27,7 +27,7 @@ DATA_OPTIONS = {
     "split": "a named split into seen and unseen; the first one if left out",
     "background": "what is no object is a class of its own",
     "tags": "where image-level labels come from: xml or masks of voc, masks or json of coco14",
-    "train_list": "the list of training samples; names joined by + are lists laid end to end",
+    "train_list": "the training samples: of voc a list, or several joined by +; of coco14 a file below root",
     "test_list": "the list of test samples",
     "seed": "of the training scenes",
     "test_seed": "of the test scenes",

@@ -88,7 +88,7 @@ class VisualLanguageAdapter(nn.Module):
 
     `options` go to the variant (transformer: num_layers, num_heads, dropout).
 
-    Source: CLIPTeacher section 3.4 and Table 5; method section 6.
+    Source: CLIPTeacher section 3.3 and Table 5; method section 6.
     Raises: ValueError for an unknown variant, means and cls of different width.
     """
 

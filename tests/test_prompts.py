@@ -82,7 +82,7 @@ def arguments(config, *more):
 
 
 def test_the_command(extracted, run_cli):
-    """Two sentences that the tiny teacher was taught, one of words that it never saw and CLIP-ES's, ranked and drawn."""
+    """Two sentences that the tiny teacher was taught, one of strange words and the config's, ranked and drawn."""
     asked = ("a photo of a {}.", "a {}", "the quarterly report mentions {} twice")
     options = [word for template in asked for word in ("--templates", template)]
     done = run_cli(*arguments(extracted), *options)

@@ -150,7 +150,7 @@ def test_several_processes_give_the_same_in_order():
 @pytest.mark.crf
 def test_a_process_that_is_killed_is_one_line(monkeypatch):
     monkeypatch.setattr(crf, "refine", _dies)
-    with pytest.raises(UserError, match="fewer processes"):
+    with pytest.raises(UserError, match="fewer cores"):
         list(crf.refine_all([band()] * 3, processes=2))
 
 

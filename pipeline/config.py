@@ -384,10 +384,14 @@ YOUNGER = {
     "eval.flip",
     "eval.scales",
 }
-# Options of a data set that only other stages see; where it lies matters to none, ids and stamps say what it holds.
+# Options of a data set that other stages see; of where it lies a cache needs none, ids and stamps say what it holds.
 OF_TEST = ("root", "test_seed", "test", "test_list")
-DATA_NOT_FOR = {"extract": (*OF_TEST, "unseen", "split", "tags"), "eval": ("root",)}
-DATA_NOT_FOR["cluster"] = DATA_NOT_FOR["train"] = DATA_NOT_FOR["cams"] = OF_TEST
+DATA_NOT_FOR = {
+    "extract": (*OF_TEST, "unseen", "split", "tags"),
+    "cluster": OF_TEST,
+    "cams": OF_TEST,
+    "train": OF_TEST,
+}
 # Options of a data set that say which samples there are, not what any of them is.
 WHICH = ("train", "limit", "train_list")
 

@@ -25,6 +25,7 @@ from pipeline.evidence.variants import (
     more_tables,
     own_cache,
     run_names,
+    stage_triggers,
     variant_runs,
 )
 from tests.conftest import ROOT, TINY, is_one_line_error
@@ -310,3 +311,10 @@ def test_nothing_is_taken_over_that_was_extracted_otherwise(cached_demo, tiny, t
     same = tiny(f"cache.path={tmp_path}/same")
     assert take_over(cached_demo, same)
     assert not take_over(cached_demo, same)  # it is there
+
+
+def test_another_place_of_the_data_is_looked_at_again():
+    """Snakemake asks `extract`, which keeps a moved data set's cache and refuses another one's."""
+    raw = {"data": {"kind": "voc", "root": "/a"}}
+    here, there = stage_triggers(raw, []), stage_triggers(raw, ["data.root=/b"])
+    assert {stage for stage in here if here[stage] != there[stage]} == {"extract", "eval", "report"}

@@ -30,7 +30,7 @@ def changed(key: str, value: object) -> list[str]:
         ("teacher.device", "cpu", []),
         ("cache.path", "/tmp/x", []),
         ("name", "other", []),
-        ("data.root", "/elsewhere", []),
+        ("data.root", "/elsewhere", ["eval", "report"]),
         ("data.test_list", "test", ["eval", "report"]),
         ("data.tags", "masks", ["cluster", "cams", "train", "eval", "report"]),
     ],

@@ -211,9 +211,15 @@ def only_clip_teacher(config: Config) -> None:
 
 
 def stage_triggers(raw: Mapping[str, Any], settings: Iterable[str]) -> dict[str, str]:
-    """What Snakemake watches: the config fingerprint of every stage."""
+    """What Snakemake watches: the config fingerprint of every stage, and where the data lies.
+
+    A data set that moved keeps its cache; whether it moved or is another one only `extract` can tell.
+    """
     config = from_mapping(raw, settings)
-    return {stage: config_fingerprint(config, stage) for stage in STAGES}
+    triggers = {stage: config_fingerprint(config, stage) for stage in STAGES}
+    if (root := config.data.options().get("root")) is not None:
+        triggers["extract"] = digest([triggers["extract"], root])
+    return triggers
 
 
 def transfer_trigger(of_eval: str, other: Config) -> str:

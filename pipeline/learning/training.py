@@ -161,10 +161,8 @@ def resume(run: Run) -> None:
     if run.accelerator.scaler is not None and state["scaler"] is not None:
         run.accelerator.scaler.load_state_dict(state["scaler"])
     run.start = int(state["iteration"])
-    if (
-        run.folder / BEST
-    ).is_file():  # else another training's took its place meanwhile: the best of what follows
-        run.best = Best(**state["best"])
+    if (run.folder / BEST).is_file():
+        run.best = Best(**state["best"])  # else another training was here meanwhile: the best of what follows
     if run.accelerator.is_main_process:
         say(f"train: resuming at iteration {run.start} from {found}")
 

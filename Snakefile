@@ -229,6 +229,7 @@ rule cams:
 rule train:
     input:
         lambda wildcards: f"{CACHES[wildcards.run]}/{LABELS_FROM[RUN.recipe]}.manifest.json",
+        lambda wildcards: f"{CACHES[wildcards.run]}/extract.manifest.json",
     output:
         f"{OUT}/{{run}}/train/train.manifest.json",
     params:

@@ -56,6 +56,9 @@ def extract(
         Path | None,
         typer.Option(help="begin a new cache as this one, by hard links, if extraction is the same"),
     ] = None,
+    renew: Annotated[
+        bool, typer.Option("--renew", help="make the shards again whose images have changed")
+    ] = False,
     log: LogOption = None,
 ) -> None:
     """Run the frozen teacher once over the training images: views, CLS, dense tokens, text features."""
@@ -67,7 +70,7 @@ def extract(
     from pipeline import extract as stage
     from pipeline.tracking import say
 
-    stage.extract(settings, workers=workers, scheduler=scheduler)
+    stage.extract(settings, workers=workers, scheduler=scheduler, renew=renew)
     if audit:
         say(stage.audit(settings, audit))
 

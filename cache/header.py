@@ -92,7 +92,7 @@ def check_same(
         if there != asked:
             raise StaleCache(
                 f"{path}: {what} is {_short(there)} in the cache, wanted {_short(asked)}. "
-                "Delete the folder to have it made again, or point cache.path elsewhere."
+                "Point cache.path elsewhere, or delete the folder to have it made again."
             )
 
 
@@ -104,7 +104,14 @@ def _pairs(
 ) -> Iterable[tuple[str, Any, Any]]:
     """(what, in the cache, wanted) of all that must be equal."""
     for section in sorted({*found[HEADER]["identity"], *wanted[HEADER]["identity"]}):
-        yield f"attribute {section!r}", found.get(section), wanted.get(section)
+        there, asked = found.get(section), wanted.get(section)
+        if isinstance(there, dict) and isinstance(
+            asked, dict
+        ):  # of two long ones the first difference is said
+            for key in dict.fromkeys([*asked, *there]):
+                yield f"{section}.{key}", there.get(key), asked.get(key)
+        else:
+            yield f"attribute {section!r}", there, asked
     yield "what is of an unusual dtype", found[HEADER]["dtypes"], wanted[HEADER]["dtypes"]
     for axis, size in wanted[HEADER]["sizes"].items():
         if axis != "N" or len(found_samples) > size:

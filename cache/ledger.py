@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from cache.errors import CacheLocked, unreadable
-from cache.files import remove_partials, write_atomic, writing
+from cache.files import remove, remove_partials, write_atomic, writing
 from cache.lease import lease
 from cache.places import Place, RemotePath, place
 
@@ -60,6 +60,10 @@ class Ledger:
         numbers = sorted(int(path.stem) for path in self.folder.glob("*.json") if path.stem.isdecimal())
         found = {shard: self.entry(shard) for shard in numbers}
         return {shard: entry for shard, entry in found.items() if entry is not None}
+
+    def clear(self) -> None:
+        """Forgets all records: of shards whose arrays are gone. Hold the lock. Raises: CacheWriteFailed."""
+        remove(self.folder)
 
     def entries_of(self, fingerprint: str) -> dict[int, dict[str, Any]]:
         """The records of this fingerprint, by shard, in order."""
@@ -126,8 +130,34 @@ def lock(cache_root: str | Place, stage: str) -> Iterator[None]:
             os.pwrite(descriptor, _json(holder), 0)
         remove_partials(root)
         yield
+        os.ftruncate(descriptor, 0)
     finally:
         os.close(descriptor)  # this releases the lock
+
+
+@contextmanager
+def reading(cache_root: str | Place) -> Iterator[None]:
+    """Keeps writing stages out while the body reads; other readers may be in. On an object store it does nothing.
+
+    Raises: CacheLocked at once while a stage is writing.
+    """
+    path = place(cache_root) / LOCK
+    if isinstance(path, RemotePath):
+        yield
+        return
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        yield  # a copy that nobody has written to here
+        return
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CacheLocked(_held(path)) from None
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def refuse_if_locked(cache_root: str | Place) -> None:
@@ -156,7 +186,10 @@ def _held(path: Path) -> str:
         holder = json.loads(path.read_bytes())
         stage, pid, host, since = (holder[key] for key in ("stage", "pid", "host", "since"))
     except (OSError, ValueError, KeyError, TypeError):
-        return f"{path}: another process is writing to this cache. Wait for it to end."
+        return (
+            f"{path}: another process holds this cache: a training reads it, or a stage has just begun to write. Wait "
+            "for it to end, or stop it."
+        )
     if (pid, host) == (os.getpid(), socket.gethostname()):
         return f"{path}: this process already holds the lock, for {stage}. End that stage first."
     return (

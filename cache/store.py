@@ -130,6 +130,13 @@ class Store:
         merged = {**found.get(section, {}), **values}
         self._found = write_attributes(self.path, {**found, section: merged})
 
+    def replace_attributes(self, values: Mapping[str, Any]) -> None:
+        """Sets sections of the attributes as a whole. Hold the lock. Raises: as update_attributes."""
+        found = read_attributes(self.path)
+        if own := {HEADER, *found[HEADER]["identity"]} & values.keys():
+            raise ValueError(f"{self.path}: the attributes {sorted(own)} say what this cache was made from.")
+        self._found = write_attributes(self.path, {**found, **values})
+
     @property
     def sizes(self) -> dict[str, int]:
         """Lengths by axis letter."""

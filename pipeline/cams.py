@@ -25,7 +25,7 @@ from torch import Tensor
 from cache.ledger import lock, refuse_if_locked
 from cache.store import Store
 from cache.verify import OK, read_recorded
-from pipeline.config import Cams, Config, ConfigError, config_fingerprint, digest, fingerprint
+from pipeline.config import Cams, Config, ConfigError, digest, fingerprint
 from pipeline.data.base import DataSet, Sample
 from pipeline.data.words import background_names, fused_name
 from pipeline.learning.batches import FULL_CONFIDENCE, data_of, refuse_unseen
@@ -36,9 +36,9 @@ from pipeline.teaching.encode import DECODE_THREADS
 from pipeline.teaching.engine import Job
 from pipeline.teaching.labels import checked_tags, make_shards, record_labels
 from pipeline.teaching.maps import explained_maps, explained_teacher, fitted, text_features
-from pipeline.teaching.rows import cached_samples, samples_of
+from pipeline.teaching.rows import current_samples, samples_of, stamps_of
 from pipeline.teaching.seeds import add_refined, add_seeds, new_stats, summarise
-from pipeline.tracking import finish, found_manifest, required_manifest, say
+from pipeline.tracking import asked_of, finish, found_manifest, required_manifest, say
 
 NO_CLASS = 255  # in cam_class: no further class in this image
 
@@ -48,11 +48,11 @@ def cams(config: Config, *, workers: int = 0, scheduler: str | None = None) -> d
 
     Raises: MissingCache, StaleCache, CorruptShard, DataError, ConfigError (a data set without a background class).
     """
+    data = data_of(config)  # what is wrong with it is said before what is stale
     above = required_manifest(config, "extract")
     manifest = found_manifest(config, "cams")
     if manifest is None:
         refuse_if_locked(config.cache_path)  # below every mask is looked at
-    data = data_of(config)
     if data.background is None:
         raise ConfigError(
             f"data.kind {config.data.kind!r} as configured has no background class, and CAMs compete with one: set "
@@ -64,11 +64,11 @@ def cams(config: Config, *, workers: int = 0, scheduler: str | None = None) -> d
     names = {"background": background_names(config.cams.background), "classes": _words(config.cams, data)}
     identity = fingerprint(config, "cams", above["fingerprint"], names)
     store = Store.open(config.cache_path)
-    samples = cached_samples(data, store)
-    stamps = data.stamps(samples, "labels")
+    samples = current_samples(config, data, store)
+    stamps = stamps_of(data, samples, "labels")
     content = digest([identity, above["content"], stamps])
     if manifest is not None and manifest.get("content") == content:
-        finish(config, "cams", manifest)
+        finish(config, "cams", manifest | asked_of(config, "cams"))
         say(f"cams: nothing to do, {manifest['num_samples']} images have CAMs")
         return manifest
     with lock(config.cache_path, "cams"):
@@ -80,7 +80,8 @@ def cams(config: Config, *, workers: int = 0, scheduler: str | None = None) -> d
             "stage": "cams",
             "fingerprint": identity,
             "content": content,
-            "config": config_fingerprint(config, "cams"),
+            **asked_of(config, "cams"),
+            "arrays": list(written_arrays(config.cams)),
             "upstream": above["fingerprint"],
             "num_samples": store.num_samples,
             "num_shards": store.num_shards,

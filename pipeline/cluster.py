@@ -22,7 +22,7 @@ from cache.ledger import Ledger, lock, refuse_if_locked
 from cache.schema import ARRAYS
 from cache.store import Store
 from cache.verify import OK, read_recorded
-from pipeline.config import Config, config_fingerprint, digest, fingerprint
+from pipeline.config import Config, digest, fingerprint
 from pipeline.learning.batches import data_of
 from pipeline.ops.quantise import dequantised
 from pipeline.ops.views import IGNORED
@@ -30,9 +30,9 @@ from pipeline.teaching.engine import Job
 from pipeline.teaching.labels import make_shards, record_labels
 from pipeline.teaching.names import object_names
 from pipeline.teaching.pseudo import cluster_tokens, device_name, num_centres, sum_of, written_arrays
-from pipeline.teaching.rows import STREAM, cached_samples, check_unchanged, made_from, samples_of
+from pipeline.teaching.rows import STREAM, current_samples, samples_of, stamps_of
 from pipeline.teaching.verdict import verdict
-from pipeline.tracking import finish, found_manifest, required_manifest, say
+from pipeline.tracking import asked_of, finish, found_manifest, required_manifest, say
 
 
 def cluster(config: Config, *, workers: int = 0, scheduler: str | None = None) -> dict[str, Any]:
@@ -40,21 +40,21 @@ def cluster(config: Config, *, workers: int = 0, scheduler: str | None = None) -
 
     Raises: MissingCache, StaleCache, CorruptShard, DataError, ConfigError.
     """
+    data = data_of(config)  # what is wrong with it is said before what is stale
     above = required_manifest(config, "extract")
     manifest = found_manifest(config, "cluster")
     if manifest is None:
         refuse_if_locked(config.cache_path)  # below every mask is looked at
-    data = data_of(config)
-    identity = fingerprint(config, "cluster", above["fingerprint"], {"unseen": data.unseen})
+    facts: dict[str, Any] = {"unseen": data.unseen_ids}
+    if config.cluster.named_above is not None:
+        facts["text"] = above["text"]
+    identity = fingerprint(config, "cluster", above["fingerprint"], facts)
     store = Store.open(config.cache_path)
-    samples = cached_samples(data, store)
-    stamps = data.stamps(samples, "labels")
-    if config.cache.tokens == STREAM:  # extraction has read the labels
-        made = Ledger(config.cache_path, "extract")
-        check_unchanged(made, above["fingerprint"], samples, made_from(config, data, samples))
+    samples = current_samples(config, data, store)
+    stamps = stamps_of(data, samples, "labels")
     content = digest([identity, above["content"], stamps])
     if manifest is not None and manifest.get("content") == content:
-        finish(config, "cluster", manifest)
+        finish(config, "cluster", manifest | asked_of(config, "cluster"))
         say(f"cluster: nothing to do, {manifest['num_samples']} images have pseudo labels")
         return manifest
     with lock(config.cache_path, "cluster"):
@@ -71,7 +71,8 @@ def cluster(config: Config, *, workers: int = 0, scheduler: str | None = None) -
             "stage": "cluster",
             "fingerprint": identity,
             "content": content,
-            "config": config_fingerprint(config, "cluster"),
+            **asked_of(config, "cluster"),
+            "arrays": list(written_arrays(config.cluster)),
             "upstream": above["fingerprint"],
             "num_samples": store.num_samples,
             "num_shards": store.num_shards,

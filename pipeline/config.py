@@ -7,10 +7,12 @@ Snakefile's trigger), `fingerprint` what the stage makes of it: facts about the 
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -349,15 +351,20 @@ class Config(Section):
 
 # Which stage makes the labels that training reads.
 LABELS_FROM = {"clip_teacher": "cluster", "clip_es": "cams"}
-# What each stage reads of the config, and what it builds on; train's is cluster or cams, by recipe.
+# What each stage reads of the config, and what it builds on; train's is cluster or cams, by recipe. `text` is the part
+# of extract that is made again by itself when class names or templates change.
 STAGES: dict[str, tuple[tuple[str, ...], str | None]] = {
-    "extract": (("data", "teacher", "text", "views", "cache"), None),  # and cluster, where tokens stream
+    "extract": (("data", "teacher", "views", "cache"), None),  # and cluster, where tokens stream
+    "text": (("text",), "extract"),
     "cluster": (("data", "cluster"), "extract"),
     "cams": (("data", "cams"), "extract"),
-    "train": (("data", "student", "train"), "cluster"),
+    "train": (("data", "text", "student", "train"), "cluster"),
     "eval": (("data", "eval"), "train"),
     "report": (("report",), "eval"),
 }
+# A key at its default is in no fingerprint, so that a new version with one more key finds finished work finished.
+# So a default that changes, or a key that gets another meaning, must raise this: then everything is made again.
+MEANING = 3
 # Speed and bookkeeping, not content: changing these never re-runs a stage (but `eval`, once more, for other pictures).
 NOT_CONTENT = {
     "teacher.device",
@@ -373,16 +380,6 @@ NOT_CONTENT = {
         *("workers", "views_in_memory_gb", "threads", "log_every", "keep", "compile", "tracker"),
         "pictures_every",
     )
-}
-# Keys that are younger than caches worth keeping: without effect on a fingerprint while they are empty.
-YOUNGER = {
-    "text.synonyms",
-    "cluster.named_above",
-    "cluster.distance",
-    "train.negatives",
-    "train.glm_length",
-    "eval.flip",
-    "eval.scales",
 }
 # Options of a data set that other stages see; of where it lies a cache needs none, ids and stamps say what it holds.
 OF_TEST = ("root", "test_seed", "test", "test_list")
@@ -402,31 +399,66 @@ def digest(value: Any) -> str:
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-def config_fingerprint(config: Config, stage: str, apart_from: tuple[str, ...] = ()) -> str:
-    """Identity of what the config asks of `stage`: the sections it reads and those of all stages above it.
+def asked(config: Config, stage: str, apart_from: tuple[str, ...] = ()) -> dict[str, Any]:
+    """What the config asks of `stage` itself: dotted key -> value, without keys at their defaults.
 
     `apart_from` names options of the data set that are left out.
     """
-    sections, upstream = STAGES[stage]
-    if stage == "train":
-        upstream = LABELS_FROM[config.recipe]
+    sections, _ = STAGES[stage]
     if stage == "extract" and config.cache.tokens == "stream":
         sections = (*sections, "cluster")
     if stage == "cluster" and config.cluster.named_above is not None:
         sections = (*sections, "cams")
-    dumped = config.model_dump(mode="json", by_alias=True)
-    own: dict[str, Any] = {}
-    for section in sections:
-        hidden = (*_hidden_options(config, stage), *apart_from) if section == "data" else ()
-        own[section] = {
-            k: v
-            for k, v in dumped[section].items()
-            if f"{section}.{k}" not in NOT_CONTENT
-            and k not in hidden
-            and (not (v is False or v in (None, [], {})) or f"{section}.{k}" not in YOUNGER)
-        }
-    above = config_fingerprint(config, upstream, apart_from) if upstream else None
-    return digest([stage, own, above])
+    hidden = {f"data.{option}" for option in (*_hidden_options(config, stage), *apart_from)} | NOT_CONTENT
+    return {
+        key: value
+        for key, value in settings_apart_from_defaults(config).items()
+        if key.partition(".")[0] in sections and key not in hidden
+    }
+
+
+def settings_apart_from_defaults(config: Config) -> dict[str, Any]:
+    """Dotted key -> value of all that isn't at its default."""
+    usual = leaves(_defaults())
+    return {key: value for key, value in leaves(as_mapping(config)).items() if usual.get(key) != value}
+
+
+@functools.cache
+def _defaults() -> dict[str, Any]:
+    return as_mapping(Config())
+
+
+def as_mapping(config: Config) -> dict[str, Any]:
+    """The resolved config as YAML and JSON have it."""
+    return config.model_dump(mode="json", by_alias=True)
+
+
+def leaves(value: Any, key: str = "") -> dict[str, Any]:
+    """The values of nested mappings by dotted key."""
+    if not isinstance(value, dict) or not value:
+        return {key: value}
+    found: dict[str, Any] = {}
+    for name, inner in value.items():
+        found |= leaves(inner, f"{key}.{name}" if key else name)
+    return found
+
+
+def config_fingerprint(config: Config, stage: str, apart_from: tuple[str, ...] = ()) -> str:
+    """Identity of what the config asks of `stage`: what it reads itself, and the same of all stages above it."""
+    upstream = LABELS_FROM[config.recipe] if stage == "train" else STAGES[stage][1]
+    above = config_fingerprint(config, upstream, apart_from) if upstream else MEANING
+    return digest([stage, asked(config, stage, apart_from), above])
+
+
+def difference(was: Mapping[str, Any], now: Mapping[str, Any], limit: int = 3) -> str:
+    """The first keys in which two `asked` differ, with both values; "" where they don't."""
+    usual = leaves(_defaults())
+    keys = [key for key in dict.fromkeys([*now, *was]) if was.get(key) != now.get(key)]
+    said = [
+        f"{key} was {was.get(key, usual.get(key))!r} and is {now.get(key, usual.get(key))!r}"
+        for key in keys[:limit]
+    ]
+    return "; ".join(said) + (f"; and {len(keys) - limit} more" if len(keys) > limit else "")
 
 
 def data_options(config: Config, stage: str) -> dict[str, Any]:
@@ -446,6 +478,63 @@ def fingerprint(config: Config, stage: str, upstream: str | None, facts: Mapping
     Options that only say which samples there are don't count; the samples are a fact.
     """
     return digest([config_fingerprint(config, stage, WHICH), upstream, dict(facts)])
+
+
+# --- configs that another version wrote -------------------------------------------------------------
+
+WRITTEN_BY = "written_by"  # section of a config that the program has written
+
+
+def version() -> str:
+    """This program's version; "unknown" where it isn't installed."""
+    try:
+        return metadata.version("clipteacher")
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def kept(config: Config) -> dict[str, Any]:
+    """The config as the program keeps it in a run folder and in a student: with the version, and the keys set.
+
+    An older version that reads it passes over keys that it doesn't know while they aren't among those.
+    """
+    keys = sorted(settings_apart_from_defaults(config))
+    return {**as_mapping(config), WRITTEN_BY: {"version": version(), "keys": keys}}
+
+
+def _readable(values: dict[str, Any], where: str) -> dict[str, Any]:
+    """A kept config without the keys that this version doesn't know, if they are at their defaults.
+
+    Raises: ConfigError naming the version that wrote one that isn't.
+    """
+    written = values.pop(WRITTEN_BY, None)
+    if not isinstance(written, dict):
+        return values
+    keys = found if isinstance(found := written.get("keys"), list) else []
+    for unknown in _unknown_keys(values, Config):
+        if any(key == unknown or str(key).startswith(f"{unknown}.") for key in keys):
+            raise ConfigError(
+                f"{where}: was written by version {written.get('version')}, which knows {unknown!r} and has it set; "
+                f"this is version {version()}. Upgrade this program, or make that run again with it."
+            )
+        *path, last = unknown.split(".")
+        section = values
+        for name in path:
+            section = section[name]
+        del section[last]
+    return values
+
+
+def _unknown_keys(values: Mapping[str, Any], model: Any, prefix: str = "") -> list[str]:
+    """Dotted keys of `values` that the schema lacks; what is not a section is left to the schema's own check."""
+    fields = {field.alias or name: field.annotation for name, field in model.model_fields.items()}
+    found = []
+    for name, value in values.items():
+        if name not in fields:
+            found += [] if model.model_config.get("extra") == "allow" else [f"{prefix}{name}"]
+        elif isinstance(value, dict) and isinstance(fields[name], type) and issubclass(fields[name], Section):
+            found += _unknown_keys(value, fields[name], f"{prefix}{name}.")
+    return found
 
 
 def load(path: str | Path, settings: Iterable[str] = ()) -> Config:
@@ -473,6 +562,7 @@ def preset(name_or_path: str) -> Path:
 
 def from_mapping(raw: Mapping[str, Any], settings: Iterable[str] = (), *, where: str = "config") -> Config:
     values = json.loads(json.dumps(raw, default=str))  # a copy; a date without quotes is a name, too
+    values = _readable(values, where)
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals or not key:

@@ -24,8 +24,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.config import Config, UserError, config_fingerprint, fingerprint
-from pipeline.data.base import DataSet
+from cache.errors import CacheError, StaleCache
+from pipeline.config import LABELS_FROM, Config, UserError, config_fingerprint, fingerprint
+from pipeline.data.base import DataError, DataSet
 from pipeline.data.words import SEVERAL, key_of, names_of_classes
 from pipeline.evidence.results import read_metrics, result_table
 from pipeline.learning.batches import data_of
@@ -35,7 +36,8 @@ from pipeline.learning.text import features_of_file, labelled_words, text_of_nam
 from pipeline.looking.confusion import confusion_picture
 from pipeline.looking.extremes import save_extremes
 from pipeline.ops import metrics
-from pipeline.tracking import provenance, required_manifest, say
+from pipeline.teaching.rows import check_current, different_classes
+from pipeline.tracking import found_manifest, provenance, required_manifest, say
 
 
 @dataclass(frozen=True)
@@ -56,8 +58,9 @@ def evaluate(config: Config) -> dict[str, Any]:
 
     Raises: MissingCache, StaleCache, DataError (a test image without a mask).
     """
+    data = data_of(config)  # what is wrong with it is said before what is stale
     above = required_manifest(config, "train")
-    data = data_of(config)
+    check_student(config, data, above)
     facts = {"test": data.identity("test")}
     labels = data.identity("test", "labels")
     if labels != facts["test"]:  # masks of their own, not made with the images
@@ -66,7 +69,40 @@ def evaluate(config: Config) -> dict[str, Any]:
     own = config_fingerprint(config, "eval")
     folder = config.run_path / "eval"
     task = Task(config.name, data, lambda checkpoint: checkpoint.text, folder, identity, own)
-    return _evaluated(config, above["student"], task)
+    return _evaluated(config, above, task)
+
+
+def check_student(config: Config, data: DataSet, manifest: dict[str, Any]) -> None:
+    """Compares a finished training with the data set and the cache as they are now.
+
+    Raises: StaleCache for a student of other classes or another split, or of labels that were made again since. That
+    training images or masks have changed since is said, and no error: the student is what it is.
+    """
+    for what, was, now in (
+        ("classes", manifest["classes"], data.classes),
+        ("unseen classes", manifest["unseen"], data.unseen),
+    ):
+        if list(was) != list(now):
+            raise StaleCache(
+                f"{config.run_path}: the student was trained with other {what} than {data.name} has now: "
+                f"{different_classes(was, now)}. Run `cli.py extract`, `{LABELS_FROM[config.recipe]}` and `train` "
+                "again; what is unchanged is not made again."
+            )
+    stage = LABELS_FROM[config.recipe]
+    labels = found_manifest(config, stage)
+    if labels is None:
+        return  # the cache is not here
+    if labels.get("content") != manifest.get("upstream"):
+        raise StaleCache(
+            f"{config.run_path}: the labels in {config.cache_path} were made again since this student was trained. Run "
+            "`cli.py train` again."
+        )
+    try:
+        check_current(config, data, str(labels["fingerprint"]))
+    except StaleCache as error:
+        say(f"eval: the training part is not what this student was trained on: {error}")
+    except (DataError, CacheError):
+        pass  # there is no training part here to compare
 
 
 def evaluate_on(config: Config, other: Config) -> dict[str, Any]:
@@ -80,8 +116,8 @@ def evaluate_on(config: Config, other: Config) -> dict[str, Any]:
             f"--on {other.name}: the student of {config.name!r} has learned its classes and knows no others. "
             "Train with student.classifier text to evaluate it on another data set."
         )
-    above = required_manifest(config, "train")
     data, text = data_of(other), other.text
+    above = required_manifest(config, "train")
     named = names_of_classes(data.classes, text.synonyms)
     several = SEVERAL if text.features is None else None
     moved = config.model_copy(update={"data": other.data})
@@ -126,7 +162,7 @@ def evaluate_on(config: Config, other: Config) -> dict[str, Any]:
         config_fingerprint(moved, "eval"),
         said,
     )
-    return _evaluated(config, above["student"], task)
+    return _evaluated(config, above, task)
 
 
 def _described(config: Config, classes: Sequence[str], unseen: Sequence[str]) -> dict[str, Any]:
@@ -148,7 +184,7 @@ def _bytes_digest(path: str | None) -> str | None:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _evaluated(config: Config, student_name: str, task: Task) -> dict[str, Any]:
+def _evaluated(config: Config, above: dict[str, Any], task: Task) -> dict[str, Any]:
     """Does the task unless its results are there; returns the metrics."""
     path, section = task.folder / "metrics.json", config.eval
     found = read_metrics(path)
@@ -160,7 +196,7 @@ def _evaluated(config: Config, student_name: str, task: Task) -> dict[str, Any]:
         say(f"eval: nothing to do, {path} is of this student, config and data")
         _say(task, found)
         return found
-    student, checkpoint = load_student(config.run_path / "train" / student_name)
+    student, checkpoint = load_student(config.run_path / "train" / above["student"])
     if torch.cuda.is_available():
         student = student.cuda()
     scored = Scored(student, task.text(checkpoint), task.data, config.teacher.image_size, section)
@@ -169,6 +205,7 @@ def _evaluated(config: Config, student_name: str, task: Task) -> dict[str, Any]:
     seconds = round(time.perf_counter() - began, 2)
     result = scored.summary() | {
         "fingerprint": task.identity,
+        "student": above["fingerprint"],
         "config": task.config,
         **task.said(checkpoint),
         "made": (made := provenance())

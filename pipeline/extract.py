@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,22 @@ import numpy as np
 import torch
 
 from cache.errors import CorruptShard, StaleCache, damaged
+from cache.files import remove
 from cache.ledger import Ledger, lock, refuse_if_locked
 from cache.schema import block_digest
 from cache.store import Store
 from cache.verify import OK, whole_digests
-from pipeline.config import Config, config_fingerprint, data_options, digest, fingerprint
+from pipeline.config import (
+    WHICH,
+    Config,
+    asked,
+    config_fingerprint,
+    data_options,
+    difference,
+    digest,
+    fingerprint,
+    version,
+)
 from pipeline.data.base import DataError, DataSet, Sample
 from pipeline.data.prompts import prompts
 from pipeline.data.words import names_of_classes, other_names
@@ -35,62 +46,94 @@ from pipeline.learning.batches import data_of
 from pipeline.learning.text import features_of_file
 from pipeline.models.teacher import Teacher
 from pipeline.ops.quantise import dequantised
-from pipeline.teaching.encode import STORAGE, axis_sizes, mean_colour, shard_blocks, teacher_of
+from pipeline.teaching.encode import BAD_IMAGE, STORAGE, axis_sizes, mean_colour, shard_blocks, teacher_of
 from pipeline.teaching.engine import Job, map_shards
 from pipeline.teaching.pseudo import cluster_tokens, num_centres, sum_of, written_arrays
 from pipeline.teaching.rows import (
+    NOT_LISTED,
     STREAM,
-    cached_samples,
+    changed_rows,
     check_unchanged,
+    current_samples,
+    different_classes,
     in_row_order,
+    is_listed,
     made_from,
     samples_of,
     span,
 )
-from pipeline.tracking import finish, found_manifest, progress, record_shard, reopen, save_config, say
+from pipeline.tracking import (
+    asked_of,
+    finish,
+    found_manifest,
+    progress,
+    record_shard,
+    reopen,
+    save_config,
+    say,
+)
 
 # An audit fails below this cosine. int8 alone costs about 3e-5, bfloat16 on another machine 1e-4.
 AUDIT_COSINE = 0.999
+VERSIONS = ("open_clip", "torch")  # of the teacher's provenance: said, and no reason to run it again
 
 
-def extract(config: Config, *, workers: int = 0, scheduler: str | None = None) -> dict[str, Any]:
+def extract(
+    config: Config, *, workers: int = 0, scheduler: str | None = None, renew: bool = False
+) -> dict[str, Any]:
     """Runs the stage to its end, or finds it there; returns the manifest.
 
+    `renew` makes the shards again whose images have changed, which are an error otherwise.
     Raises: DataError, TeacherError, CacheError (each one line that says what to do).
     """
     data, path = data_of(config), config.cache_path
     manifest = found_manifest(config, "extract")
     if manifest is None:
         refuse_if_locked(path)  # below every image is looked at
-    identity = fingerprint(config, "extract", None, _facts(config, data))
+    facts = _facts(config, data)
+    identity = fingerprint(config, "extract", None, facts)
     if manifest is not None and manifest.get("fingerprint") != identity:
         raise StaleCache(
-            f"{path}: holds an extraction with fingerprint {manifest.get('fingerprint')} (teacher "
-            f"{manifest.get('teacher')!r}, {manifest.get('num_views')} views, tokens {manifest.get('tokens')}); this "
-            f"config and data ask for {identity} (teacher {config.teacher.model!r}, {config.views.num} views, tokens "
-            f"{config.cache.tokens}). Delete that folder, or point cache.path elsewhere."
+            f"{path}: holds an extraction in which {_differs(config, manifest, facts)}. Point cache.path elsewhere, "
+            "put that back, or delete the folder yourself if the teacher is to run again."
         )
     cached = Store.open(path).samples if Store.is_at(path) else []
-    samples = in_row_order(data, cached, path)
+    samples = in_row_order(data, cached)
     stamps = made_from(config, data, samples)
     content = digest([identity, [sample.id for sample in samples], stamps])
-    if manifest is not None and manifest.get("content") == content:
-        finish(config, "extract", manifest)
+    text = _text_identity(config, data)
+    if manifest is not None and (manifest.get("content"), manifest.get("text")) == (content, text):
+        finish(config, "extract", manifest | _asked(config))
         say(f"extract: nothing to do, {len(samples)} images are cached in {path}")
         return manifest
     with lock(path, "extract"):
         ledger = Ledger(path, "extract")
+        if not cached:  # records without the arrays that they vouch for
+            for stage in ("extract", "cluster", "cams"):
+                Ledger(path, stage).clear()
+        if renew:
+            for shard in {shard for _, shard, _, _ in changed_rows(ledger, identity, samples, stamps)}:
+                remove(ledger.path(shard))
         check_unchanged(ledger, identity, samples, stamps)
         save_config(config)
-        if cached and len(samples) > len(cached):
+        if manifest is not None and manifest.get("content") == content:
+            say(f"extract: {_renewed(manifest, data)}; the text features alone are made again")
+        elif cached and len(samples) > len(cached):
             say(f"extract: {len(samples) - len(cached)} images are new, {len(cached)} keep their rows")
-        for stage in ("extract", "cluster", "cams"):  # from here on none is complete
-            reopen(config, stage)
+        features = _text_features(
+            config, data, teacher_of(config.teacher)
+        )  # a mistake in them comes before any change
         store = _open_store(config, data, identity, samples)
         entries = ledger.entries_of(identity)
-        todo = [s for s in range(store.num_shards) if entries.get(s, {}).get("rows") != span(store.rows(s))]
+        todo = [s for s in range(store.num_shards) if not _is_whole(store, s, entries.get(s))]
+        codes = _other_codes(store, entries, samples, todo)
+        # From here on what is made again is not complete; labels stay complete where their tokens do.
+        for stage in ("extract", "cluster", "cams") if todo or codes else ("extract",):
+            reopen(config, stage)
+        _write_text(config, data, store, features)
+        _write_codes(store, ledger, codes)
         kept = sum(entry["rows"][1] - entry["rows"][0] for entry in entries.values())
-        if kept:
+        if kept and todo:
             say(f"extract: resuming, {kept} of {len(samples)} images are done")
         bad: dict[str, str] = {}
         for entry in entries.values():
@@ -113,18 +156,94 @@ def extract(config: Config, *, workers: int = 0, scheduler: str | None = None) -
             "stage": "extract",
             "fingerprint": identity,
             "content": content,
-            "config": config_fingerprint(config, "extract"),
+            "text": text,
+            **_asked(config),
+            "facts": facts,
+            "classes": list(data.classes),
             "teacher": config.teacher.model,
             "num_samples": len(samples),
             "num_views": config.views.num,
             "tokens": config.cache.tokens,
             "num_shards": store.num_shards,
             "quarantined": dict(sorted(bad.items())),
+            "arrays": [name for name in store.arrays if store.spec(name).stage == "extract"],
+            "not_listed": [sample.id for sample in samples if not is_listed(sample)],
             "whole": whole_digests(store),
             "digests": digest({s: (ledger.entry(s) or {}).get("digests") for s in range(store.num_shards)}),
         }
         finish(config, "extract", manifest)
     return manifest
+
+
+def _asked(config: Config) -> dict[str, Any]:
+    """What the config asks of this stage, for the stages that compare."""
+    return asked_of(config, "extract") | {
+        f"text_{key}": value for key, value in asked_of(config, "text").items()
+    }
+
+
+def _differs(config: Config, manifest: dict[str, Any], facts: dict[str, Any]) -> str:
+    """Which fact of the teacher's work is another one than in the manifest, both values named."""
+    which = {f"data.{option}" for option in WHICH}
+    was = {key: value for key, value in dict(manifest.get("asked") or {}).items() if key not in which}
+    if said := difference(was, asked(config, "extract", WHICH)):
+        return said
+    there = dict(manifest.get("facts") or {})
+    for what in facts:
+        if there.get(what) != facts[what]:
+            return f"{FACTS[what]} was {there.get(what)!r} and is {facts[what]!r}"
+    return "fingerprints are counted otherwise: another version of this program made it"
+
+
+def _renewed(manifest: dict[str, Any], data: DataSet) -> str:
+    """Why the text features are made again."""
+    was = list(manifest.get("classes") or [])
+    if was != list(data.classes):
+        return different_classes(was, data.classes)
+    return "text templates, synonyms or features have changed"
+
+
+def _is_whole(store: Store, shard: int, entry: dict[str, Any] | None) -> bool:
+    """Whether a shard's record speaks of all its rows, and the files that it vouches for are there."""
+    if entry is None or entry["rows"] != span(store.rows(shard)):
+        return False
+    return all(store.size_bytes(name, shard) for name in entry["digests"])
+
+
+def _other_codes(
+    store: Store, entries: Mapping[int, dict[str, Any]], samples: Sequence[Sample], todo: Sequence[int]
+) -> dict[int, np.ndarray]:
+    """By shard, the codes of `status` that are to be written: images went from the list, or came back to it."""
+    found = {}
+    for shard, entry in entries.items():
+        if shard not in todo:
+            codes = _codes(samples[slice(*entry["rows"])], entry["quarantined"])
+            if (store.read_shard("status", shard) != codes).any():
+                found[shard] = codes
+    return found
+
+
+def _write_codes(store: Store, ledger: Ledger, codes: Mapping[int, np.ndarray]) -> None:
+    """Takes rows of images that are no longer listed out of use, and those that are listed again back into it."""
+    out, back = 0, 0
+    for shard, now in codes.items():
+        was, entry = store.read_shard("status", shard), ledger.entry(shard) or {}
+        out += int(((now == NOT_LISTED) & (was != now)).sum())
+        back += int(((was == NOT_LISTED) & (was != now)).sum())
+        digests = entry["digests"] | {"status": store.write_shard("status", shard, now)}
+        ledger.record(shard, entry | {"digests": digests})
+    if out:
+        say(f"extract: {out} images are no longer listed; their rows are out of use")
+    if back:
+        say(f"extract: {back} images are listed again; their rows are in use again")
+
+
+def _codes(samples: Sequence[Sample], quarantined: Mapping[str, str]) -> np.ndarray:
+    """(rows,) uint8, the codes of `status`."""
+    usual = [BAD_IMAGE if sample.id in quarantined else OK for sample in samples]
+    return np.array(
+        [c if is_listed(s) else NOT_LISTED for c, s in zip(usual, samples, strict=True)], np.uint8
+    )
 
 
 def extract_shard(job: Job, shard: int, *, tick: Any = None) -> dict[str, Any]:
@@ -141,6 +260,7 @@ def extract_shard(job: Job, shard: int, *, tick: Any = None) -> dict[str, Any]:
     num_old = old["rows"][1] - rows.start if old else 0
     new = samples[num_old:]
     blocks, bad = shard_blocks(config, data, teacher, new, tick)
+    bad = {sample.id: bad[sample.id] for sample in new if sample.id in bad and is_listed(sample)}
     entry: dict[str, Any] = {"rows": span(rows), "fingerprint": job.fingerprint}
     entry["stamps"] = old.get("stamps", []) + made_from(config, data, new)
     entry["quarantined"] = {**old.get("quarantined", {}), **bad}
@@ -149,6 +269,7 @@ def extract_shard(job: Job, shard: int, *, tick: Any = None) -> dict[str, Any]:
         entry["stats"] = sum_of([old["stats"], stats]) if old else stats
     if old:
         blocks = {name: np.concatenate([parts[name], block]) for name, block in blocks.items()}
+    blocks["status"] = _codes(samples, entry["quarantined"])
     entry["digests"] = {name: store.write_shard(name, shard, block) for name, block in blocks.items()}
     record_shard(config, "extract", shard, entry, began)
     return {"num_rows": len(new), "quarantined": bad}
@@ -191,7 +312,7 @@ def audit(config: Config, count: int) -> str:
     if not len(good):
         raise DataError(f"{config.cache_path}: no image of it could be used, so there is nothing to compare.")
     rows = np.sort(np.random.default_rng().choice(good, min(count, len(good)), replace=False))
-    samples = cached_samples(data, store)
+    samples = current_samples(config, data, store)
     unpacked = config.model_copy(update={"cache": config.cache.model_copy(update={"tokens": "float16"})})
     fresh, bad = shard_blocks(unpacked, data, teacher, [samples[row] for row in rows], None)
     if bad:
@@ -226,14 +347,29 @@ def _vectors(store: Store, name: str, rows: np.ndarray) -> np.ndarray:
     return dequantised(torch.from_numpy(values), scale).numpy()
 
 
+# What the teacher's work rests on beside the config, in words.
+FACTS = {
+    "name": "the data set's name, by which views are drawn,",
+    "weights": "the SHA-256 of the teacher's weights",
+    "unseen": "the list of unseen classes (streamed tokens are clustered at once)",
+}
+
+
 def _facts(config: Config, data: DataSet) -> dict[str, Any]:
-    """What the fingerprint covers beside the config: classes, files of weights and of text features."""
-    files = [config.text.features, config.teacher.pretrained]
+    """What the teacher's work rests on beside the config; see FACTS."""
+    files = [config.teacher.pretrained]
     if config.teacher.model.startswith("local-dir:"):
         files += sorted(str(p) for p in Path(config.teacher.model.partition(":")[2]).glob("*.safetensors"))
-    hashed = {str(p): _file_digest(Path(p)) for p in files if p and Path(p).is_file()}
-    facts = {"classes": data.classes, "files": sorted(hashed.values())}
-    return facts | {"unseen": data.unseen} if config.cache.tokens == STREAM else facts
+    hashed = sorted(_file_digest(Path(p)) for p in files if p and Path(p).is_file())
+    facts: dict[str, Any] = {"name": data.name, "weights": hashed}
+    return facts | {"unseen": list(data.unseen_ids)} if config.cache.tokens == STREAM else facts
+
+
+def _text_identity(config: Config, data: DataSet) -> str:
+    """What the text features rest on: class names in order, templates, synonyms, a file's bytes."""
+    path = config.text.features
+    file = _file_digest(Path(path)) if path and Path(path).is_file() else None
+    return digest([config_fingerprint(config, "text", WHICH), list(data.classes), file])
 
 
 def _file_digest(path: Path) -> str:
@@ -252,23 +388,16 @@ def _text_features(config: Config, data: DataSet, teacher: Teacher) -> np.ndarra
 
 def _open_store(config: Config, data: DataSet, identity: str, samples: Sequence[Sample]) -> Store:
     teacher = teacher_of(config.teacher)
-    text = _text_features(config, data, teacher)  # a mistake in it must not leave a store behind
-    sizes = {"N": len(samples), "K": len(data.classes), **axis_sizes(config, teacher)}
+    sizes = {"N": len(samples), **axis_sizes(config, teacher)}
     storage = STORAGE[config.cache.tokens]
-    arrays = ["view", "cls", "status", "text", *(storage.arrays if storage.is_kept else ())]
+    arrays = ["view", "cls", "status", *(storage.arrays if storage.is_kept else ())]
     if config.cache.tokens == STREAM:
         arrays += written_arrays(config.cluster)
         sizes["K_c"] = num_centres(config.cluster, sizes["h"])
     attributes = {
         "fingerprint": identity,
         "data": {"kind": config.data.kind, "name": data.name, **data_options(config, "extract")},
-        "classes": list(data.classes),
-        "text": {
-            "templates": config.text.templates,
-            "features": config.text.features,
-            "synonyms": other_names(data.classes, config.text.synonyms) or None,
-        },
-        "teacher": teacher.provenance,
+        "teacher": {key: value for key, value in teacher.provenance.items() if key not in VERSIONS},
         "mean_colour": [int(value) for value in mean_colour(teacher.mean)],
         "views": {"num": config.views.num, "size": teacher.image_size},
         "tokens": config.cache.tokens,
@@ -284,8 +413,24 @@ def _open_store(config: Config, data: DataSet, identity: str, samples: Sequence[
         )
     except StaleCache as error:
         raise StaleCache(f"{error} (an unfinished extraction of another config or other data)") from None
-    store.write_whole("text", text)
+    made_with = {key: teacher.provenance[key] for key in VERSIONS} | {"clipteacher": version()}
+    before = store.attributes.get("made_with", made_with)
+    if before != made_with:
+        say(f"extract: rows so far were made with {before}, new ones are with {made_with}")
+    store.replace_attributes({"made_with": made_with})
     return store
+
+
+def _write_text(config: Config, data: DataSet, store: Store, features: np.ndarray) -> None:
+    """Writes the text features (K, C) and what they are of."""
+    store.add_arrays(["text"], {"K": len(data.classes)}, replace=True)
+    store.write_whole("text", features)
+    described = {
+        "templates": config.text.templates,
+        "features": config.text.features,
+        "synonyms": other_names(data.classes, config.text.synonyms) or None,
+    }
+    store.replace_attributes({"classes": list(data.classes), "text": described})
 
 
 def _stop_if_too_many(bad: dict[str, str], max_bad: int) -> None:

@@ -66,6 +66,10 @@ def predict(run: Path, pictures: Sequence[Picture], out: Path, wanted: Wanted) -
     """
     check(wanted.reject, wanted.mode)
     segmenter = Segmenter(run)
+    if changed := segmenter.renamed():
+        say(
+            f"predict: the student's own names are those it was trained with; its data set has others now: {changed}"
+        )
     asked = segmenter.ask(wanted.names)
     recipe = _recipe(segmenter, asked, wanted)
     at = {picture: out / picture.place for picture in pictures}

@@ -33,7 +33,7 @@ from pipeline.learning.batches import data_of
 from pipeline.ops.quantise import dequantised
 from pipeline.ops.sharpness import sharpness
 from pipeline.teaching.maps import explained_teacher
-from pipeline.teaching.rows import cached_samples
+from pipeline.teaching.rows import current_samples
 from pipeline.tracking import progress, required_manifest, save_config, say
 
 SHOWN = 10  # templates in the printed table
@@ -45,10 +45,11 @@ def select_prompt(config: Config, candidates: Sequence[str]) -> str:
 
     Raises: MissingCache, StaleCache, CorruptShard, DataError (a template without braces, no image with two classes).
     """
+    data = data_of(config)
     above = required_manifest(config, "extract")
     chosen = templates(candidates[0] if len(candidates) == 1 else candidates)
     chosen = tuple(dict.fromkeys((*chosen, config.cams.template)))
-    data, store = data_of(config), Store.open(config.cache_path)
+    store = Store.open(config.cache_path)
     check_whole(store, above)
     teacher = explained_teacher(config.teacher, config.cams)
     words = [fused_name(config.cams.synonyms, name) for name in data.classes]
@@ -82,7 +83,7 @@ def _images(config: Config, data: DataSet, store: Store, fingerprint: str) -> It
             f"{config.cache_path}: keeps no dense tokens nor their mean (cache.tokens: {config.cache.tokens}), and "
             "prompts needs one of them. Extract with cache.tokens pooled, into another cache.path."
         )
-    samples = cached_samples(data, store)
+    samples = current_samples(config, data, store)
     for shard in range(store.num_shards):
         blocks = read_recorded(store, shard, {"extract": fingerprint}, (*arrays, "status"))
         good = blocks["status"] == OK

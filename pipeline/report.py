@@ -27,6 +27,7 @@ from cache.ledger import read_manifest
 from cache.store import Store
 from pipeline.config import LABELS_FROM, Config, UserError, config_fingerprint
 from pipeline.data.base import DataError, DataSet
+from pipeline.evidence.results import stale
 from pipeline.learning.batches import data_of
 from pipeline.learning.checkpoint import CheckpointError, load_student, student_file
 from pipeline.looking import charts, facts
@@ -50,6 +51,7 @@ from pipeline.looking.panels import sheet
 from pipeline.looking.shard import shard_tree
 from pipeline.looking.tagged import Tagged
 from pipeline.looking.tree import cache_tree
+from pipeline.teaching.rows import check_classes
 from pipeline.tracking import run_config, say
 
 LABELS = {"clip_teacher": "Pseudo labels", "clip_es": "CAMs"}
@@ -67,12 +69,15 @@ def report(config: Config) -> Path:
     Raises: MissingCache (not evaluated), StaleCache (evaluated by another config), CheckpointError.
     """
     path, metrics = facts.metrics_path(config), _evaluated(config)
-    wanted = config_fingerprint(config, "eval")
-    if metrics.get("config") != wanted:
+    if metrics.get("config") != config_fingerprint(config, "eval"):
         raise StaleCache(
-            f"{path}: eval was run with config {metrics.get('config')}, this config asks for {wanted}. "
-            "Run `cli.py eval` again."
+            f"{path}: eval was run with another config than this one (data, student, train or eval differ). Run "
+            "`cli.py eval` again."
         )
+    if mark := stale(config.run_path, metrics):
+        raise StaleCache(f"{path}:{mark}. Run `cli.py eval` again.")
+    if Store.is_at(config.cache_path):
+        check_classes(data_of(config), Store.open(config.cache_path))
     student_file(config.run_path)
     page = config.run_path / "report" / "index.html"
     _write_page(page, [Run(config, metrics)], Selection(limit=config.report.images))
@@ -140,6 +145,7 @@ def draw_figures(config: Config, out: Path | None = None) -> list[Path]:
             f"figures are of recipe clip_teacher, {config.name} is {config.recipe}: use `cli.py report`."
         )
     store, data, labelled = Store.open(config.cache_path), data_of(config), _labelled(config)
+    check_classes(data, store)
     if not labelled:
         raise MissingCache(f"{config.cache_path}: no pseudo labels yet. Run `cli.py cluster` first.")
     pupil = _pupil(Run(config, read_manifest(facts.metrics_path(config))))
@@ -190,6 +196,7 @@ def inspect(
         raise
     chosen = _selection(config, store, data, image, class_name)
     out.print(tree)
+    check_classes(data, store)  # names beside other classes' pictures would be worse than none
     if export is not None:
         taught = TAUGHT[config.recipe](config, store, data, _labelled(config))
         count = export_labels(export, store, data, chosen, taught, LABELS_FROM[config.recipe])

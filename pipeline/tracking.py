@@ -11,7 +11,7 @@ import platform
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,9 +32,20 @@ from rich.text import Text
 
 from cache.errors import MissingCache, StaleCache
 from cache.files import remove
+from cache.header import DATA, METADATA
 from cache.ledger import Ledger, read_manifest, write_manifest
 from cache.places import Place, place
-from pipeline.config import Config, ConfigError, config_fingerprint, load
+from pipeline.config import (
+    LABELS_FROM,
+    STAGES,
+    Config,
+    ConfigError,
+    asked,
+    config_fingerprint,
+    difference,
+    kept,
+    load,
+)
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -91,8 +102,19 @@ def manifest_path(config: Config, stage: str) -> Place:
 
 
 def found_manifest(config: Config, stage: str) -> dict[str, Any] | None:
-    """The stage's manifest, or None when the stage never ended."""
-    return read_manifest(manifest_path(config, stage))
+    """The stage's manifest, or None when the stage never ended, or what the manifest vouches for is gone."""
+    manifest = read_manifest(manifest_path(config, stage))
+    if manifest is None or not all(file.is_file() for file in _vouched_for(config, stage, manifest)):
+        return None
+    return manifest
+
+
+def _vouched_for(config: Config, stage: str, manifest: Mapping[str, Any]) -> list[Place]:
+    """The files without which a manifest says nothing: metadata of its arrays, its student."""
+    if stage == "train":
+        return [config.run_path / "train" / str(manifest.get("student"))]
+    data = place(config.cache_path) / DATA
+    return [data / METADATA, *(data / str(name) / METADATA for name in manifest.get("arrays") or ())]
 
 
 def reopen(config: Config, stage: str) -> None:
@@ -110,6 +132,11 @@ def finish(config: Config, stage: str, manifest: dict[str, Any]) -> None:
         write_manifest(copy, manifest)
 
 
+def asked_of(config: Config, stage: str) -> dict[str, Any]:
+    """What a manifest says of the config that it was made with."""
+    return {"config": config_fingerprint(config, stage), "asked": asked(config, stage)}
+
+
 def required_manifest(config: Config, stage: str) -> dict[str, Any]:
     """The manifest of an upstream stage that ended and did what this config asks.
 
@@ -118,19 +145,36 @@ def required_manifest(config: Config, stage: str) -> dict[str, Any]:
     path, manifest = manifest_path(config, stage), found_manifest(config, stage)
     if manifest is None:
         raise MissingCache(f"{path}: `{stage}` has not been completed. Run `cli.py {stage}` first.")
-    wanted = config_fingerprint(config, stage)
-    if manifest.get("config") != wanted:
-        raise StaleCache(
-            f"{path}: {stage} was run with config {manifest.get('config')}{_difference(config, manifest)}, "
-            f"this config asks for {wanted}. Run `cli.py {stage}` again, or point cache.path elsewhere."
-        )
+    _refuse_other_config(config, stage, manifest, "config", "asked", path)
+    if stage == "extract":
+        _refuse_other_config(config, "text", manifest, "text_config", "text_asked", path)
     return manifest
 
 
-def _difference(config: Config, manifest: dict[str, Any]) -> str:
-    """What differs, when it is the teacher: the usual case."""
-    made, named = manifest.get("teacher"), config.teacher.model
-    return f" (teacher {made!r}, the config names {named!r})" if made and made != named else ""
+def _refuse_other_config(
+    config: Config, stage: str, manifest: Mapping[str, Any], key: str, keys: str, path: Place
+) -> None:
+    """Raises: StaleCache naming the key that differs, where the manifest is of another config."""
+    if manifest.get(key) == config_fingerprint(config, stage):
+        return
+    said = difference(dict(manifest.get(keys) or {}), asked(config, stage))
+    command = "extract" if stage == "text" else stage
+    why = said or _difference_above(config, stage) or "another version of this program made it"
+    alone = ": it renews the text features alone" if stage == "text" else ""
+    elsewhere = "" if alone or stage == "train" else ", or point cache.path elsewhere"
+    raise StaleCache(
+        f"{path}: {command} was run with another config: {why}. Run `cli.py {command}` again{alone}{elsewhere}."
+    )
+
+
+def _difference_above(config: Config, stage: str) -> str:
+    """The same of the stages above, the nearest first."""
+    above = LABELS_FROM[config.recipe] if stage == "train" else STAGES[stage][1]
+    if above is None:
+        return ""
+    made = (read_manifest(manifest_path(config, above)) or {}).get("asked")
+    said = difference(dict(made), asked(config, above)) if isinstance(made, dict) else ""
+    return said or _difference_above(config, above)
 
 
 def save_config(config: Config) -> None:
@@ -138,9 +182,7 @@ def save_config(config: Config) -> None:
     path = config.run_path / "config.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".config.{os.getpid()}.partial")
-    partial.write_text(
-        yaml.safe_dump(config.model_dump(mode="json", by_alias=True), sort_keys=False), encoding="utf-8"
-    )
+    partial.write_text(yaml.safe_dump(kept(config), sort_keys=False), encoding="utf-8")
     os.replace(partial, path)
 
 

@@ -20,8 +20,8 @@ import hashlib
 import math
 import re
 import time
-from contextlib import nullcontext
-from dataclasses import asdict
+from contextlib import ExitStack, nullcontext
+from dataclasses import asdict, replace
 from statistics import median
 from typing import Any
 
@@ -29,10 +29,11 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from cache.ledger import write_manifest
-from pipeline.config import LABELS_FROM, Config, config_fingerprint, fingerprint
-from pipeline.learning.batches import CachedViews, training_batches
-from pipeline.learning.checkpoint import BEST, LAST, save_checkpoint, save_student
+from cache.ledger import reading, write_manifest
+from pipeline.config import LABELS_FROM, Config, fingerprint, version
+from pipeline.learning.batches import CachedViews, data_of, training_batches
+from pipeline.learning.checkpoint import BEST, LAST, ended, save_checkpoint, save_student
+from pipeline.learning.claims import claim, training_in
 from pipeline.learning.journal import Clock, Curve, note, peak_memory_bytes
 from pipeline.learning.objective import OBJECTIVES
 from pipeline.learning.pictures import pictures, show
@@ -41,7 +42,6 @@ from pipeline.learning.training import (
     Run,
     TrainError,
     batches_of,
-    claim,
     new_run,
     open_accelerator,
     prepare,
@@ -50,7 +50,9 @@ from pipeline.learning.training import (
     state_of,
 )
 from pipeline.learning.validation import seen_miou
+from pipeline.teaching.rows import check_current
 from pipeline.tracking import (
+    asked_of,
     console,
     found_manifest,
     manifest_path,
@@ -71,25 +73,49 @@ def train(config: Config) -> dict[str, Any]:
     """Trains to the configured iteration, resuming from the last checkpoint; returns the manifest.
 
     Raises: MissingCache, StaleCache, CorruptShard, DataError, StudentError, TrainError (a loss that isn't
-    finite, a process that is gone, a batch that doesn't divide, a tracker that isn't there).
+    finite, a process that is gone, a batch that doesn't divide, a tracker that isn't there), RunBusy.
     """
     end_with_parent()
+    data = data_of(config)  # what is wrong with it is said before what is stale
     above = required_manifest(config, LABELS_FROM[config.recipe])
-    identity = fingerprint(config, "train", above["content"], {})
-    manifest = found_manifest(config, "train")
+    extracted = required_manifest(config, "extract")
+    facts = {"classes": data.classes, "unseen": data.unseen, "text": extracted["text"]}
+    identity = fingerprint(config, "train", above["content"], facts)
     accelerator = open_accelerator(config)
     is_main = accelerator.is_main_process
-    if manifest is not None and manifest.get("fingerprint") == identity:
+    with ExitStack() as stack:
         if is_main:
-            say(
-                f"train: nothing to do, {manifest['iterations']} iterations are in {config.run_path / 'train'}"
-            )
-        return manifest
+            check_current(config, data, str(above["fingerprint"]))
+            stack.enter_context(training_in(config.run_path))
+        manifest = found_manifest(config, "train")
+        accelerator.wait_for_everyone()
+        if manifest is not None and manifest.get("fingerprint") == identity:
+            return _nothing_to_do(config, manifest, is_main)
+        if is_main:
+            stack.enter_context(reading(config.cache_path))
+            claim(config.run_path, identity)
+        accelerator.wait_for_everyone()
+        if (
+            found := ended(config.run_path / "train" / LAST, identity)
+        ) is not None:  # its manifest was taken away
+            return _nothing_to_do(config, found, is_main)
+        if is_main:
+            save_config(config)
+        return _trained(config, accelerator, identity, above["content"])
+
+
+def _nothing_to_do(config: Config, manifest: dict[str, Any], is_main: bool) -> dict[str, Any]:
     if is_main:
-        save_config(config)
-        claim(config.run_path / "train", identity)
-    accelerator.wait_for_everyone()
-    run = new_run(config, accelerator, identity, above["content"])
+        path, manifest = manifest_path(config, "train"), manifest | asked_of(config, "train")
+        if found_manifest(config, "train") != manifest:
+            write_manifest(path, manifest)
+        say(f"train: nothing to do, {manifest['iterations']} iterations are in {config.run_path / 'train'}")
+    return manifest
+
+
+def _trained(config: Config, accelerator: Accelerator, identity: str, labels: str) -> dict[str, Any]:
+    """The training itself, in all processes; `labels` is the content of the cache's labels."""
+    run = new_run(config, accelerator, identity, labels)
     resume(run)
     prepare(run)
     accelerator.init_trackers("losses")
@@ -104,20 +130,28 @@ def train(config: Config) -> dict[str, Any]:
             f"process {accelerator.process_index}: another of the {accelerator.num_processes} training "
             "processes is gone. The last checkpoint stands, and the same command resumes from it."
         ) from None
+    if (required_manifest(config, LABELS_FROM[config.recipe])["content"]) != labels:
+        raise TrainError(
+            f"{config.cache_path}: its labels were made again while training read them, so this student is of neither. "
+            "Run `cli.py train` again."
+        )
     validation = config.train.validation
     manifest = {
         "stage": "train",
         "fingerprint": identity,
-        "config": config_fingerprint(config, "train"),
-        "upstream": above["content"],
+        **asked_of(config, "train"),
+        "version": version(),
+        "upstream": labels,
+        "classes": list(run.checkpoint.classes),
+        "unseen": list(run.checkpoint.unseen),
         "iterations": iterations,
         "processes": accelerator.num_processes,
         "student": BEST if validation.fraction and validation.use == "best" else LAST,
     }
     if validation.fraction:
         manifest["validation"] = asdict(run.best)
-    if is_main:
-        save_student(run.folder / LAST, run.student, run.checkpoint)
+    if accelerator.is_main_process:
+        save_student(run.folder / LAST, run.student, replace(run.checkpoint, manifest=manifest))
         write_manifest(manifest_path(config, "train"), manifest)
     accelerator.end_training()
     return manifest

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+from cache.errors import CacheError, StaleCache
 from cache.ledger import Ledger
+from cache.store import Store
 from cache.verify import Finding
 from cache.verify import verify as verify_cache
-from pipeline.config import LABELS_FROM, Config, config_fingerprint
-from pipeline.tracking import found_manifest, progress
+from pipeline.config import LABELS_FROM, Config, asked, config_fingerprint, difference
+from pipeline.data.base import DataError
+from pipeline.learning.batches import data_of
+from pipeline.teaching.rows import check_current, current_samples
+from pipeline.tracking import found_manifest, progress, say
 
 
 def verify(config: Config) -> list[Finding]:
@@ -24,10 +32,34 @@ def verify(config: Config) -> list[Finding]:
             progress=lambda done, total: advance(1),
         )
     for stage, manifest in manifests.items():
-        wanted = config_fingerprint(config, stage)
-        if manifest.get("config") != wanted:
-            what = f"made with config {manifest.get('config')}, this config asks for {wanted}"
-            findings.append(
-                Finding("stale", f"{config.cache_path}: {stage}", what, f"Run `cli.py {stage}` again.")
-            )
-    return findings
+        for key, of in (
+            (("config", stage), ("text_config", "text")) if stage == "extract" else (("config", stage),)
+        ):
+            if manifest.get(key) != config_fingerprint(config, of):
+                said = difference(dict(manifest.get(key.replace("config", "asked")) or {}), asked(config, of))
+                what = (
+                    f"made with another config: {said or 'a stage above it, or the version, is another one'}"
+                )
+                todo = f"Run `cli.py {stage}` again."
+                findings.append(Finding("stale", f"{config.cache_path}: {stage}", what, todo))
+    return findings + _changes(config, manifests)
+
+
+def _changes(config: Config, manifests: Mapping[str, Mapping[str, Any]]) -> list[Finding]:
+    """What of the data set is no longer what the cache was made from; said where the data set can't be opened."""
+    stage = LABELS_FROM[config.recipe]
+    try:
+        data = data_of(config)
+        store = Store.open(config.cache_path)
+        current_samples(config, data, store)
+        if stage in manifests:
+            check_current(config, data, str(manifests[stage]["fingerprint"]))
+    except DataError as error:
+        say(f"verify: the data set can't be compared with the cache: {error}")
+    except StaleCache as error:
+        where, _, what = str(error).partition(": ")
+        what, _, todo = what.rpartition(". ")
+        return [Finding("stale", where, what, todo)]
+    except CacheError:
+        pass  # damage, which is among the findings
+    return []

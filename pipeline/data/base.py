@@ -160,6 +160,10 @@ class DataSet(ABC):
             raise DataError(f"{self.name}: image {sample.id} has no mask to read its image-level labels off.")
         return tuple(int(i) for i in np.unique(labels) if i not in (IGNORE, self.background))
 
+    def files(self, part: str) -> list[str]:
+        """The paths of a part's images and masks and of what describes the data set; none of what is rendered."""
+        return []
+
     def stamps(self, samples: Sequence[Sample], what: str = "images") -> list[str]:
         """The stamp of each sample's image, or of its "labels"."""
         stamps = {"images": self.stamp, "labels": self.mask_stamp}

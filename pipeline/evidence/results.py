@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cache.ledger import read_manifest
 from pipeline.config import Config, UserError
 from pipeline.evidence.contrasts import Contrast, contrast
 from pipeline.evidence.pages import Table, console, keep_metrics, made_where
@@ -36,6 +37,14 @@ def read_metrics(path: Path) -> dict[str, Any] | None:
         return None
 
 
+def stale(run: Path, metrics: Mapping[str, Any]) -> str:
+    """A mark where the student that was evaluated is no longer the run's: " (stale: ...)", else nothing."""
+    trained = read_manifest(run / "train" / "train.manifest.json")
+    if trained is None:
+        return " (stale: the run's training has not ended)" if (run / "train").is_dir() else ""
+    return "" if metrics.get("student") == trained.get("fingerprint") else " (stale: of another student)"
+
+
 def result_table(results: dict[str, dict[str, Any]]) -> Table:
     """Run by run: pAcc, mIoU(S), mIoU(U), hIoU in percent at the configured gamma; pAcc, mIoU of closed sets."""
     is_closed = all(result.get("unseen") == [] for result in results.values())
@@ -54,11 +63,11 @@ def print_results(runs: Sequence[Path]) -> None:
     found = {}
     for run, label in labels.items():
         if (m := read_metrics(run / "eval" / "metrics.json")) is not None:
-            found[label] = m
+            found[f"{label}{stale(run, m)}"] = m
     for run, label in labels.items():
         for path in sorted(run.glob("eval-on-*/metrics.json")):
             if (m := read_metrics(path)) is not None:
-                found[f"{label} on {path.parent.name.removeprefix('eval-on-')}"] = m
+                found[f"{label} on {path.parent.name.removeprefix('eval-on-')}{stale(run, m)}"] = m
     if not found:
         raise UserError(
             f"none of {', '.join(map(str, runs))} holds eval/metrics.json. Run `cli.py eval` first."

@@ -6,6 +6,9 @@ change what is cached have a cache of their own, which takes over the teacher's 
 
 from __future__ import annotations
 
+import functools
+import json
+import os
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -13,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import STAGES, Config, UserError, config_fingerprint, digest, from_mapping
+from pipeline.data.base import open_data_set
 from pipeline.data.words import SEVERAL
 
 
@@ -211,15 +215,49 @@ def only_clip_teacher(config: Config) -> None:
 
 
 def stage_triggers(raw: Mapping[str, Any], settings: Iterable[str]) -> dict[str, str]:
-    """What Snakemake watches: the config fingerprint of every stage, and where the data lies.
+    """What Snakemake watches: the config fingerprint of every stage, and what it reads of the data set.
 
-    A data set that moved keeps its cache; whether it moved or is another one only `extract` can tell.
+    Of files their names, sizes and times count: whether the content is another one only the stage can tell.
     """
     config = from_mapping(raw, settings)
     triggers = {stage: config_fingerprint(config, stage) for stage in STAGES}
-    if (root := config.data.options().get("root")) is not None:
-        triggers["extract"] = digest([triggers["extract"], root])
+    options = json.dumps(config.data.model_dump(mode="json"), sort_keys=True)
+    triggers["extract"] = digest([triggers["extract"], triggers["text"], listing(options, "train", "image")])
+    for stage in ("cluster", "cams"):
+        triggers[stage] = digest([triggers[stage], listing(options, "train", "mask")])
+    triggers["eval"] = digest(
+        [triggers["eval"], listing(options, "test", "image"), listing(options, "test", "mask")]
+    )
     return triggers
+
+
+@functools.cache
+def listing(options: str, part: str, what: str) -> str:
+    """Digest of a part's images or masks by name, size and time, and of the files that describe the data set.
+
+    `options` is the config's section `data` as JSON. A data set that isn't there has a digest as well: the plan of a
+    run can be looked at before its data has come.
+    """
+    section = json.loads(options)
+    try:
+        data = open_data_set(section.pop("kind"), **section)
+        samples = data.samples(part)
+    except UserError as error:
+        return digest([str(error)])
+    files = [(sample.image, sample.mask)[what == "mask"] for sample in samples]
+    others = sorted(
+        {*data.files(part)} - {path for sample in samples for path in (sample.image, sample.mask)}
+    )
+    return digest([list(data.classes), list(data.unseen), [_state(file) for file in (*others, *files)]])
+
+
+def _state(path: str | None) -> list[Any]:
+    """Name, size and time of a file; the name alone of what is none, such as a scene that is rendered."""
+    try:
+        found = os.stat(path) if path else None
+    except OSError:
+        found = None
+    return [path] if found is None else [path, found.st_size, found.st_mtime_ns]
 
 
 def transfer_trigger(of_eval: str, other: Config) -> str:

@@ -14,23 +14,26 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cache.ledger import read_manifest
-from pipeline.config import Config, UserError, from_mapping
+from pipeline.config import Config, UserError, from_mapping, kept
 from pipeline.models.student import DenseStudent, build_student
 from pipeline.tracking import say
 
 TEXT = "text"  # name of the text table among the student's tensors
 LAST, BEST = "student.safetensors", "student.best.safetensors"  # of a train folder
 OWNER = ".training"  # in a train folder: the fingerprint of the training whose its students and curve are
+CONTENT = "content"  # key of a student's metadata: the hash of all the rest
 SEAL = "seal.json"
 SEALED = ("student.safetensors", "state.pt")
 
@@ -49,6 +52,7 @@ class Checkpoint:
     unseen: tuple[str, ...]
     text: Tensor  # (K, C) unit norm, all classes
     cache: str | None = None  # fingerprint of the cache it was trained from
+    manifest: dict[str, Any] | None = None  # of the training, when it has ended
     revision: str | None = None  # of the code that trained it, see tracking.revision
 
     @property
@@ -66,18 +70,60 @@ def save_student(path: Path, student: nn.Module, checkpoint: Checkpoint) -> None
         f"student.{name}": value.detach().cpu().contiguous() for name, value in student.state_dict().items()
     }
     metadata = {
-        "config": json.dumps(checkpoint.config.model_dump(mode="json", by_alias=True)),
+        "config": json.dumps(kept(checkpoint.config)),
         "fingerprint": checkpoint.identity,
         "classes": json.dumps(checkpoint.classes),
         "unseen": json.dumps(checkpoint.unseen),
         "cache": json.dumps(checkpoint.cache),
         "revision": json.dumps(checkpoint.revision),
+        "manifest": json.dumps(checkpoint.manifest),
     }
+    tensors[TEXT] = checkpoint.text.contiguous()
+    metadata[CONTENT] = content_digest(metadata, tensors)
     partial = path.with_name(f".{path.name}.partial")
-    save_file({**tensors, TEXT: checkpoint.text.contiguous()}, partial, metadata=metadata)
+    save_file(tensors, partial, metadata=metadata)
     _sync(partial)
     partial.replace(path)
     _sync(path.parent)
+
+
+def content_digest(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+    """Hash of all that a student file holds, its own hash apart; 32 hex digits.
+
+    xxh3 of 128 bits: it finds damage, at memory's speed; it isn't meant to withstand forgery.
+    """
+    found = xxhash.xxh3_128(
+        json.dumps({k: v for k, v in metadata.items() if k != CONTENT}, sort_keys=True).encode()
+    )
+    for name in sorted(tensors):
+        value = tensors[name].detach().cpu().contiguous()
+        found.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())
+        found.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def student_metadata(path: Path) -> dict[str, Any]:
+    """What a student file says of itself; nothing when there is none that can be read."""
+    try:
+        with safe_open(path, "pt") as file:
+            return dict(file.metadata() or {})
+    except (OSError, SafetensorError):
+        return {}
+
+
+def ended(path: Path, identity: str) -> dict[str, Any] | None:
+    """The manifest that a finished training left in its last student, if it is this training's and still whole."""
+    metadata = student_metadata(path)
+    if metadata.get("fingerprint") != identity:
+        return None
+    try:
+        found = json.loads(metadata.get("manifest", "null"))
+        if isinstance(found, dict) and (path.parent / str(found.get("student"))).is_file():
+            read_student(path)
+            return found
+    except (ValueError, CheckpointError):
+        pass
+    return None
 
 
 def save_checkpoint(
@@ -160,8 +206,10 @@ def student_file(run: Path) -> Path:
     """
     for folder in (run / "train", run):
         if chosen := (read_manifest(folder / "train.manifest.json") or {}).get("student"):
-            if not (folder / chosen).is_file():
-                raise CheckpointError(f"{folder / chosen}: is gone. Run `cli.py train` again.")
+            if not (folder / str(chosen)).is_file():
+                raise CheckpointError(
+                    f"{folder / str(chosen)}: is gone. Run `cli.py train` again: it goes on from the last checkpoint."
+                )
             return folder / str(chosen)
     owner = run / "train" / OWNER
     own = owner.read_text(encoding="utf-8") if owner.is_file() else None
@@ -175,30 +223,86 @@ def student_file(run: Path) -> Path:
     )
 
 
+def manifest_of(file: Path) -> dict[str, Any] | None:
+    """The manifest of the training that a student file of a `train` folder ended; None for any other file."""
+    found = read_manifest(file.parent / "train.manifest.json")
+    return found if found and found.get("student") == file.name else None
+
+
 def load_student(path: Path) -> tuple[DenseStudent, Checkpoint]:
-    """A student in eval mode with its class names and text features, from the file alone."""
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-        raw, classes, unseen = (json.loads(metadata[key]) for key in ("config", "classes", "unseen"))
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
+    """A student in eval mode with its class names and text features, from the file alone.
+
+    Raises: CheckpointError for a file that isn't what was written, isn't what its training's manifest says, or holds
+    numbers that aren't finite.
+    """
+    metadata, tensors = read_student(path)
+    expected = manifest_of(path)
+    if expected is not None and metadata.get("fingerprint") != expected.get("fingerprint"):
         raise CheckpointError(
-            f"{path}: not a student of this project: {' '.join(str(error).split())}"
-        ) from None
-    config, text = from_mapping(raw, where=str(path)), tensors.pop(TEXT)
+            f"{path}: is of training {metadata.get('fingerprint')}, its manifest speaks of "
+            f"{expected.get('fingerprint')}. Put the right file back, or delete this one and run `cli.py train` again."
+        )
+    try:
+        raw, classes, unseen = (json.loads(metadata[key]) for key in ("config", "classes", "unseen"))
+        cache, revision = (json.loads(metadata.get(key, "null")) for key in ("cache", "revision"))
+        config, text = from_mapping(raw, where=str(path)), tensors.pop(TEXT)
+    except (KeyError, ValueError, AttributeError, TypeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise CheckpointError(f"{path}: not a student of this project: {_line(error)}") from None
+    is_named = all(
+        isinstance(names, list) and all(isinstance(name, str) for name in names)
+        for names in (classes, unseen)
+    )
+    if not is_named or text.ndim != 2 or len(text) != len(classes) or not {*unseen} <= {*classes}:
+        raise CheckpointError(
+            f"{path}: its class names and its table of text features don't belong together."
+        )
     student = build_student(config.student, text.shape[1], pretrained=False)
-    student.load_state_dict({name.removeprefix("student."): value for name, value in tensors.items()})
+    try:
+        student.load_state_dict({name.removeprefix("student."): value for name, value in tensors.items()})
+    except RuntimeError as error:  # torch lists names and shapes that are missing, or too many
+        raise CheckpointError(
+            f"{path}: its weights don't fit {config.student.arch}: {_line(error)}"
+        ) from None
     checkpoint = Checkpoint(
         config,
-        metadata.get("fingerprint", ""),
+        str(metadata.get("fingerprint", "")),
         tuple(classes),
         tuple(unseen),
         text,
-        cache=json.loads(metadata.get("cache", "null")),
-        revision=json.loads(metadata.get("revision", "null")),
+        cache=cache,
+        revision=revision,
     )
     return student.eval(), checkpoint
+
+
+def read_student(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and tensors of a student file. Raises: CheckpointError for damage, and numbers that aren't finite."""
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = dict(file.metadata() or {})
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: not a student of this project: {_line(error)}") from None
+    if CONTENT in metadata and metadata[CONTENT] != content_digest(metadata, tensors):
+        raise CheckpointError(
+            f"{path}: is not what was written: its bytes have changed since. Put a sound copy back, or delete it and "
+            "run `cli.py train` again: it goes on from the last checkpoint."
+        )
+    bad = [
+        name for name, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()
+    ]
+    if bad:
+        raise CheckpointError(
+            f"{path}: {bad[0]} holds values that aren't finite ({len(bad)} of {len(tensors)} tensors). Train again, "
+            "with a lower train.lr or train.precision fp32."
+        )
+    return metadata, tensors
+
+
+def _line(error: Exception, most: int = 300) -> str:
+    return " ".join(str(error).split())[:most]
 
 
 def _sync(path: Path) -> None:

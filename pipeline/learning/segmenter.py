@@ -20,12 +20,14 @@ from PIL import Image
 from torch import Tensor
 
 from pipeline.config import UserError
-from pipeline.data.base import BadImage
+from pipeline.data.base import BadImage, DataError
 from pipeline.data.words import key_of
+from pipeline.learning.batches import data_of
 from pipeline.learning.checkpoint import load_student, student_file
 from pipeline.learning.inference import class_logits, dense_logits, squashed
 from pipeline.learning.text import labelled_words, stacked, text_of_names, text_teacher
 from pipeline.ops.enlarge import strips
+from pipeline.teaching.rows import different_classes
 
 Name = tuple[str, ...]
 
@@ -91,6 +93,18 @@ class Segmenter:
     @cached_property
     def _teacher(self) -> Any:
         return text_teacher(self.checkpoint)
+
+    def renamed(self) -> str:
+        """How the class names of the student's data set differ now from its own, where that can be seen; else ""."""
+        try:
+            data = data_of(self.config)
+        except DataError:
+            return ""  # it lies elsewhere
+        return (
+            ""
+            if data.classes == self.checkpoint.classes
+            else different_classes(self.checkpoint.classes, data.classes)
+        )
 
     def ask(self, names: Sequence[Name] | None) -> Asked:
         """The names as the student takes them; None: the run's own classes.

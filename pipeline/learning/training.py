@@ -11,10 +11,9 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import set_seed
 
-from cache.ledger import read_manifest
 from pipeline.config import Config, Train, UserError
 from pipeline.learning.batches import CachedViews, data_of, training_batches
-from pipeline.learning.checkpoint import BEST, LAST, OWNER, Checkpoint, latest_checkpoint, load_checkpoint
+from pipeline.learning.checkpoint import BEST, Checkpoint, latest_checkpoint, load_checkpoint
 from pipeline.learning.objective import Learner
 from pipeline.learning.processes import is_launched
 from pipeline.learning.validation import Best
@@ -135,18 +134,6 @@ def negatives_of(views: CachedViews, channels: int) -> ClsBank | CachedNegatives
             f"train.negatives is {section.negatives}, and {num} CLS tokens are cached. Lower it."
         )
     return CachedNegatives(section.negatives, tokens, rows, section.seed)
-
-
-def claim(folder: Path, identity: str) -> None:
-    """Takes a train folder for one training: another's manifest, curve and students go, its checkpoints stay."""
-    owner, manifest = folder / OWNER, folder / "train.manifest.json"
-    made = read_manifest(manifest) or {}
-    before = owner.read_text(encoding="utf-8") if owner.is_file() else made.get("fingerprint", identity)
-    if before != identity:
-        for name in (manifest.name, "losses.jsonl", LAST, BEST):
-            (folder / name).unlink(missing_ok=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    owner.write_text(identity, encoding="utf-8")
 
 
 def resume(run: Run) -> None:

@@ -6,7 +6,7 @@ Everything here only reads, and takes a run that is half done as it is.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -17,7 +17,7 @@ from cache.ledger import Ledger, read_manifest
 from cache.places import place
 from cache.schema import ARRAYS
 from cache.store import Store
-from pipeline.config import LABELS_FROM, Config, UserError
+from pipeline.config import LABELS_FROM, Config, UserError, as_mapping, leaves
 from pipeline.tracking import found_manifest, run_config
 
 SHARD_STAGES = ("extract", "cluster", "cams")
@@ -234,16 +234,8 @@ def differences(config: Config, other: Config) -> tuple[str, ...]:
 
 def settings_of(config: Config) -> dict[str, Any]:
     """The config's leaves by dotted key, without what has no bearing on results."""
-    leaves = dict(_leaves(config.model_dump(mode="json", by_alias=True), ""))
-    return {key: value for key, value in leaves.items() if not key.startswith(NOT_A_DIFFERENCE)}
-
-
-def _leaves(value: Any, key: str) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict) and value:
-        for name, inner in value.items():
-            yield from _leaves(inner, f"{key}.{name}" if key else name)
-    else:
-        yield key, value
+    found = leaves(as_mapping(config))
+    return {key: value for key, value in found.items() if not key.startswith(NOT_A_DIFFERENCE)}
 
 
 def human_bytes(size: float) -> str:

@@ -27,7 +27,7 @@ from pipeline.models.teacher import Teacher, TeacherError
 from pipeline.ops.quantise import quantised
 from pipeline.ops.views import draw_views, replay_image
 from pipeline.teaching.devices import device_of
-from pipeline.teaching.rows import STREAM
+from pipeline.teaching.rows import STREAM, is_listed
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 DECODE_THREADS = min(max(CORES, 2), 16)  # 16 feed an H100, 5 an A100 (docs/scale.md)
@@ -139,6 +139,8 @@ def _load_views(
 ) -> tuple[np.ndarray, list[torch.Tensor]] | str:
     """Boxes (V, 4) and V views (3, S, S) uint8 of one image, or why there are none."""
     size = config.teacher.image_size
+    if not is_listed(sample):
+        return "not listed"
     try:
         image = data.image(sample)
     except BadImage as error:

@@ -15,7 +15,7 @@ from pipeline.config import digest
 from pipeline.data.base import DataError, DataSet, Sample
 from pipeline.learning.batches import data_of
 from pipeline.teaching.engine import Job, map_shards
-from pipeline.teaching.rows import samples_of, span
+from pipeline.teaching.rows import samples_of, span, stamps_of
 from pipeline.tracking import progress, record_shard, say
 
 
@@ -26,6 +26,8 @@ def done_shards(stage: str, fingerprint: str, store: Store, stamps: Sequence[str
         if shard >= store.num_shards:
             continue
         rows = store.rows(shard)
+        if not all(store.size_bytes(name, shard) for name in entry.get("digests") or {}):
+            continue  # a file that the record vouches for is gone
         now = (span(rows), list(stamps[rows.start : rows.stop]), digest(made.get(shard, {}).get("digests")))
         if (entry["rows"], entry.get("stamps"), entry.get("upstream")) == now:
             done.add(shard)
@@ -65,7 +67,7 @@ def record_labels(stage: str, job: Job, store: Store, shard: int, made: dict[str
     data, rows = data_of(job.config), store.rows(shard)
     above = Ledger(job.config.cache_path, "extract").entry(shard) or {}
     entry = {"rows": span(rows), "fingerprint": job.fingerprint, "quarantined": {}, **made}
-    entry["stamps"] = data.stamps(samples_of(data, store, rows), "labels")
+    entry["stamps"] = stamps_of(data, samples_of(data, store, rows), "labels")
     entry["upstream"] = digest(above.get("digests"))
     record_shard(job.config, stage, shard, entry, began)
 

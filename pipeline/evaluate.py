@@ -79,8 +79,8 @@ def check_student(config: Config, data: DataSet, manifest: dict[str, Any]) -> No
     training images or masks have changed since is said, and no error: the student is what it is.
     """
     for what, was, now in (
-        ("classes", manifest["classes"], data.classes),
-        ("unseen classes", manifest["unseen"], data.unseen),
+        ("classes", manifest.get("classes") or [], data.classes),
+        ("unseen classes", manifest.get("unseen") or [], data.unseen),
     ):
         if list(was) != list(now):
             raise StaleCache(

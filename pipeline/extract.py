@@ -124,6 +124,7 @@ def extract(
             config, data, teacher_of(config.teacher)
         )  # a mistake in them comes before any change
         store = _open_store(config, data, identity, samples)
+        is_text_alone = manifest is not None and manifest.get("content") == content
         entries = ledger.entries_of(identity)
         todo = [s for s in range(store.num_shards) if not _is_whole(store, s, entries.get(s))]
         codes = _other_codes(store, entries, samples, todo)
@@ -133,7 +134,7 @@ def extract(
         _write_text(config, data, store, features)
         _write_codes(store, ledger, codes)
         kept = sum(entry["rows"][1] - entry["rows"][0] for entry in entries.values())
-        if kept and todo:
+        if kept and not is_text_alone:
             say(f"extract: resuming, {kept} of {len(samples)} images are done")
         bad: dict[str, str] = {}
         for entry in entries.values():

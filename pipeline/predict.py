@@ -66,7 +66,7 @@ def predict(run: Path, pictures: Sequence[Picture], out: Path, wanted: Wanted) -
     """
     check(wanted.reject, wanted.mode)
     segmenter = Segmenter(run)
-    if changed := segmenter.renamed():
+    if wanted.names is None and (changed := segmenter.renamed()):
         say(
             f"predict: the student's own names are those it was trained with; its data set has others now: {changed}"
         )

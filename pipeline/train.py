@@ -86,12 +86,12 @@ def train(config: Config) -> dict[str, Any]:
     with ExitStack() as stack:
         if is_main:
             check_current(config, data, str(above["fingerprint"]))
-            stack.enter_context(training_in(config.run_path))
         manifest = found_manifest(config, "train")
         accelerator.wait_for_everyone()
         if manifest is not None and manifest.get("fingerprint") == identity:
             return _nothing_to_do(config, manifest, is_main)
         if is_main:
+            stack.enter_context(training_in(config.run_path))
             stack.enter_context(reading(config.cache_path))
             claim(config.run_path, identity)
         accelerator.wait_for_everyone()

@@ -171,6 +171,8 @@ def trained(tmp_path, monkeypatch):
         "config": config_fingerprint(config, "train"),
         "fingerprint": "id",
         "student": "student.safetensors",
+        "classes": list(TRAINED),
+        "unseen": ["bee"],
     }
     (folder / "train.manifest.json").write_text(json.dumps(manifest))
     return path, config.run_path

@@ -13,7 +13,7 @@ from pipeline.cluster import cluster
 from pipeline.data.demo import CLASSES, render_scene
 from pipeline.extract import extract
 from pipeline.learning import batches
-from pipeline.teaching.rows import in_row_order
+from pipeline.teaching.rows import in_row_order, is_listed
 from pipeline.train import train
 from pipeline.verify import verify
 from tests.conftest import ROOT, TINY
@@ -126,15 +126,35 @@ def test_new_names_between_old_ones_come_after_them(garden, seen_by_the_teacher)
     train(grown)
 
 
-def test_a_removed_image_is_named(garden):
+def test_a_removed_image_goes_out_of_use_and_comes_back(garden, seen_by_the_teacher):
+    """Its row stays, marked in `status`; whatever reads the cache leaves it out, and nothing is computed again."""
     folder, config = garden
     extract(config())
-    for part in ("images", "masks"):
-        (folder / part / "d.png").unlink()
-    for run in (extract, cluster):
-        with pytest.raises(StaleCache, match=r"'d', which garden no longer lists"):
-            run(config())
-    assert Store.open(config().cache_path).samples == ["b", "d", "f"]
+    cluster(config())
+    before = Store.open(config().cache_path).read_whole("tokens")
+    kept = {path: path.read_bytes() for path in (folder / "images" / "d.png", folder / "masks" / "d.png")}
+    for path in kept:
+        path.unlink()
+    with pytest.raises(StaleCache, match=r"'d', which garden no longer lists. Run `cli.py extract`"):
+        cluster(config())
+    del seen_by_the_teacher[:]
+    assert extract(config())["not_listed"] == ["d"]
+    assert cluster(config())["num_samples"] == 3
+    store = Store.open(config().cache_path)
+    assert store.samples == ["b", "d", "f"]
+    assert store.read_whole("status").tolist() == [0, 2, 0]
+    assert verify(config()) == []
+    for path, content in kept.items():
+        path.write_bytes(content)
+    with pytest.raises(StaleCache, match=r"'d' was out of use, and garden lists it again"):
+        cluster(config())
+    assert extract(config())["not_listed"] == []
+    cluster(config())
+    store = Store.open(config().cache_path)
+    assert store.read_whole("status").tolist() == [0, 0, 0]
+    assert np.array_equal(store.read_whole("tokens"), before)
+    assert seen_by_the_teacher == []
+    assert verify(config()) == []
 
 
 def test_a_changed_image_is_named_and_can_be_made_again(garden, seen_by_the_teacher):
@@ -142,13 +162,12 @@ def test_a_changed_image_is_named_and_can_be_made_again(garden, seen_by_the_teac
     extract(config())
     cluster(config())
     picture(folder, "d", 20)
-    with pytest.raises(StaleCache, match=r"00000\.json: image 'd' has changed") as caught:
+    with pytest.raises(StaleCache, match=r"image 'd' has changed .* `cli.py extract --renew`") as caught:
         extract(config())
     assert "\n" not in str(caught.value)
     assert (config().cache_path / "extract.manifest.json").exists(), "an error must not change the cache"
-    (config().cache_path / "ledger" / "extract" / "00000.json").unlink()  # as the line says
     del seen_by_the_teacher[:]
-    extract(config())
+    extract(config(), renew=True)  # as the line says
     assert seen_by_the_teacher == ["b", "d", "f"]
     before = records(config(), "cluster")
     cluster(config())
@@ -214,7 +233,7 @@ def test_a_growth_that_was_killed_makes_the_new_rows_only(garden, seen_by_the_te
 
 def test_row_order_by_hand(garden):
     data = batches.data_of(garden[1]())
-    assert [s.id for s in in_row_order(data, [], "x")] == ["b", "d", "f"]
-    assert [s.id for s in in_row_order(data, ["f", "b"], "x")] == ["f", "b", "d"]
-    with pytest.raises(StaleCache, match="'z' and 1 more"):
-        in_row_order(data, ["b", "z", "y"], "x")
+    assert [s.id for s in in_row_order(data, [])] == ["b", "d", "f"]
+    assert [s.id for s in in_row_order(data, ["f", "b"])] == ["f", "b", "d"]
+    gone = in_row_order(data, ["b", "z", "y"])
+    assert [(s.id, is_listed(s)) for s in gone] == [("b", 1), ("z", 0), ("y", 0), ("d", 1), ("f", 1)]

@@ -171,6 +171,7 @@ def make_cache(config, *, clustered=(0, 1)):
     }
     attributes = {
         "fingerprint": "e0",
+        "data": {"kind": "demo", "name": data.name},
         "classes": list(data.classes),
         "text": {"templates": ["a photo of a {}."], "features": None},
         "teacher": {**teacher, "torch": "0"},
@@ -219,7 +220,8 @@ def make_training(config):
     save_student(
         folder / "student.safetensors", build_student(config.student, CHANNELS, pretrained=False), checkpoint
     )
-    write_manifest(manifest_path(config, "train"), {"fingerprint": "t0", "iterations": 8})
+    made = {"fingerprint": "t0", "iterations": 8, "student": "student.safetensors"}
+    write_manifest(manifest_path(config, "train"), made)
     rows = [{"iteration": i, "total": 9 / i, "ce": 1.0 / i, "lr": 0.1, "time/forward": 0.75} for i in (4, 8)]
     (folder / "losses.jsonl").write_text(
         "".join(json.dumps(row) + "\n" for row in rows) + '{"iteration": 9, "to'
@@ -239,6 +241,7 @@ def make_metrics(config, *, hiou):
         "unseen": list(data.unseen),
         "num_images": TEST,
         "config": config_fingerprint(config, "eval"),
+        "student": "t0",
     }
     folder = config.run_path / "eval"
     folder.mkdir(parents=True)

@@ -47,6 +47,7 @@ def made(folder, *settings, shards=(0,)):
         samples=ids,
         attributes={
             "fingerprint": "e0",
+            "data": {"kind": "demo", "name": data.name},
             "classes": list(data.classes),
             "views": {"num": 1, "size": SIZE},
             "teacher": {"patch": 8},

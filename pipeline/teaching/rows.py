@@ -48,18 +48,18 @@ def cached_samples(data: DataSet, store: Store) -> list[Sample]:
     """The sample of every row. Raises: StaleCache when the data set lists more or fewer images than are cached."""
     samples = in_row_order(data, store.samples)
     todo = "Run `cli.py extract`"
-    if len(samples) != store.num_samples:
-        raise StaleCache(
-            f"{store.path}: caches {store.num_samples} images, {data.name} lists {len(data.by_id('train'))}; the first "
-            f"that is not cached is {samples[store.num_samples].id!r}. {todo}: it makes the new ones only."
-        )
-    gone = np.array([not is_listed(sample) for sample in samples])
+    gone = np.array([not is_listed(sample) for sample in samples[: store.num_samples]])
     known = store.read_whole("status") == NOT_LISTED
     if (gone & ~known).any():
         first = samples[int(np.flatnonzero(gone & ~known)[0])].id
         raise StaleCache(
             f"{store.path}: caches image {first!r}, which {data.name} no longer lists. {todo}: it takes the rows of "
             f"such images out of use (here {int((gone & ~known).sum())}) and computes nothing."
+        )
+    if len(samples) != store.num_samples:
+        raise StaleCache(
+            f"{store.path}: caches {store.num_samples} images, {data.name} lists {len(data.by_id('train'))}; the first "
+            f"that is not cached is {samples[store.num_samples].id!r}. {todo}: it makes the new ones only."
         )
     if (known & ~gone).any():
         first = samples[int(np.flatnonzero(known & ~gone)[0])].id

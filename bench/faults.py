@@ -1,12 +1,15 @@
-"""Injected damage to a cache: does `verify` find all of it and name the shard, do the stages refuse it?
+"""Injected damage to a cache, and facts around a finished run that change: is all of it found?
 
-    python -m bench.faults                       200 faults of each of five kinds, some minutes
+    python -m bench.faults                       200 faults of each of six kinds, most of an hour on two cores
     python -m bench.faults --faults 8 --stages 2
+    python -m bench.faults --only meanings       the sixth kind alone: nothing is damaged, something has another meaning
 
 The cache is a real one (bench/small_run.py), extracted and clustered here; a second one, of other scenes,
 other templates and another split, gives the foreign shards. Each fault hits a random array and shard of
 the sound cache, which is put back afterwards. `verify` looks after every fault; of those in arrays that
 a stage reads, the first `--stages` of each kind are shown to `cli.py cluster` and `cli.py train` too.
+The sixth kind is bench/meanings.py's: class names, masks' values, images, keys of the config. Each is noticed by the
+stages, or their result is that of a run made from nothing.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import shutil
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +33,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from rich.console import Console
 from rich.table import Table
 
+from bench.meanings import FAULTS, World
 from bench.small_run import ROOT, small_arguments, small_config
 from cache.errors import CacheError
 from cache.store import Store
@@ -36,6 +41,7 @@ from cache.verify import verify
 
 MOST_SHOWN = 20  # faults listed
 WIDTH = 120  # columns of the table
+MEANINGS = "meanings"  # the sixth kind
 WHOLE = ("text", "sample")  # arrays of one file
 OTHER = ("name=other", "data.seed=2", "data.unseen=[zebra]", 'text.templates=["a picture of a {}."]')
 # What each stage reads of the cache; damage elsewhere can't reach what it makes.
@@ -238,8 +244,45 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--faults", type=int, default=200, help="of each kind")
     parser.add_argument("--stages", type=int, default=40, help="of each kind shown to cluster and to train")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--only", choices=("damage", MEANINGS), help="five kinds of damage, or the sixth kind"
+    )
     chosen = parser.parse_args(arguments)
     began, counts, missed = time.monotonic(), {}, list[str]()
+    out = Console(highlight=False, width=WIDTH)
+    if chosen.only != MEANINGS:
+        damage(chosen, counts, missed)
+        out.print(table_of(counts))
+    if chosen.only != "damage":
+        tried, more = meanings(chosen.faults, chosen.seed)
+        missed += more
+        out.print(
+            f"{sum(tried.values())} facts changed, {sum(tried.values()) - len(more)} noticed or without effect:"
+        )
+        out.print(", ".join(f"{what} {num}" for what, num in tried.items()))
+    for miss in missed[:MOST_SHOWN]:
+        out.print(miss, markup=False)
+    word = f"{len(missed)} MISSED" if missed else "none missed"
+    out.print(f"seed {chosen.seed}, {time.monotonic() - began:.0f} s: {word}")
+    return 1 if missed else 0
+
+
+def meanings(faults: int, seed: int) -> tuple[Counter[str], list[str]]:
+    """`faults` changes of facts, all of FAULTS in turn; how many of each, and what went unnoticed."""
+    tried, missed = Counter[str](), list[str]()
+    with tempfile.TemporaryDirectory() as folder:
+        world = World(Path(folder))
+        for number in range(faults):
+            what = list(FAULTS)[number % len(FAULTS)]
+            tried[what] += 1
+            if wrong := world.tried(what, seed * faults + number):
+                missed.append(wrong)
+                print(wrong, file=sys.stderr)
+    return tried, missed
+
+
+def damage(chosen: argparse.Namespace, counts: dict[str, Count], missed: list[str]) -> None:
+    """The five kinds of damage."""
     with tempfile.TemporaryDirectory() as folder:
         run = Damaged(Path(folder))
         if verify(run.cache):
@@ -247,13 +290,6 @@ def main(arguments: list[str] | None = None) -> int:
         for kind in KINDS:
             counts[kind], more = inject(run, kind, chosen.faults, chosen.stages, chosen.seed)
             missed += more
-    out = Console(highlight=False, width=WIDTH)
-    out.print(table_of(counts))
-    for miss in missed[:MOST_SHOWN]:
-        out.print(miss, markup=False)
-    word = f"{len(missed)} MISSED" if missed else "none missed"
-    out.print(f"seed {chosen.seed}, {time.monotonic() - began:.0f} s: {word}")
-    return 1 if missed else 0
 
 
 if __name__ == "__main__":

@@ -388,6 +388,7 @@ DATA_NOT_FOR = {
     "cluster": OF_TEST,
     "cams": OF_TEST,
     "train": OF_TEST,
+    "eval": ("root",),
 }
 # Options of a data set that say which samples there are, not what any of them is.
 WHICH = ("train", "limit", "train_list")

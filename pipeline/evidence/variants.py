@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import STAGES, Config, UserError, config_fingerprint, digest, from_mapping
-from pipeline.data.base import open_data_set
+from pipeline.data.base import DataSet, open_data_set
 from pipeline.data.words import SEVERAL
 
 
@@ -238,10 +238,9 @@ def listing(options: str, part: str, what: str) -> str:
     `options` is the config's section `data` as JSON. A data set that isn't there has a digest as well: the plan of a
     run can be looked at before its data has come.
     """
-    section = json.loads(options)
     try:
-        data = open_data_set(section.pop("kind"), **section)
-        samples = data.samples(part)
+        data = _opened(options)
+        samples = data.samples(part)  # listed once a data set
     except UserError as error:
         return digest([str(error)])
     files = [(sample.image, sample.mask)[what == "mask"] for sample in samples]
@@ -249,6 +248,12 @@ def listing(options: str, part: str, what: str) -> str:
         {*data.files(part)} - {path for sample in samples for path in (sample.image, sample.mask)}
     )
     return digest([list(data.classes), list(data.unseen), [_state(file) for file in (*others, *files)]])
+
+
+@functools.cache
+def _opened(options: str) -> DataSet:
+    section = json.loads(options)
+    return open_data_set(section.pop("kind"), **section)
 
 
 def _state(path: str | None) -> list[Any]:

@@ -29,7 +29,7 @@ $(VENV)/page: $(VENV)/installed requirements-page.txt
 page: $(VENV)/page ## what the page to try a student on needs beside the rest (cli.py demo)
 
 $(VENV)-audit/bin/pip-audit:
-	-$(PYTHON) -m venv $(VENV)-audit && $(VENV)-audit/bin/pip install --quiet pip-audit
+	-$(PYTHON) -m venv $(VENV)-audit && $(VENV)-audit/bin/pip install --quiet --retries 1 pip-audit
 
 audit: $(VENV)-audit/bin/pip-audit ## known vulnerabilities of the pinned versions, where pip-audit has its data
 	@$(PYTHON) .ci/audit.py $(VENV)-audit/bin/pip-audit constraints.txt requirements-page.txt

@@ -1,10 +1,15 @@
-"""`make audit` (.ci/audit.py): what it makes of pip-audit's answers, and of none. pip-audit itself is a stand-in."""
+"""Pins and floors agree; `make audit` (.ci/audit.py): what it makes of pip-audit's answers, and of none.
+
+pip-audit itself is a stand-in.
+"""
 
 import json
 import subprocess
 import sys
+import tomllib
 
 import pytest
+from packaging.requirements import Requirement
 
 from tests.conftest import ROOT
 
@@ -56,3 +61,54 @@ def test_without_data_it_says_so_and_passes(tmp_path, answer):
 
 def test_an_answer_that_fails_after_the_first_is_no_pass(tmp_path):
     assert audited(tmp_path, [KNOWN], None)[0] == 1
+
+
+def pins(name):
+    lines = [line for line in (ROOT / name).read_text().splitlines() if line and not line.startswith("#")]
+    return {one.name.lower().replace("_", "-"): str(one.specifier) for one in map(Requirement, lines)}
+
+
+def wanted():
+    """What pyproject.toml asks for, extras included."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lists = [project["dependencies"], *project["optional-dependencies"].values()]
+    return [Requirement(one) for some in lists for one in some]
+
+
+def test_pins_keep_the_floors_and_the_page_has_its_own():
+    core, page = pins("constraints.txt"), pins("requirements-page.txt")
+    assert all(pin.startswith("==") for pin in (*core.values(), *page.values()))
+    assert not set(core) & set(page)
+    assert "gradio" in page
+    checked = []
+    for one in wanted():
+        name = one.name.lower().replace("_", "-")
+        if name in core:
+            assert core[name].removeprefix("==") in one.specifier, one
+            checked.append(name)
+    assert {"torch", "pillow", "numcodecs", "fsspec", "dask", "onnx"} <= set(checked)
+
+
+@pytest.mark.parametrize(
+    ("package", "refused"),
+    [
+        *(
+            ("torch", "2.9.1"),
+            ("torch", "2.10.0"),
+            ("numcodecs", "0.16.3"),
+            ("numcodecs", "0.17.0"),
+            ("pillow", "12.3.0"),
+        ),
+        *(
+            ("fsspec", "2026.4.0"),
+            ("dask", "2025.12.0"),
+            ("jinja2", "3.1.5"),
+            ("onnx", "1.20.1"),
+            ("s3fs", "2026.4.0"),
+        ),
+    ],
+)
+def test_versions_with_known_holes_are_not_admitted(package, refused):
+    found = [one for one in wanted() if one.name == package]
+    assert found
+    assert not any(refused in one.specifier for one in found)

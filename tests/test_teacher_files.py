@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from pipeline.config import ConfigError
 from pipeline.models.teacher import Teacher, TeacherError
-from pipeline.models.weights import WeightsError, is_torchscript, read_state, torchscript_state
+from pipeline.models.weights import MOST_PICKLED, WeightsError, is_torchscript, read_state, torchscript_state
 from pipeline.teaching.devices import device_of
 from tests.conftest import ROOT, is_one_line_error
 from tests.test_teacher import Holder, tiny_model
@@ -59,8 +59,9 @@ def same(found, wanted):
 )
 def test_a_state_dict_is_found_where_training_scripts_put_it(tmp_path, model, wrapped):
     state = {name: value.half() for name, value in model.state_dict().items()}
-    torch.save(wrapped(state), tmp_path / "w.pt")
-    assert same(read_state(tmp_path / "w.pt"), state)
+    for is_zip in (True, False):
+        torch.save(wrapped(state), tmp_path / "w.pt", _use_new_zipfile_serialization=is_zip)
+        assert same(read_state(tmp_path / "w.pt"), state)
 
 
 @pytest.mark.parametrize(
@@ -271,6 +272,20 @@ def test_bent_archives_are_one_line(tmp_path):
             new.writestr(name, old.read(name))
     with pytest.raises(WeightsError, match="compressed"):
         read_state(tmp_path / "bomb.pt")
+    with zipfile.ZipFile(good) as old, zipfile.ZipFile(tmp_path / "code.pt", "w") as new:
+        for info in old.infolist():
+            content = b"x" * (MOST_PICKLED + 1) if info.filename.endswith(".py") else old.read(info)
+            new.writestr(info, content)
+    with pytest.raises(WeightsError, match="of code"):
+        read_state(tmp_path / "code.pt")
+    with zipfile.ZipFile(good) as old, zipfile.ZipFile(tmp_path / "twice.pt", "w") as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+        new.filelist += (
+            new.filelist * 40
+        )  # the directory names each record again: a small file of much content
+    with pytest.raises(WeightsError, match="overlap"):
+        read_state(tmp_path / "twice.pt")
     huge = with_record(
         good, tmp_path / "huge.pt", "/data.pkl", read_pickle(good).replace(b"K\x03K\x04", b"K\xffK\xff")
     )
@@ -311,6 +326,12 @@ def test_metal_is_one_line_where_there_is_none(run_cli, tmp_path):
         "extract", "--set", f"runs={tmp_path}", "--set", "teacher.device=mps", "--set", "data.train=2"
     )
     assert is_one_line_error(done, "teacher.device is 'mps'", "auto or cpu")
+
+
+def test_doctor_names_a_device_that_isn_t_here(run_cli):
+    foreign = "hpu" if torch.backends.mps.is_available() else "mps"
+    done = run_cli("doctor", "--dry", "--config", "config/demo.yaml", "--set", f"teacher.device={foreign}")
+    assert f"no device: teacher.device is '{foreign}'" in done.stdout + done.stderr
 
 
 def test_code_inside_another_repository_has_no_commit(tmp_path):

@@ -140,6 +140,11 @@ def torchscript_state(path: Path) -> dict[str, Tensor]:
     Raises: WeightsError for an archive that holds more than modules, tensors and plain values.
     """
     with zipfile.ZipFile(path) as archive:
+        stored = sum(
+            info.file_size for info in archive.infolist() if info.compress_type == zipfile.ZIP_STORED
+        )
+        if stored > path.stat().st_size:
+            raise WeightsError("a TorchScript archive whose records overlap.")
         top = next(
             (n.removesuffix("data.pkl") for n in archive.namelist() if re.fullmatch(r"[^/]+/data\.pkl", n)),
             None,
@@ -240,25 +245,26 @@ def _record(archive: zipfile.ZipFile, name: str, most: int) -> bytes:
 
 def _learned(archive: zipfile.ZipFile, code: str) -> dict[str, frozenset[str]]:
     """By class, the attributes that its source calls parameters or buffers; other tensors are no part of a state."""
-    found = {}
+    found, budget = {}, MOST_PICKLED
     for name in archive.namelist():
         if not (name.startswith(code) and name.endswith(".py")):
             continue
         module = name.removeprefix(code).removesuffix(".py").replace("/", ".")
-        source = _source(archive, name)
+        source = _source(archive, name, budget)
+        budget -= len(source)
         for kind, body in re.findall(r"^class (\w+)\(Module\):\n((?:  .*\n|\n)*)", source, re.MULTILINE):
             lists = re.findall(r"^  __(?:parameters|buffers)__ = \[(.*)\]$", body, re.MULTILINE)
             found[f"{module}.{kind}"] = frozenset(re.findall(r'"([^"]*)"', " ".join(lists)))
     return found
 
 
-def _source(archive: zipfile.ZipFile, name: str) -> str:
+def _source(archive: zipfile.ZipFile, name: str, most: int) -> str:
     """A source file; torch compresses these. Read up to a bound, whatever size it claims."""
     with archive.open(name) as file:
-        text = file.read(MOST_PICKLED + 1)
-    if len(text) > MOST_PICKLED:
-        raise WeightsError(f"a TorchScript archive whose {name} has more than {MOST_PICKLED} bytes.")
-    return text.decode("utf-8", "replace")
+        text = file.read(most + 1)
+    if len(text) > most:
+        raise WeightsError(f"a TorchScript archive with more than {MOST_PICKLED} bytes of code.")
+    return text.decode("latin-1")
 
 
 def _named(module: Any, learned: Mapping[str, frozenset[str]], prefix: str, depth: int) -> Any:

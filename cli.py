@@ -238,11 +238,11 @@ def predict(
 def demo(
     run: Annotated[Path, typer.Argument(help="a run folder or a checkpoint")],
     host: Annotated[
-        str, typer.Option(help="whom to listen to; 0.0.0.0: everybody in the network")
+        str, typer.Option(help="address to bind; beyond this machine (0.0.0.0: all of its own) with a token")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="of the page's address")] = 7860,
+    port: Annotated[int, typer.Option(help="port")] = 7860,
 ) -> None:
-    """Open a page on this machine: an image, any names, and what is found. Needs the extra `demo`."""
+    """Open a page on this machine: an image, any names, and what is found. Needs `make page`."""
     from pipeline import demo as stage
 
     stage.serve(run, host, port)

@@ -2,27 +2,36 @@
 
     python cli.py demo runs/demo
 
-The only door to gradio, the extra `demo`. The student is loaded once, the teacher's text encoder when a name first
-needs it.
+The only door to gradio (requirements-page.txt). The student is loaded once, the teacher's text encoder when a name
+first needs it. What visitors may ask for stands in looking/visitors.py.
 """
 
 from __future__ import annotations
 
+import contextlib
 import html
+import math
 import os
+import secrets
+import signal
+import socket
+import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from pipeline.config import UserError
-from pipeline.data.base import read_image
-from pipeline.learning.segmenter import NONE, Asked, Segmenter, check, parsed_names
+from pipeline.data.base import MAX_PIXELS, DataError, read_image
+from pipeline.learning.segmenter import NONE, Asked, Name, Segmenter, check, parsed_names
 from pipeline.looking.overlay import Share, painted, shares
+from pipeline.looking.visitors import ANY, Door, is_loopback, is_own, listening, uploads
 from pipeline.tracking import say
 
 KEEP_S = 3600  # uploads are removed when they are this old
 MOST_UPLOADED = "100mb"
+MOST_TEXT = 10_000  # characters of all names; 255 of them have 39 each
 GAMMAS = (0.0, 5.0)  # what the slider offers: the range of the evaluation's sweep
 FONTS = ["system-ui", "sans-serif"]  # of the machine that looks on: none is fetched
 # Colours come from gradio's own variables, so that light and dark mode both fit.
@@ -42,17 +51,36 @@ def serve(run: Path, host: str = "127.0.0.1", port: int = 7860) -> None:
 
     Raises: CheckpointError; UserError where gradio is missing or the address can't be had.
     """
-    segmenter = Segmenter(run)
-    page = build(segmenter)
-    try:
-        _, address, _ = page.launch(**options(), server_name=host, server_port=port)
-    except OSError:  # gradio's words name options of its own
-        raise UserError(
-            f"--host {host} --port {port}: nobody can listen there; the port is taken, or the host isn't this machine. "
-            "Choose another."
-        ) from None
-    say(f"demo: {segmenter.file} at {address} (Ctrl-C ends it)")
-    page.block_thread()
+    server, listens, address = prepared(Segmenter(run), host, port)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: sys.exit(0))  # an ordinary end, which removes the uploads
+    say(f"demo: {run} at {address} (Ctrl-C ends it)")
+    with contextlib.suppress(KeyboardInterrupt):
+        server.run(sockets=[listens])
+
+
+def prepared(segmenter: Segmenter, host: str, port: int) -> tuple[Any, socket.socket, str]:
+    """A server of the page that doesn't run yet, the socket it takes, and the address to open.
+
+    Where more than this machine can reach the address, it holds a token without which nothing is answered.
+    """
+    gradio = _gradio()
+    import uvicorn
+    from fastapi import FastAPI
+
+    listens = listening(host, port)
+    folder, token = uploads(), None if is_loopback(listens) else secrets.token_urlsafe(24)
+    page = build(segmenter, folder)
+    outer = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    inner = gradio.mount_gradio_app(outer, page, path="/", **options())
+    page.has_launched = True  # else gradio takes a path of this machine for an upload
+    settings = uvicorn.Config(
+        Door(inner, folder, host, token), log_level="warning", ws="none", timeout_graceful_shutdown=1
+    )
+    seen = socket.gethostname() if host in ANY and token else host
+    shown = f"[{seen}]" if ":" in seen and not seen.startswith("[") else seen
+    address = f"http://{shown}:{listens.getsockname()[1]}/{f'?token={token}' if token else ''}"
+    return uvicorn.Server(settings), listens, address
 
 
 def _gradio() -> Any:
@@ -62,28 +90,36 @@ def _gradio() -> Any:
     try:
         import gradio
     except ImportError as error:
-        raise UserError(f"demo needs the package {error.name}: pip install -e '.[demo]'.") from None
+        raise UserError(
+            f"demo needs the package {error.name}: `make page`, or pip install --no-deps -r requirements-page.txt."
+        ) from None
     return gradio
 
 
 def options() -> dict[str, Any]:
-    """How the page is launched, address aside: without any part that would reach into a network."""
+    """How the page is served, address aside: without any part that would reach into a network or another folder."""
     gradio = _gradio()
     return {
-        "prevent_thread_lock": True,
-        "quiet": True,
-        "share": False,
         "ssr_mode": False,
         "enable_monitoring": False,
+        "mcp_server": False,
+        "run_history": False,
+        "pwa": False,
+        "show_error": False,
         "footer_links": [],
+        "allowed_paths": [],
         "max_file_size": MOST_UPLOADED,
         "theme": gradio.themes.Base(font=FONTS, font_mono=["ui-monospace", "monospace"]),
         "css": STYLE,
     }
 
 
-def build(segmenter: Segmenter) -> Any:
-    """The page as gradio's Blocks, not launched; its one function has the API name /segment."""
+def build(segmenter: Segmenter, folder: Path) -> Any:
+    """The page as gradio's Blocks, not launched; its one function has the API name /segment.
+
+    folder: where its uploads and pictures lie, and the only one that it opens files of.
+    """
+    os.environ["GRADIO_TEMP_DIR"] = str(folder)
     gradio = _gradio()
     checkpoint, gamma = segmenter.checkpoint, segmenter.config.eval.gamma
     title = f"Any image, any names: {segmenter.config.name}"
@@ -131,6 +167,8 @@ def build(segmenter: Segmenter) -> Any:
         def segment(
             path: str | None, text: str, gamma: float, reject: float
         ) -> tuple[Image.Image | None, str]:
+            if path is not None and not is_own(path, folder):
+                return None, wrong("This page opens no files of the machine it runs on: upload a picture.")
             return found(segmenter, path, text, gamma, reject)
 
         inputs, outputs = [image, names, added, least], [picture, table]
@@ -151,19 +189,57 @@ def _about(segmenter: Segmenter) -> str:
 def found(
     segmenter: Segmenter, path: str | None, text: str, gamma: float, reject: float
 ) -> tuple[Image.Image | None, str]:
-    """The painted picture and its legend as HTML; of a user's mistake no picture, and the line that says it."""
+    """The painted picture and its legend as HTML; of a user's mistake no picture, and the line that says it.
+
+    The line holds what the visitor sent and no path, content or state of this machine.
+    """
     try:
         if path is None:
             raise UserError("Choose an image first.")
-        check(reject, None)
-        asked = segmenter.ask(parsed_names(text))
-        image = read_image(path)
+        _check_asked(text, gamma, reject)
+        asked = _asked(segmenter, parsed_names(text))
+        image = _image(path)
         (scores,) = segmenter.scores([image], asked, gamma)
         ids = segmenter.decide(scores, (image.shape[0], image.shape[1]), reject or None)
     except UserError as error:
-        line = str(error).replace(str(path), Path(path).name) if path else str(error)
-        return None, f'<p class="wrong" role="alert">{html.escape(line.removeprefix("--names "))}</p>'
+        return None, wrong(str(error).removeprefix("--names "))
     return painted(image, ids, len(asked.names)), _table(shares(ids, asked.titles), asked)
+
+
+def wrong(line: str) -> str:
+    return f'<p class="wrong" role="alert">{html.escape(line)}</p>'
+
+
+def _check_asked(text: Any, gamma: Any, reject: Any) -> None:
+    """The page's own fields send nothing else; other programs may."""
+    if not isinstance(text, str) or len(text) > MOST_TEXT:
+        raise UserError(f"names: want a text of at most {MOST_TEXT} characters.")
+    for name, value in (("gamma", gamma), ("none of these", reject)):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise UserError(f"{name}: want a number.")
+    check(reject, None)
+
+
+def _asked(segmenter: Segmenter, names: tuple[Name, ...]) -> Asked:
+    try:
+        return segmenter.ask(names)
+    except UserError as error:
+        if segmenter.is_closed:  # the names are wrong, and the line is about them alone
+            raise
+        say(f"demo: {error}")
+        raise UserError(
+            "Names that the student wasn't trained with are read by its teacher's text encoder, which can't be had "
+            "here; the terminal where the page runs says why."
+        ) from None
+
+
+def _image(path: str) -> np.ndarray:
+    try:
+        return read_image(path)
+    except DataError:  # whose line quotes the file
+        raise UserError(
+            f"{Path(path).name}: not a picture that can be read, or one of more than {MAX_PIXELS} pixels."
+        ) from None
 
 
 def _table(found: list[Share], asked: Asked) -> str:

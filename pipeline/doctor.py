@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
-from pipeline.config import Config
+from pipeline.config import Config, ConfigError
 from pipeline.data.base import PARTS, DataError, DataSet
 from pipeline.data.classes import PUBLISHED_COUNTS
 from pipeline.learning.batches import data_of
@@ -35,6 +35,7 @@ from pipeline.looking.survey import Complaint, Seen, complaints, count_complaint
 from pipeline.models.student import cost_of
 from pipeline.models.teacher import TeacherShape, shape_of
 from pipeline.ops.masks import fitted_size
+from pipeline.teaching.devices import device_of
 from pipeline.teaching.encode import STORAGE
 from pipeline.tracking import provenance, say
 
@@ -106,8 +107,11 @@ def _machine(config: Config, shape: TeacherShape) -> list[Complaint]:
         else ("cluster.device", config.cluster.device)
     )
     for key, device in (("teacher.device", config.teacher.device), own):
-        if device.startswith("cuda") and not has_gpu:
-            found.append(Complaint("no GPU", f"{key} is {device!r}, torch sees none.", f"Set {key} to auto."))
+        try:
+            device_of(key, device)
+        except ConfigError:
+            what = f"{key} is {device!r}, on which torch can't compute here."
+            found.append(Complaint("no device", what, f"Set {key} to auto."))
     if shape.weights is not None:
         say(f"weights: {shape.weights}")
     else:

@@ -216,10 +216,20 @@ def provenance() -> dict[str, str | None]:
 
 
 def revision() -> str | None:
-    """The code's commit as git describes it, "-dirty" with changes; None outside a checkout."""
-    words = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=10"]
+    """The code's commit as git describes it, "-dirty" with changes; None outside a checkout of this project.
+
+    An unpacked tarball inside another repository has no commit: git would name that repository's.
+    """
+    here = Path(__file__).resolve().parent
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(here), *words]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+
     try:
-        return subprocess.run(words, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != here.parent:
+            return None
+        return git("describe", "--always", "--dirty", "--abbrev=10")
     except (OSError, subprocess.SubprocessError):
         return None
 

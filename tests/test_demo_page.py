@@ -1,8 +1,9 @@
 """The page: what it answers, asked in Python, over HTTP, and as a browser shows it (marker `page`)."""
 
+import contextlib
 import re
-import socket
 import sys
+import threading
 import time
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from PIL import Image
 
 from pipeline.config import UserError
-from pipeline.demo import build, found, options, serve
+from pipeline.demo import found, prepared, serve
 from pipeline.learning.segmenter import Segmenter
 from pipeline.looking.overlay import palette_of
 from tests.browser import Browser
@@ -25,7 +26,7 @@ def segmenter(tmp_path_factory):
 
 def test_without_gradio_one_line_says_what_to_install(segmenter, run_cli, monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
-    assert is_one_line_error(run_cli("demo", segmenter.file), "gradio", "pip install -e '.[demo]'")
+    assert is_one_line_error(run_cli("demo", segmenter.file), "gradio", "make page", "requirements-page.txt")
 
 
 def test_a_run_that_is_not_there(tmp_path, run_cli):
@@ -72,18 +73,23 @@ def test_a_broken_upload_is_a_line_without_its_path(segmenter, tmp_path):
 # ---- with gradio -------------------------------------------------------------------------------
 
 
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
+@contextlib.contextmanager
+def served(segmenter, host="127.0.0.1"):
+    """The page's address, for as long as it is served by a thread of this process."""
+    server, listens, address = prepared(segmenter, host, 0)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listens]}, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield address
+    server.should_exit = True
+    thread.join(30)
 
 
 @pytest.fixture(scope="module")
 def address(segmenter):
-    page = build(segmenter)
-    _, address, _ = page.launch(**options(), server_name="127.0.0.1", server_port=free_port())
-    yield address
-    page.close()
+    with served(segmenter) as address:
+        yield address
 
 
 @pytest.mark.page
@@ -115,6 +121,7 @@ def test_an_address_that_is_taken_is_one_line(segmenter, address):
 
 
 @pytest.mark.page
+@pytest.mark.browser
 @pytest.mark.parametrize(("width", "dark"), [(1400, False), (400, True)])
 def test_in_a_browser(address, tmp_path, width, dark):
     photo = picture(tmp_path / "a.png", (60, 40))

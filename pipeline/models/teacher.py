@@ -19,11 +19,11 @@ import open_clip
 import torch
 from open_clip.convert import convert_state_dict
 from open_clip.factory import resize_pos_embed
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from pipeline.config import UserError
+from pipeline.models.weights import WeightsError, read_state
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Extra entries of OpenAI's own archives; open_clip drops them from TorchScript archives only.
@@ -266,21 +266,14 @@ def _check_quick_gelu(
 
 
 def _load_weights(model: torch.nn.Module, path: Path, quick_gelu: bool | None) -> None:
-    """Loads a checkpoint file, told apart by its content: safetensors, TorchScript archive, state dict."""
+    """Loads a checkpoint file, told apart by its content: safetensors, TorchScript archive, state dict.
+
+    Nothing in the file is run, see pipeline/models/weights.py.
+    """
     try:
-        if path.suffix == ".safetensors":
-            state: dict[str, Any] = load_file(path)
-        else:
-            try:
-                loaded = torch.load(path, map_location="cpu", weights_only=True)
-            except RuntimeError:  # torch refuses TorchScript archives with weights_only
-                loaded = torch.jit.load(path, map_location="cpu").state_dict()
-            state = dict(loaded.get("state_dict", loaded))
-    except Exception as error:  # torch, pickle, zip and safetensors each raise their own
-        what = " ".join(str(error).split())[:200]
-        raise TeacherError(
-            f"teacher.pretrained {str(path)!r}: not a checkpoint that can be read: {what}"
-        ) from None
+        state = read_state(path)
+    except WeightsError as error:
+        raise TeacherError(f"teacher.pretrained {str(path)!r}: {error}") from None
     is_openai = any(entry in state for entry in OPENAI_ENTRIES)
     if is_openai and quick_gelu is False:
         raise TeacherError(
@@ -289,14 +282,20 @@ def _load_weights(model: torch.nn.Module, path: Path, quick_gelu: bool | None) -
     for entry in OPENAI_ENTRIES:
         state.pop(entry, None)
     # Positions are interpolated in float32: torch can't in half precision, in which OpenAI's weights come.
-    state = {key.removeprefix("module."): value.float() for key, value in state.items()}
+    state = {key: value.float() for key, value in state.items()}
     try:
         state = convert_state_dict(model, state)
         resize_pos_embed(state, model)
         model.load_state_dict(state, strict=True)
-    except (RuntimeError, KeyError) as error:
+    except Exception as error:  # open_clip's converters look into whatever a name reminds them of
         what = " ".join(str(error).split())[:300]
         raise TeacherError(f"teacher.pretrained {str(path)!r} does not fit the model: {what}") from None
+    wrong = [name for name, value in model.state_dict().items() if not value.isfinite().all()]
+    if wrong:
+        raise TeacherError(
+            f"teacher.pretrained {str(path)!r}: {wrong[0]} holds numbers that are not finite "
+            f"({len(wrong)} tensors do). The file is damaged, or its training diverged: take another."
+        )
 
 
 def _tokenizer(name: str, config: dict[str, Any]) -> Any:

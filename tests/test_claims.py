@@ -115,7 +115,7 @@ def test_a_lock_that_is_a_symlink_is_not_followed(tmp_path):
 
 
 def test_nobody_writes_to_a_cache_that_is_read(tmp_path):
-    with lock(tmp_path, "extract"), pytest.raises(CacheLocked, match="extract is writing"):
+    with lock(tmp_path, "extract"), pytest.raises(CacheLocked, match="already holds the lock, for extract"):
         reading(tmp_path).__enter__()
     with reading(tmp_path), reading(tmp_path), pytest.raises(CacheLocked, match="a training reads it"):
         lock(tmp_path, "cluster").__enter__()
@@ -174,7 +174,7 @@ def other_names(metadata, tensors):
         (of_another_shape, True, "don't belong together"),
         (other_names, False, "is not what was written"),
         (lambda metadata, tensors: metadata.update(classes="5"), True, "don't belong together"),
-        (lambda metadata, tensors: metadata.update(config="[]"), True, "config"),
+        (lambda metadata, tensors: metadata.update(config="[]"), True, "not a student"),
         (lambda metadata, tensors: metadata.pop("config"), True, "not a student"),
         (lambda metadata, tensors: tensors.pop("text"), True, "not a student"),
     ],
@@ -191,7 +191,7 @@ def test_two_hundred_flipped_bits(student, tmp_path):
     for place in range(200):
         content[len(content) // 2 + place * 97] ^= 1 << place % 8
     (tmp_path / LAST).write_bytes(content)
-    with pytest.raises(CheckpointError, match="is not what was written|aren't finite"):
+    with pytest.raises(CheckpointError, match=r"is not what was written|aren.t finite"):
         load_student(tmp_path / LAST)
 
 
@@ -241,4 +241,4 @@ def test_defaults_are_pinned():
     from pipeline.config import MEANING, NOT_CONTENT, as_mapping, digest, leaves
 
     content = {key: value for key, value in leaves(as_mapping(Config())).items() if key not in NOT_CONTENT}
-    assert (MEANING, digest(content)) == (3, "PINNED")
+    assert (MEANING, digest(content)) == (3, "aacacf9d3eb5e596")

@@ -648,18 +648,21 @@ def _explain(where: str, item: Any) -> str:
 
 
 def nearest_key(name: str) -> str:
-    """Where a key that isn't known may belong: it has another section, or is misspelt."""
-    known = list(_known_keys(Config))
-    if name in known:
+    """A few words on where a key that isn't known may belong."""
+    if name in _known_keys(Config):
         section, _, key = name.rpartition(".")
         return f"write it inside its section, {section}: {{{key}: ...}}"
-    last = name.rpartition(".")[2]
+    return f"the nearest valid one is {' or '.join(map(repr, nearest_keys(name)))}"
+
+
+def nearest_keys(name: str) -> list[str]:
+    """The keys that one which isn't known may stand for: the same in other sections, or the nearest beside it."""
+    known = list(_known_keys(Config))
+    section, _, last = name.rpartition(".")
     if owners := [key for key in known if key.rpartition(".")[2] == last and key != last]:
-        return f"the nearest valid one is {' or '.join(map(repr, owners))}"
-    section = name.rpartition(".")[0]
+        return owners
     beside = [key for key in known if key.rpartition(".")[0] == section]
-    near = difflib.get_close_matches(name, beside or known, 1, 0.0)
-    return f"the nearest valid one is {near[0]!r}"
+    return difflib.get_close_matches(name, beside or known, 1, 0.0)
 
 
 def _known_keys(model: Any, prefix: str = "") -> Iterator[str]:

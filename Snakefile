@@ -2,7 +2,7 @@
 #   snakemake --cores all                                    the demo
 #   snakemake --cores all --configfile config/voc.yaml       any other run, of either recipe
 #   snakemake --cores all --config set="train.lr=1e-4"       the CLI's --set, several separated by spaces; quotes around
-#       a value that needs them in YAML: set="data.root='/my data' cluster.sizes=[3, 7]"
+#       a value that needs them in YAML: set="data.root='my data' cluster.sizes=[3, 7]"
 #   snakemake --cores 1 --report report.html                 Snakemake's own report, the run's page in it
 #   snakemake ablations --cores all                          Tables 3, 4 and 5, three seeds; --config quick=true: one
 #   snakemake transfer --cores all                           Table 2: the demo's three seeds on config/demo_other.yaml. A

@@ -9,6 +9,7 @@ ends in one line and exit code 2; a traceback is a bug.
 from __future__ import annotations
 
 import math
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -472,7 +473,8 @@ def transfer(
     from pipeline.config import load, preset
     from pipeline.evidence.transfer import collect
 
-    configfile, elsewhere = _other_than_demo(config), "" if on == "demo_other" else f" --config on={on}"
+    configfile = _other_than_demo(config)
+    elsewhere = "" if on == "demo_other" else f" --config on={shlex.quote(on)}"
     options = (f" --configfile {configfile}" if configfile else "") + elsewhere
     found = collect(settings, load(preset(on)), options=options)
     found.show()
@@ -481,8 +483,8 @@ def transfer(
 
 
 def _other_than_demo(config: Path) -> str:
-    """A config's path for a command line that has the demo's by default."""
-    return "" if config == DEFAULT else config.as_posix()
+    """A config's path for a command line that has the demo's by default, in a shell's quotes."""
+    return "" if config == DEFAULT else shlex.quote(config.as_posix())
 
 
 def main() -> None:

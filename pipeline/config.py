@@ -644,8 +644,8 @@ def _explain(where: str, item: Any) -> str:
         return f"{where}: {name}{': ' if name else ''}{item['msg'].removeprefix('Value error, ')}."
     if item["type"] == "string_pattern_mismatch":
         return (
-            f"{where}: {name} = {_short(item['input'])}: want letters, digits, '.', '_' and '-', a letter or digit first "
-            "and no '.' last."
+            f"{where}: {name} = {_short(item['input'])}: want letters, digits, '.', '_' and '-', a letter or "
+            "digit first and no '.' last."
         )
     is_bare = item["type"] == "string_type" and isinstance(item["input"], int | float)
     hint = " (text that YAML takes for a number, or for yes, needs quotes)" if is_bare else ""

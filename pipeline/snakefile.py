@@ -56,8 +56,10 @@ def _instead(key: str, value: Any) -> str:
     if near := difflib.get_close_matches(key, KNOWN, 1):
         return f"the nearest is {near[0]!r}"
     fitting = [known for known in nearest_keys(key) if known.rpartition(".")[2] == key]
+    if not fitting or isinstance(value, Mapping | list):
+        return "give what a run changes as --config set='section.key=value ...'"
     others = f" (or {', '.join(fitting[1:])})" if fitting[1:] else ""
-    return f"write --config set='{(fitting or ['section.' + key])[0]}={value}'{others}"
+    return f"write --config set='{fitting[0]}={value}'{others}"
 
 
 def _text(key: str, value: Any, words: Sequence[str]) -> str:
@@ -71,7 +73,7 @@ def _text(key: str, value: Any, words: Sequence[str]) -> str:
     written = [text.strip("'\" ") for text in written]
     if isinstance(value, Mapping | list) or (isinstance(value, str) and written and value not in written):
         raise UserError(
-            f"--config {key}={(written or [value])[0]}: Snakemake reads it as YAML and finds {value!r}. Put what holds "
+            f"--config {key}={written[0] if written else value}: Snakemake reads it as YAML and finds {value!r}. Put what holds "
             "' #' or ': ' into the run's YAML instead."
         )
     return str(value)

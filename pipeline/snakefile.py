@@ -73,8 +73,8 @@ def _text(key: str, value: Any, words: Sequence[str]) -> str:
     written = [text.strip("'\" ") for text in written]
     if isinstance(value, Mapping | list) or (isinstance(value, str) and written and value not in written):
         raise UserError(
-            f"--config {key}={written[0] if written else value}: Snakemake reads it as YAML and finds {value!r}. Put what holds "
-            "' #' or ': ' into the run's YAML instead."
+            f"--config {key}={written[0] if written else value}: Snakemake reads it as YAML and finds {value!r}. Put "
+            "what holds ' #' or ': ' into the run's YAML instead."
         )
     return str(value)
 

@@ -53,6 +53,17 @@ SHOWN = 300  # characters of a value in an error
 MIN_STRIDE = 0.01  # of a window: 10,000 overlapping views of every pixel
 
 
+def _folder(path: str) -> str:
+    """A path that folders can have, ~ being the home folder. Raises: ValueError."""
+    if not path.strip() or path != path.strip():
+        raise ValueError(f"{path!r} is no folder's name: it is empty, or blanks are around it")
+    if NOT_TEXT.search(path) or "\n" in path or "\r" in path:
+        raise ValueError(f"{path!r} holds a control character")
+    if any(len(os.fsencode(part)) > MAX_NAME for part in Path(path).parts):
+        raise ValueError(f"a folder's name of more than {MAX_NAME} bytes")
+    return os.path.expanduser(path)
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -168,6 +179,11 @@ class CacheSection(Section):
         "which is all that clip_es needs",
     )
     max_bad: int = Field(10, ge=0, description="more quarantined images than this stop extract")
+
+    @field_validator("path")
+    @classmethod
+    def _folder(cls, value: str | None) -> str | None:
+        return value if value is None or "://" in value else _folder(value)
 
 
 class Cluster(Section):
@@ -415,17 +431,9 @@ class Config(Section):
     @field_validator("runs")
     @classmethod
     def _folder(cls, value: str) -> str:
-        if not value.strip() or value != value.strip():
-            raise ValueError(f"{value!r} is no folder's name: it is empty, or blanks are around it")
         if "://" in value:
-            raise ValueError(
-                f"{value!r} is a URL; a run's folder is on a disk, and only cache.path may be a URL"
-            )
-        if NOT_TEXT.search(value) or "\n" in value or "\r" in value:
-            raise ValueError(f"{value!r} holds a control character")
-        if any(len(os.fsencode(part)) > MAX_NAME for part in Path(value).parts):
-            raise ValueError(f"a folder's name of more than {MAX_NAME} bytes")
-        return value
+            raise ValueError(f"{value!r} is a URL; runs lie on a disk, and only cache.path may be one")
+        return _folder(value)
 
     @model_validator(mode="after")
     def _text_source(self) -> Config:

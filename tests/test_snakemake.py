@@ -169,14 +169,26 @@ def test_braces_in_paths_are_for_snakemake_alone():
             check_paths(from_mapping(raw))
 
 
-@pytest.mark.parametrize(
-    "raw",
-    [
-        {"name": ".."}, {"name": "a."}, {"name": "a b"}, {"name": "a/b"}, {"name": "x" * 201}, {"name": "a\n"},
-        {"runs": ""}, {"runs": " "}, {"runs": "a\0b"}, {"runs": "a\nb"}, {"runs": "a\x1b[31m"}, {"runs": "s3://x"},
-        {"runs": "x" * 201},
-    ],
-)  # fmt: skip
-def test_names_that_no_folder_has(raw):
-    with pytest.raises(ConfigError):
-        from_mapping(raw)
+@pytest.mark.parametrize("name", ["..", "a.", "a b", "a/b", "x" * 201, "a\n", ""])
+def test_names_that_no_run_has(name):
+    with pytest.raises(ConfigError, match="name"):
+        from_mapping({"name": name})
+
+
+@pytest.mark.parametrize("path", ["", " ", " a", "a\0b", "a\nb", "a\x1b[31m", "x" * 201, "a/" + "ä" * 101])
+@pytest.mark.parametrize("raw", [lambda path: {"runs": path}, lambda path: {"cache": {"path": path}}])
+def test_paths_that_no_folder_has(raw, path):
+    with pytest.raises(ConfigError, match=r"runs|cache\.path"):
+        from_mapping(raw(path))
+
+
+def test_runs_lie_on_a_disk():
+    with pytest.raises(ConfigError, match="URL"):
+        from_mapping({"runs": "s3://bucket/runs"})
+    assert from_mapping({"cache": {"path": "s3://bucket/cache"}}).cache_path == "s3://bucket/cache"
+
+
+def test_the_home_folder_is_not_called_tilde(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    config = from_mapping({"runs": "~/runs", "cache": {"path": "~/cache"}})
+    assert (config.runs, str(config.cache_path)) == ("/home/somebody/runs", "/home/somebody/cache")

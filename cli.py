@@ -15,8 +15,18 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
+
+
+class Commands(TyperGroup):
+    """Typer's commands, whose errors about options come to `main` like all others."""
+
+    def main(self, *arguments: Any, **options: Any) -> Any:
+        return super().main(*arguments, **{**options, "standalone_mode": False})
+
 
 app = typer.Typer(
+    cls=Commands,
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -492,7 +502,8 @@ def main() -> None:
     from pipeline.config import UserError
 
     try:
-        code = app(standalone_mode=False)  # errors of options come here, too
+        done = app()  # an exit code, or what a command returns
+        code = done if isinstance(done, int) else 0
     except (UserError, CacheError) as error:
         code = _complain(str(error))
     except OSError as error:  # disk full, no permission: the system's word and the path it names

@@ -1,4 +1,6 @@
 # Two commands do all the set-up: `make demo` and `make test`.
+# Tools run as modules: the scripts that pip writes name their interpreter in the first line, where no path may hold a
+# blank. All paths are relative for the same reason: make takes blanks for the end of a name.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -7,7 +9,7 @@ CORES ?= all
 # browser where Chromium is, those of the page for trying where gradio is (make page). Asked when `test` runs, not
 # before there is an environment.
 BROWSER = $(shell command -v chromium chromium-browser google-chrome)
-HAS = $(shell $(BIN)/python -c 'from importlib.util import find_spec; print(find_spec("$(1)") or "")')
+HAS = $(shell "$(BIN)/python" -c 'from importlib.util import find_spec; print(find_spec("$(1)") or "")')
 MARKS = not gpu and not full_size and not weights$(if $(wildcard ../shared/data),, and not shared_data)$(if $(call HAS,pydensecrf),, and not crf)$(if \
 	$(BROWSER),, and not browser)$(if $(call HAS,gradio),, and not page)
 
@@ -19,7 +21,7 @@ help: ## this list
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	"$(BIN)/python" -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
 $(VENV)/page: $(VENV)/installed requirements-page.txt
@@ -35,31 +37,31 @@ audit: $(VENV)-audit/bin/pip-audit ## known vulnerabilities of the pinned versio
 	@$(PYTHON) .ci/audit.py $(VENV)-audit/bin/pip-audit constraints.txt requirements-page.txt
 
 demo: $(VENV)/installed ## install, then run the whole pipeline on the built-in demo (config/demo.yaml)
-	$(BIN)/snakemake --cores $(CORES) --quiet rules progress
-	$(BIN)/python cli.py results runs/demo runs/demo-glm_off-0
+	"$(BIN)/python" -m snakemake --cores $(CORES) --quiet rules progress
+	"$(BIN)/python" cli.py results runs/demo runs/demo-glm_off-0
 
 demo-clip-es: $(VENV)/installed ## the demo from image-level labels alone (config/demo_clip_es.yaml)
-	$(BIN)/snakemake --cores $(CORES) --configfile config/demo_clip_es.yaml --quiet rules progress
-	$(BIN)/python cli.py results runs/demo_clip_es
+	"$(BIN)/python" -m snakemake --cores $(CORES) --configfile config/demo_clip_es.yaml --quiet rules progress
+	"$(BIN)/python" cli.py results runs/demo_clip_es
 
 demo-contrast: $(VENV)/installed ## the demo with GLM, without GLM, and with seen labels only, three seeds each
-	$(BIN)/snakemake contrast --cores $(CORES) --quiet rules progress
-	$(BIN)/python cli.py contrast
+	"$(BIN)/python" -m snakemake contrast --cores $(CORES) --quiet rules progress
+	"$(BIN)/python" cli.py contrast
 
 test: $(VENV)/installed ## the tests that need no GPU, published weights or minutes each
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m '$(MARKS)'
+	OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest -n 2 --dist loadfile -m '$(MARKS)'
 
 check: $(VENV)/installed audit ## ruff, mypy, snakemake --lint, the floors test, no leftovers of a merge, audit
 	@! git grep -nE '^(<<<<<<<|>>>>>>>) '
-	$(BIN)/ruff format --check .
-	$(BIN)/ruff check .
-	$(BIN)/mypy
-	$(BIN)/snakemake --lint
-	$(BIN)/python -m pytest tests/test_floors.py
+	"$(BIN)/python" -m ruff format --check .
+	"$(BIN)/python" -m ruff check .
+	"$(BIN)/python" -m mypy
+	"$(BIN)/python" -m snakemake --lint
+	"$(BIN)/python" -m pytest tests/test_floors.py
 
 format: $(VENV)/installed ## ruff format and fix
-	$(BIN)/ruff format .
-	$(BIN)/ruff check --fix .
+	"$(BIN)/python" -m ruff format .
+	"$(BIN)/python" -m ruff check --fix .
 
 clean: ## remove runs and the environment
 	rm -rf runs $(VENV) $(VENV)-audit .snakemake

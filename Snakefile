@@ -1,7 +1,8 @@
 # The pipeline as a table of contents: every rule is one call of cli.py.
 #   snakemake --cores all                                    the demo
 #   snakemake --cores all --configfile config/voc.yaml       any other run, of either recipe
-#   snakemake --cores all --config set="train.lr=1e-4"       the CLI's --set, several separated by spaces
+#   snakemake --cores all --config set="train.lr=1e-4"       the CLI's --set, several separated by spaces; quotes around
+#       a value that needs them in YAML: set="data.root='my data' cluster.sizes=[3, 7]"
 #   snakemake --cores 1 --report report.html                 Snakemake's own report, the run's page in it
 #   snakemake ablations --cores all                          Tables 3, 4 and 5, three seeds; --config quick=true: one
 #   snakemake transfer --cores all                           Table 2: the demo's three seeds on config/demo_other.yaml. A
@@ -13,6 +14,9 @@
 #   snakemake paper --cores all                              all of the paper's: Tables 2 to 5, Figures 5 to 7, the run's report
 # Outputs are the small manifests that a stage writes last; the Zarr folder and its ledger are not
 # declared, since Snakemake deletes declared outputs before a rerun, and the resume state with them.
+# Our profile, profiles/default, resumes what was killed.
+import re
+import shlex
 import sys
 
 from pipeline.config import LABELS_FROM, UserError, from_mapping, load, preset
@@ -30,43 +34,37 @@ from pipeline.evidence.variants import (
     transfer_trigger,
     variant_runs,
 )
+from pipeline.snakefile import check_paths, clear_dead_locks, options, shell_words
+from pipeline.terminal import visible
 
-
-if "name" not in config:
-
-    configfile: "config/demo.yaml"
-
-
-SETTINGS = str(config.pop("set", "")).split()
-QUICK = str(config.pop("quick", "")).lower() == "true"
-TABLE = str(config.pop("table", ""))
-ON, ON_SETTINGS = str(config.pop("on", "demo_other")), str(config.pop("on_set", "")).split()
-CONFIG = (workflow.overwrite_configfiles or ["config/demo.yaml"])[-1]
+# The run's YAML is read by us, strictly, and not by Snakemake, whose `config` we leave alone.
+CONFIGS_GIVEN = list(map(str, workflow.overwrite_configfiles or ["config/demo.yaml"]))
+CONFIG = CONFIGS_GIVEN[-1]
 try:
+    if len(CONFIGS_GIVEN) > 1:
+        raise UserError(f"one --configfile is read, and there are {len(CONFIGS_GIVEN)}: {', '.join(CONFIGS_GIVEN)}.")
+    GIVEN = options(workflow.config_settings.config, sys.argv)
+    SETTINGS, QUICK, TABLE, ON, ON_SETTINGS = GIVEN.settings, GIVEN.quick, GIVEN.table, GIVEN.on, GIVEN.on_settings
     RUN, OTHER = load(CONFIG, SETTINGS), load(preset(ON), ON_SETTINGS)
-    if from_mapping(config, SETTINGS) != RUN:
-        raise UserError(
-            f"--config knows set, quick, table, on and on_set, and one --configfile is read, {CONFIG}: give what a run "
-            "changes as --config set='section.key=value ...'."
-        )
+    check_paths(RUN)
     MORE_TABLES = more_tables(RUN, TABLE)
     if {"contrast", "ablations", "ablations_more", "transfer", "paper"} & {*sys.argv}:
         only_clip_teacher(RUN)
 except UserError as error:  # one line, no traceback
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    print(f"error: {visible(' '.join(str(error).split()))}", file=sys.stderr)
     sys.exit(2)
+ALIVE = clear_dead_locks() if workflow.is_main_process else None
 # Run name -> its settings; the run itself comes first. OWN_CACHES: those that make a cache for some variants.
 RUNS = variant_runs(RUN, SETTINGS, quick=QUICK, variants=EVERY)
 OWN_CACHES = cache_runs(RUN, SETTINGS)
-TRIGGERS = {run: stage_triggers(config, settings) for run, settings in (RUNS | OWN_CACHES).items()}
+RAW = RUN.model_dump(mode="json", by_alias=True)
+TRIGGERS = {run: stage_triggers(RAW, settings) for run, settings in (RUNS | OWN_CACHES).items()}
 # The user's settings are no params: a job runs again when its trigger changes, and for nothing else.
-SETS = " ".join(f"--set '{setting}'" for setting in SETTINGS)
-OWN = {
-    run: " ".join(f"--set '{setting}'" for setting in settings[len(SETTINGS) :]) for run, settings in (RUNS | OWN_CACHES).items()
-}
+SETS = shell_words(SETTINGS)
+OWN = {run: shell_words(settings[len(SETTINGS) :]) for run, settings in (RUNS | OWN_CACHES).items()}
 CACHE, OUT = RUN.manifest_folder.as_posix(), RUN.runs
 # Where a run's labels are: its own settings say, or it is the run's cache.
-CONFIGS = {run: from_mapping(config, settings) for run, settings in RUNS.items()}
+CONFIGS = {run: from_mapping(RAW, settings) for run, settings in RUNS.items()}
 # Of a cache at a URL the manifests lie with the run that made it.
 CACHES = {
     run: CACHE if own.cache_path == RUN.cache_path else own.manifest_folder.as_posix() for run, own in CONFIGS.items()
@@ -76,14 +74,15 @@ if said := announced(RUN, sys.argv, TABLE, quick=QUICK):
 
 # Every shell command begins with this: `cli STAGE` is cli.py with the run's config and the user's settings.
 # `set` is Snakemake's own, which a prefix replaces.
-PYTHON = "python" if workflow.deployment_settings.deployment_method else sys.executable  # conda brings its own
-PREFIX = f'set -euo pipefail; cli() ( stage=$1; shift; {PYTHON} cli.py $stage --config {CONFIG} {SETS} "$@" ); '
+# Every word is quoted: paths may hold blanks, quotes and what a shell would run.
+PYTHON = "python" if workflow.deployment_settings.deployment_method else shlex.quote(sys.executable)  # conda brings its own
+PREFIX = f'set -euo pipefail; cli() ( stage=$1; shift; {PYTHON} cli.py $stage --config {shlex.quote(CONFIG)} {SETS} "$@" ); '
 shell.prefix(PREFIX.replace("{", "{{").replace("}", "}}"))
 
 
 wildcard_constraints:
-    run="|".join(RUNS),
-    made="|".join(OWN_CACHES),
+    run="|".join(map(re.escape, RUNS)),
+    made="|".join(map(re.escape, OWN_CACHES)),
 
 
 localrules:
@@ -130,7 +129,7 @@ rule transfer:
     conda:
         "config/environment.yaml"
     shell:
-        "cli transfer --on {params.on} | tee {log}"
+        "cli transfer --on {params.on:q} | tee {log:q}"
 
 
 rule figures:
@@ -157,7 +156,7 @@ rule extract:
         "config/environment.yaml"
     threads: workflow.cores
     shell:
-        "cli extract --log {log}"
+        "cli extract --log {log:q}"
 
 
 rule cluster:
@@ -173,7 +172,7 @@ rule cluster:
         "config/environment.yaml"
     threads: workflow.cores
     shell:
-        "cli cluster --log {log}"
+        "cli cluster --log {log:q}"
 
 
 rule extract_like:
@@ -190,7 +189,7 @@ rule extract_like:
         "config/environment.yaml"
     threads: workflow.cores
     shell:
-        "cli extract {params.own} --like $(dirname {input}) --log {log}"
+        "cli extract {params.own} --like \"$(dirname {input:q})\" --log {log:q}"
 
 
 rule cluster_own:
@@ -207,7 +206,7 @@ rule cluster_own:
         "config/environment.yaml"
     threads: workflow.cores
     shell:
-        "cli cluster {params.own} --log {log}"
+        "cli cluster {params.own} --log {log:q}"
 
 
 rule cams:
@@ -223,7 +222,7 @@ rule cams:
         "config/environment.yaml"
     threads: workflow.cores
     shell:
-        "cli cams --log {log}"
+        "cli cams --log {log:q}"
 
 
 rule train:
@@ -241,7 +240,7 @@ rule train:
         "config/environment.yaml"
     threads: lambda wildcards: 1 if side_by_side() and wildcards.run != RUN.name else workflow.cores
     shell:
-        "cli train {params.own} $([ {threads} = 1 ] && echo --set train.threads=1) --log {log}"
+        "cli train {params.own} $([ {threads} = 1 ] && echo --set train.threads=1) --log {log:q}"
 
 
 rule eval:
@@ -258,7 +257,7 @@ rule eval:
         "config/environment.yaml"
     threads: workflow.cores
     shell:
-        "cli eval {params.own} --log {log}"
+        "cli eval {params.own} --log {log:q}"
 
 
 rule eval_on:
@@ -268,7 +267,7 @@ rule eval_on:
         f"{OUT}/{{run}}/eval-on-{OTHER.name}/metrics.json",
     params:
         own=lambda wildcards: OWN[wildcards.run],
-        on=" ".join(["--on", ON, *(f"--on-set '{setting}'" for setting in ON_SETTINGS)]),
+        on=" ".join(["--on", shlex.quote(ON), shell_words(ON_SETTINGS, "--on-set")]).strip(),
         trigger=lambda wildcards: transfer_trigger(TRIGGERS[wildcards.run]["eval"], OTHER),
     log:
         f"{OUT}/{{run}}/logs/eval-on-{OTHER.name}.log",
@@ -276,7 +275,7 @@ rule eval_on:
         "config/environment.yaml"
     threads: workflow.cores
     shell:
-        "cli eval {params.own} {params.on} --log {log}"
+        "cli eval {params.own} {params.on} --log {log:q}"
 
 
 rule report:
@@ -293,7 +292,7 @@ rule report:
         "config/environment.yaml"
     threads: workflow.cores
     shell:
-        "cli report {params.own} --log {log}"
+        "cli report {params.own} --log {log:q}"
 
 
 rule draw:
@@ -310,4 +309,4 @@ rule draw:
         "config/environment.yaml"
     threads: workflow.cores
     shell:
-        "cli figures {params.own} --log {log}"
+        "cli figures {params.own} --log {log:q}"

@@ -8,13 +8,25 @@ ends in one line and exit code 2; a traceback is a bug.
 
 from __future__ import annotations
 
+import math
+import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
+
+
+class Commands(TyperGroup):
+    """Typer's commands, whose errors about options come to `main` like all others."""
+
+    def main(self, *arguments: Any, **options: Any) -> Any:
+        return super().main(*arguments, **{**options, "standalone_mode": False})
+
 
 app = typer.Typer(
+    cls=Commands,
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -32,6 +44,20 @@ WorkersOption = Annotated[
 SchedulerOption = Annotated[str | None, typer.Option("--scheduler", help="a dask scheduler, tcp://host:port")]
 DEFAULT = Path("config/demo.yaml")
 INTERRUPTED = 130  # exit code: 128 + SIGINT
+# Typer's own family of errors about options, whether it brings its click or has the package.
+ClickException: Any = next(kin for kin in typer.BadParameter.__mro__ if kin.__name__ == "ClickException")
+
+
+def _finite(value: float | None) -> float | None:
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is not a finite number.")
+    return value
+
+
+def _echo(text: object, **options: Any) -> None:
+    from pipeline.terminal import visible
+
+    typer.echo(visible(text), **options)
 
 
 def _load(config: Path, settings: list[str], log: Path | None = None):
@@ -204,13 +230,17 @@ def predict(
     ] = Path("predictions"),
     gamma: Annotated[
         float | None,
-        typer.Option(help="added to the logits of names never labelled in training; default: the run's"),
+        typer.Option(
+            callback=_finite,
+            help="added to the logits of names never labelled in training; default: the run's",
+        ),
     ] = None,
     reject: Annotated[
         float | None,
         typer.Option(
+            callback=_finite,
             help="'none of these', id 255, where the best name's score is below this; the score is the sigmoid of "
-            "its logit with gamma, 0 to 1 (a learned classifier's: the largest softmax)"
+            "its logit with gamma, 0 to 1 (a learned classifier's: the largest softmax)",
         ),
     ] = None,
     mode: Annotated[
@@ -231,7 +261,7 @@ def predict(
     # A bar on a terminal draws what is printed above itself, and would take it from a pipe.
     paper = None if sys.stdout.isatty() else sys.stdout
     for overlay, mask in stage.predict(run, found, out, wanted):
-        typer.echo(f"{overlay}  {mask}", file=paper)
+        _echo(f"{overlay}  {mask}", file=paper)
 
 
 @app.command()
@@ -347,11 +377,11 @@ def verify(config: ConfigOption = DEFAULT, set_: SetOption = []) -> None:  # noq
 
     findings = check(settings)
     for finding in findings:
-        typer.echo(f"{finding.kind}: {finding}")
+        _echo(f"{finding.kind}: {finding}")
     if findings:
-        typer.echo(f"{len(findings)} findings in {settings.cache_path}", err=True)
+        _echo(f"{len(findings)} findings in {settings.cache_path}", err=True)
         raise typer.Exit(2)
-    typer.echo(f"{settings.cache_path}: sound")
+    _echo(f"{settings.cache_path}: sound")
 
 
 @app.command()
@@ -385,7 +415,7 @@ def doctor(
 
     complaints = examine(settings, dry=dry, most=sys.maxsize if every else SAMPLE)
     for complaint in complaints:
-        typer.echo(str(complaint))
+        _echo(str(complaint))
     if complaints:
         raise typer.Exit(2)
 
@@ -456,7 +486,8 @@ def transfer(
     from pipeline.config import load, preset
     from pipeline.evidence.transfer import collect
 
-    configfile, elsewhere = _other_than_demo(config), "" if on == "demo_other" else f" --config on={on}"
+    configfile = _other_than_demo(config)
+    elsewhere = "" if on == "demo_other" else f" --config on={shlex.quote(on)}"
     options = (f" --configfile {configfile}" if configfile else "") + elsewhere
     found = collect(settings, load(preset(on)), options=options)
     found.show()
@@ -465,8 +496,8 @@ def transfer(
 
 
 def _other_than_demo(config: Path) -> str:
-    """A config's path for a command line that has the demo's by default."""
-    return "" if config == DEFAULT else config.as_posix()
+    """A config's path for a command line that has the demo's by default, in a shell's quotes."""
+    return "" if config == DEFAULT else shlex.quote(config.as_posix())
 
 
 def main() -> None:
@@ -474,24 +505,38 @@ def main() -> None:
     from pipeline.config import UserError
 
     try:
-        app()
+        done = app()  # an exit code, or what a command returns
+        code = done if isinstance(done, int) else 0
     except (UserError, CacheError) as error:
-        sys.exit(_complain(str(error)))
+        code = _complain(str(error))
     except OSError as error:  # disk full, no permission: the system's word and the path it names
-        sys.exit(
-            _complain(
-                f"{error.filename or 'writing'}: {error.strerror or error}. Make room or mend permissions."
-            )
+        code = _complain(
+            f"{error.filename or 'writing'}: {error.strerror or error}. Make room or mend permissions."
         )
-    except (KeyboardInterrupt, SystemExit) as end:  # typer makes the one into the other
-        code = INTERRUPTED if isinstance(end, KeyboardInterrupt) else end.code
-        sys.exit(
-            _complain("interrupted; the same command resumes.", INTERRUPTED) if code == INTERRUPTED else code
-        )
+    except ClickException as error:
+        code = _misused(error)
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    except typer.Abort:  # the input ended
+        code = _complain("standard input ended before the command did.")
+    sys.exit(
+        _complain("interrupted; the same command resumes.", INTERRUPTED) if code == INTERRUPTED else code
+    )
+
+
+def _misused(error: Any) -> int:
+    """A command or an option that isn't there, or a value that doesn't fit it. Without any, help has been printed."""
+    if type(error).__name__ != "NoArgsIsHelpError":
+        said = error.format_message().rstrip(".")
+        where = error.ctx.command_path if getattr(error, "ctx", None) else "cli.py"
+        _complain(f"{said}{'' if said.endswith('?') else '.'} `{where} --help` says what there is.")
+    return error.exit_code
 
 
 def _complain(line: str, code: int = 2) -> int:
-    print(f"error: {' '.join(line.split())}", file=sys.stderr)
+    from pipeline.terminal import visible
+
+    print(f"error: {visible(' '.join(line.split()))}", file=sys.stderr)
     return code
 
 

@@ -10,14 +10,26 @@ import difflib
 import functools
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+import math
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from pipeline.reading import NOT_TEXT, Unreadable, read_yaml
 
 
 class UserError(ValueError):
@@ -28,8 +40,73 @@ class ConfigError(UserError):
     """The user's config can't be used; the message says which key, what was found and what fits."""
 
 
+# Bounds beyond which a value can only be a slip: refused before any work, not by a machine that ran out of memory.
+MAX_BATCH = 4096  # images at once: 3 GB as bytes at 512 x 512
+MAX_SIDE = 2048  # pixels of a view, four times the paper's: attention over its 16,384 tokens is 1 GB a head
+MAX_THREADS = 1024  # more than a machine has cores; OpenMP's pool dies of 100,000
+MAX_PROCESSES = 256  # on one machine, GPUs or loaders, 0.45 GB each
+MAX_ITERATIONS = 10**8  # 1,000 times the paper's longest schedule
+MAX_BANK = 10_000  # 400 times the paper's: 0.3 GB of CLS tokens at a batch of 16
+MAX_NEGATIVES = 1_000_000  # 2 GB of CLS tokens, four views of all COCO images are 473,148
+MAX_PICTURES = 10_000  # in one HTML page
+MAX_LISTED = 1000  # numbers in a list of a setting
+MAX_NAME = 200  # bytes: file systems take 255, and variants, stages and partial files add to a run's name
+SHOWN = 300  # characters of a value in an error
+MIN_STRIDE = 0.01  # of a window: 10,000 overlapping views of every pixel
+
+
+def _folder(path: str) -> str:
+    """A path that folders can have, ~ being the home folder. Raises: ValueError."""
+    if not path.strip() or path != path.strip():
+        raise ValueError(f"{path!r} is no folder's name: it is empty, or blanks are around it")
+    if NOT_TEXT.search(path) or "\n" in path or "\r" in path:
+        raise ValueError(f"{path!r} holds a control character")
+    if any(len(os.fsencode(part)) > MAX_NAME for part in Path(path).parts):
+        raise ValueError(f"a folder's name of more than {MAX_NAME} bytes")
+    return os.path.expanduser(path)
+
+
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        """No yes for 1, and no number that is none, in options that the schema doesn't know either."""
+        kinds = _kinds(cls.model_fields[info.field_name or ""].annotation)
+        if any(isinstance(kind, type) and issubclass(kind, BaseModel) for kind in kinds):
+            return value  # a section, which sees to its own fields
+        _refuse_infinite(value)
+        if (
+            kinds & {int, float}
+            and not kinds & {bool, Any}
+            and any(v is True or v is False for v in _inside(value))
+        ):
+            raise ValueError(f"want a number, found {json.dumps(value, default=str)}")
+        return value
+
+
+def _inside(value: Any) -> Iterator[Any]:
+    """A value's leaves, itself if it is one."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        for item in value:
+            yield from _inside(item)
+    else:
+        yield value
+
+
+def _refuse_infinite(value: Any) -> None:
+    for leaf in _inside(value):
+        if isinstance(leaf, float) and not math.isfinite(leaf):
+            raise ValueError(f"{leaf} is not a finite number")
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """The types that an annotation is made of."""
+    inner = get_args(annotation)
+    return {annotation}.union(*map(_kinds, inner)) if inner else {annotation}
 
 
 class Data(Section):
@@ -37,6 +114,16 @@ class Data(Section):
 
     model_config = ConfigDict(extra="allow", frozen=True)
     kind: str = Field("demo", description="the data set; its own options are below")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _finite(cls, values: Any) -> Any:
+        for name, value in values.items() if isinstance(values, Mapping) else ():
+            try:
+                _refuse_infinite(value)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+        return values
 
     def options(self) -> dict[str, Any]:
         return dict(self.model_extra or {})
@@ -52,10 +139,13 @@ class TeacherSection(Section):
     quick_gelu: bool | None = Field(
         None, description="must be stated for a checkpoint file, which can't tell"
     )
-    image_size: int = Field(512, ge=16, description="side of a view in pixels (paper: 512)")
+    image_size: int = Field(512, ge=16, le=MAX_SIDE, description="side of a view in pixels (paper: 512)")
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="of the whole model")
     batch: int = Field(
-        8, ge=1, description="views per forward, padded to this size so that rows don't depend on it"
+        8,
+        ge=1,
+        le=MAX_BATCH,
+        description="views per forward, padded to this size so that rows don't depend on it",
     )
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
 
@@ -92,15 +182,23 @@ class CacheSection(Section):
     )
     max_bad: int = Field(10, ge=0, description="more quarantined images than this stop extract")
 
+    @field_validator("path")
+    @classmethod
+    def _folder(cls, value: str | None) -> str | None:
+        return value if value is None or "://" in value else _folder(value)
+
 
 class Cluster(Section):
     """Pseudo labels: multi-scale K-means and mask fusion (eq. 4-5, Algorithm 1)."""
 
-    sizes: tuple[Annotated[int, Field(ge=1)], ...] = Field(
-        (3, 7), min_length=1, description="windows per side at each scale (section 3.3)"
+    sizes: tuple[Annotated[int, Field(ge=1, le=MAX_SIDE)], ...] = Field(
+        (3, 7),
+        min_length=1,
+        max_length=MAX_LISTED,
+        description="windows per side at each scale (section 3.3)",
     )
     window: Literal["grid", "tokens"] = Field("grid", description="the two readings of eq. 4-5")
-    iterations: int = Field(20, ge=1, description="at most this many of Lloyd's (settled)")
+    iterations: int = Field(20, ge=1, le=MAX_ITERATIONS, description="at most this many of Lloyd's (settled)")
     threshold: float = Field(0.8, gt=0, lt=1, description="lambda of Algorithm 1 (section 4.2)")
     backend: Literal["faiss", "torch"] = Field("faiss", description="torch: a whole shard at once, for GPUs")
     device: str = Field("auto", description="auto takes a GPU when there is one")
@@ -129,14 +227,16 @@ class Cams(Section):
         description="names that the background may be, each its own class in the softmax; or a named set",
     )
     blocks: int = Field(8, ge=1, description="last blocks whose attention is averaged (CLIP-ES)")
-    sinkhorn: int = Field(3, ge=0, description="rounds of columns, then rows (CLIP-ES)")
+    sinkhorn: int = Field(3, ge=0, le=1000, description="rounds of columns, then rows (CLIP-ES)")
     box_threshold: float = Field(
         0.4, gt=0, lt=1, description="share of a CAM's maximum that its boxes hold: 0.4 VOC, 0.7 COCO"
     )
     refine: Literal["none", "pamr", "crf"] = Field("none", description="of the masks, at pixels")
     power: float = Field(1.0, gt=0, description="of the background score (1 - max)^power")
-    max_side: int = Field(1024, ge=16, description="longer images are made smaller, in pixels")
-    batch: int = Field(4, ge=1, description="images of one size in a forward")
+    max_side: int = Field(
+        1024, ge=16, le=4 * MAX_SIDE, description="longer images are made smaller, in pixels"
+    )
+    batch: int = Field(4, ge=1, le=MAX_BATCH, description="images of one size in a forward")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="of forward and backward")
     device: str = Field("auto", description="auto, cpu, cuda, ...")
     debug: bool = Field(False, description="keep the maps before their refinement too")
@@ -179,8 +279,10 @@ class Validate(Section):
 
 
 class Train(Section):
-    iterations: int = Field(20_000, ge=1, description="20k VOC, 40k Context, 80k COCO-Stuff (section 4.1)")
-    batch: int = Field(16, ge=1, description="per run, all processes together (section 4.1)")
+    iterations: int = Field(
+        20_000, ge=1, le=MAX_ITERATIONS, description="20k VOC, 40k Context, 80k COCO-Stuff (section 4.1)"
+    )
+    batch: int = Field(16, ge=1, le=MAX_BATCH, description="per run, all processes together (section 4.1)")
     lr: float = Field(6e-5, gt=0, description="mmseg's SegFormer schedule, as the three below")
     weight_decay: float = Field(0.01, ge=0, description="of AdamW; 0 on norms, biases and positions")
     head_lr_factor: float = Field(10.0, gt=0, description="decoder, head and VLA learn so much faster")
@@ -200,9 +302,12 @@ class Train(Section):
         description="length of the CLS tokens in eq. 1, whose softmax it sharpens; null: the teacher's own",
     )
     tau: float = Field(0.07, gt=0, description="InfoNCE's temperature (settled: CLIP's initial one)")
-    bank: int = Field(24, ge=0, description="n, iterations of CLS tokens kept (section 4.2)")
+    bank: int = Field(24, ge=0, le=MAX_BANK, description="n, iterations of CLS tokens kept (section 4.2)")
     negatives: int | None = Field(
-        None, ge=1, description="so many drawn anew each iteration from all cached CLS tokens; null: the bank"
+        None,
+        ge=1,
+        le=MAX_NEGATIVES,
+        description="so many drawn anew each iteration from all cached CLS tokens; null: the bank",
     )
     vla: Literal["transformer", "mlp", "original"] = Field(
         "transformer", description="what makes classifiers of potential objects (section 3.3; Table 5)"
@@ -224,21 +329,29 @@ class Train(Section):
     )
     channels_last: bool = Field(True, description="memory layout of the student")
     processes: int | None = Field(
-        None, ge=1, description="started by `cli.py train`; null: one, or as many as a launcher has started"
+        None,
+        ge=1,
+        le=MAX_PROCESSES,
+        description="started by `cli.py train`; null: one, or as many as a launcher has started",
     )
     compile: bool = Field(False, description="torch.compile of the student")
     validation: Validate = Field(default_factory=Validate, alias="validate")
     tracker: str = Field("tensorboard", description="any of accelerate's, or none")
     pictures_every: int = Field(0, ge=0, description="iterations between pictures in the tracker; 0: none")
     workers: int | None = Field(
-        None, ge=0, description="loader processes; 0: a thread instead; null: 0, or up to 8 beside a GPU"
+        None,
+        ge=0,
+        le=MAX_PROCESSES,
+        description="loader processes; 0: a thread instead; null: 0, or up to 8 beside a GPU",
     )
     views_in_memory_gb: float = Field(
         1.0,
         ge=0,
         description="replayed views kept for the next epochs, a training process; 0.001 a 512 x 512 view",
     )
-    threads: int | None = Field(None, ge=1, description="torch threads; null leaves torch's own choice")
+    threads: int | None = Field(
+        None, ge=1, le=MAX_THREADS, description="torch threads; null leaves torch's own choice"
+    )
     log_every: int = Field(50, ge=1, description="iterations between two lines of the log")
     checkpoint_every: int = Field(2000, ge=1, description="iterations between two checkpoints")
     keep: int = Field(2, ge=1, description="checkpoints kept")
@@ -260,21 +373,27 @@ class Train(Section):
 class Eval(Section):
     gamma: float = Field(1.5, description="added to unseen logits (section 4.2)")
     gamma_sweep: tuple[float, ...] = Field(
-        (0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0), description="reported beside gamma, in the same pass"
+        (0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0),
+        max_length=MAX_LISTED,
+        description="reported beside gamma, in the same pass",
     )
     mode: Literal["whole", "slide"] = Field("whole", description="whole: squashed to a view; slide: windows")
     stride: float = Field(
         2 / 3,
-        gt=0,
+        ge=MIN_STRIDE,
         le=1,
         description="step of sliding windows, in windows (mmseg: 341/512, or 0.8321: 426/512)",
     )
     flip: bool = Field(False, description="average with the mirrored image (mmseg's test-time augmentation)")
-    scales: tuple[Annotated[float, Field(gt=0)], ...] = Field(
-        (), description="average over the student's input at these sizes, [0.75, 1, 1.25]; empty: 1 alone"
+    scales: tuple[Annotated[float, Field(gt=0, le=16)], ...] = Field(
+        (),
+        max_length=MAX_LISTED,
+        description="average over the student's input at these sizes, [0.75, 1, 1.25]; empty: 1 alone",
     )
-    batch: int = Field(8, ge=1, description="images of a forward")
-    pictures: int = Field(6, ge=0, description="worst and best test images that are drawn, so many of each")
+    batch: int = Field(8, ge=1, le=MAX_BATCH, description="images of a forward")
+    pictures: int = Field(
+        6, ge=0, le=MAX_PICTURES, description="worst and best test images that are drawn, so many of each"
+    )
 
     @property
     def is_averaged(self) -> bool:
@@ -282,12 +401,17 @@ class Eval(Section):
 
 
 class Report(Section):
-    images: int = Field(24, ge=1, description="training images and test images in the gallery, each")
+    images: int = Field(
+        24, ge=1, le=MAX_PICTURES, description="training images and test images in the gallery, each"
+    )
 
 
 class Config(Section):
     name: str = Field(
-        "demo", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="of the run, and of its folder"
+        "demo",
+        pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9_-])?$",
+        max_length=MAX_NAME,
+        description="of the run, and of its folder",
     )
     runs: str = Field("runs", description="the folder that holds the folders of runs")
     recipe: Literal["clip_teacher", "clip_es"] = Field(
@@ -305,6 +429,13 @@ class Config(Section):
     train: Train = Field(default_factory=Train)
     eval: Eval = Field(default_factory=Eval)
     report: Report = Field(default_factory=Report)
+
+    @field_validator("runs")
+    @classmethod
+    def _folder(cls, value: str) -> str:
+        if "://" in value:
+            raise ValueError(f"{value!r} is a URL; runs lie on a disk, and only cache.path may be one")
+        return _folder(value)
 
     @model_validator(mode="after")
     def _text_source(self) -> Config:
@@ -541,15 +672,13 @@ def _unknown_keys(values: Mapping[str, Any], model: Any, prefix: str = "") -> li
 def load(path: str | Path, settings: Iterable[str] = ()) -> Config:
     """Reads a YAML file and applies `a.b=value` settings. Raises ConfigError, one line each."""
     path = Path(path)
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not os.path.exists(path):
         near = sorted(p.as_posix() for p in Path("config").glob("*.yaml"))
-        raise ConfigError(
-            f"{path}: no such config file. There are: {', '.join(near) or 'none here'}."
-        ) from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"{path}: no such config file. There are: {', '.join(near) or 'none here'}.")
+    try:
+        raw = read_yaml(path, where=str(path), keys_are_text=True)
+    except Unreadable as error:
+        raise ConfigError(str(error)) from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: a config is a mapping of sections, found {type(raw).__name__}.")
     return from_mapping(raw, settings, where=str(path))
@@ -567,28 +696,41 @@ def from_mapping(raw: Mapping[str, Any], settings: Iterable[str] = (), *, where:
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals or not key:
-            raise ConfigError(f"--set {setting!r}: write it as section.key=value, for example train.lr=1e-4.")
-        try:
-            value = yaml.safe_load(text) if text else None
-        except yaml.YAMLError as error:
             raise ConfigError(
-                f"--set {setting!r}: the value is not YAML ({' '.join(str(error).split())}). Put it in quotes."
-            ) from None
-        _assign(values, key.strip().split("."), value, setting)
+                f"--set {_short(setting)}: write it as section.key=value, for example train.lr=1e-4."
+            )
+        _assign(values, key.strip().split("."), _value(setting, text), setting)
     try:
         return Config.model_validate(values)
     except ValidationError as error:
         raise ConfigError("; ".join(_explain(where, item) for item in error.errors())) from None
 
 
+def _value(setting: str, text: str) -> Any:
+    """What stands behind the = of a setting, read as YAML."""
+    if not text:
+        return None
+    try:
+        value = read_yaml(text, where="--set", keys_are_text=True)
+    except Unreadable as error:
+        raise ConfigError(
+            f"--set {_short(setting)}: the value is not YAML ({error.reason}). Put it in quotes."
+        ) from None
+    head, *comment = re.split(r"(?:^|\s)#", text, maxsplit=1)
+    if comment:
+        with suppress(Unreadable):  # a quote that is open: the # is inside
+            if read_yaml(head, where="--set", keys_are_text=True) == value:
+                raise ConfigError(
+                    f"--set {_short(setting)}: in YAML # begins a comment. Put the value in quotes."
+                )
+    return value
+
+
 def _assign(values: dict[str, Any], keys: list[str], value: Any, setting: str) -> None:
     for key in keys[:-1]:
         values = values.setdefault(key, {})
         if not isinstance(values, dict):
-            raise ConfigError(f"--set {setting!r}: {key!r} is a value, not a section.")
-    if isinstance(value, str):  # YAML 1.1 reads 1e-4 as text
-        with suppress(ValueError):
-            value = float(value)
+            raise ConfigError(f"--set {_short(setting)}: {key!r} is a value, not a section.")
     values[keys[-1]] = value
 
 
@@ -596,13 +738,47 @@ def _explain(where: str, item: Any) -> str:
     keys = [str(part) for part in item["loc"]]
     name = ".".join(keys)
     if item["type"] == "extra_forbidden":
-        model: Any = Config
-        for key in keys[:-1]:
-            fields = {field.alias or name: field for name, field in model.model_fields.items()}
-            model = fields[key].annotation
-        known = [field.alias or key for key, field in model.model_fields.items()]
-        near = difflib.get_close_matches(keys[-1], known, 1, 0.0)
-        return f"{where}: unknown key {name!r}; the nearest valid one is {'.'.join([*keys[:-1], *near])!r}."
+        return f"{where}: unknown key {name!r}; {nearest_key(name)}."
     if item["type"] == "value_error":
         return f"{where}: {name}{': ' if name else ''}{item['msg'].removeprefix('Value error, ')}."
-    return f"{where}: {name} = {item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}."
+    if item["type"] == "string_pattern_mismatch":
+        return (
+            f"{where}: {name} = {_short(item['input'])}: want letters, digits, '.', '_' and '-', a letter or "
+            "digit first and no '.' last."
+        )
+    is_bare = item["type"] == "string_type" and isinstance(item["input"], int | float)
+    hint = " (text that YAML takes for a number, or for yes, needs quotes)" if is_bare else ""
+    return f"{where}: {name} = {_short(item['input'])}: {item['msg'][0].lower()}{item['msg'][1:]}{hint}."
+
+
+def nearest_key(name: str) -> str:
+    """A few words on where a key that isn't known may belong."""
+    if name in _known_keys(Config):
+        section, _, key = name.rpartition(".")
+        return f"write it inside its section, {section}: {{{key}: ...}}"
+    return f"the nearest valid one is {' or '.join(map(repr, nearest_keys(name)))}"
+
+
+def nearest_keys(name: str) -> list[str]:
+    """The keys that one which isn't known may stand for: the same in other sections, or the nearest beside it."""
+    known = list(_known_keys(Config))
+    section, _, last = name.rpartition(".")
+    if owners := [key for key in known if key.rpartition(".")[2] == last and key != last]:
+        return owners
+    beside = [key for key in known if key.rpartition(".")[0] == section]
+    return difflib.get_close_matches(name, beside or known, 1, 0.0)
+
+
+def _known_keys(model: Any, prefix: str = "") -> Iterator[str]:
+    """The dotted keys of a schema, sections too."""
+    for field_name, field in model.model_fields.items():
+        key = prefix + (field.alias or field_name)
+        yield key
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _known_keys(field.annotation, f"{key}.")
+
+
+def _short(value: Any) -> str:
+    """As Python writes it; of what fills pages the beginning."""
+    text = repr(value)
+    return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."

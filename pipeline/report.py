@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from cache.errors import MissingCache, StaleCache
 from cache.ledger import read_manifest
@@ -52,6 +51,7 @@ from pipeline.looking.shard import shard_tree
 from pipeline.looking.tagged import Tagged
 from pipeline.looking.tree import cache_tree
 from pipeline.teaching.rows import check_classes
+from pipeline.terminal import Terminal
 from pipeline.tracking import run_config, say
 
 LABELS = {"clip_teacher": "Pseudo labels", "clip_es": "CAMs"}
@@ -184,7 +184,7 @@ def inspect(
         )
     config = _config_of(run)
     store, metrics = Store.open(config.cache_path), read_manifest(facts.metrics_path(config))
-    out = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=PIPE_WIDTH)
+    out = Terminal() if sys.stdout.isatty() else Terminal(width=PIPE_WIDTH)
     if shard is not None:
         out.print(shard_tree(store, shard))
         return
@@ -200,7 +200,7 @@ def inspect(
     if export is not None:
         taught = TAUGHT[config.recipe](config, store, data, _labelled(config))
         count = export_labels(export, store, data, chosen, taught, LABELS_FROM[config.recipe])
-        out.print(f"{count} {LABEL_MAPS[config.recipe]}: {export}", markup=False, soft_wrap=True)
+        out.print(f"{count} {LABEL_MAPS[config.recipe]}: {export}", soft_wrap=True)
     if png is not None:
         run_shown = [Run(config, metrics)]
         cards, _ = _cards(store, data, chosen, run_shown, _pupils(run_shown))
@@ -210,11 +210,11 @@ def inspect(
         content = io.BytesIO()
         sheet(shown).save(content, "PNG", optimize=True)
         write(png, content.getvalue())
-        out.print(f"panels: {png}", markup=False, soft_wrap=True)
+        out.print(f"panels: {png}", soft_wrap=True)
     if png is None and export is None:
         page = config.run_path / "inspect" / "index.html"
         _write_page(page, [Run(config, metrics)], chosen)
-        out.print(f"page: {page}", markup=False, soft_wrap=True)
+        out.print(f"page: {page}", soft_wrap=True)
 
 
 def _config_of(run: Path) -> Config:

@@ -16,8 +16,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -46,23 +44,27 @@ from pipeline.config import (
     kept,
     load,
 )
+from pipeline.reading import yaml_text
+from pipeline.terminal import Terminal
 
-console = Console(stderr=True, highlight=False, soft_wrap=True)
+console = Terminal(stderr=True, soft_wrap=True)
 
 
-_log: list[Console] = []
+_log: list[Terminal] = []
 
 
 def log_to(path: Path) -> None:
     """From here on, what is said goes to this file too (bars don't)."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    _log.append(Console(file=path.open("w", encoding="utf-8"), highlight=False, soft_wrap=True))
+    _log.append(Terminal(file=path.open("w", encoding="utf-8"), soft_wrap=True))
 
 
 def say(what: Any) -> None:
     """One line, or a rich table, to the terminal and to the log."""
+    if isinstance(what, str):
+        what = what.replace("\n", "\\n")  # of a name: what looks like a line is one of ours
     for target in (console, *_log):
-        target.print(what, markup=False)
+        target.print(what)
         target.file.flush()
 
 
@@ -182,7 +184,7 @@ def save_config(config: Config) -> None:
     path = config.run_path / "config.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".config.{os.getpid()}.partial")
-    partial.write_text(yaml.safe_dump(kept(config), sort_keys=False), encoding="utf-8")
+    partial.write_text(yaml_text(kept(config)), encoding="utf-8")
     os.replace(partial, path)
 
 

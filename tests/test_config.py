@@ -1,7 +1,17 @@
 import pytest
 import yaml
+from pydantic import BaseModel
 
-from pipeline.config import STAGES, Config, ConfigError, config_fingerprint, fingerprint, from_mapping, load
+from pipeline.config import (
+    STAGES,
+    Config,
+    ConfigError,
+    _kinds,
+    config_fingerprint,
+    fingerprint,
+    from_mapping,
+    load,
+)
 from tests.conftest import ROOT
 
 
@@ -76,6 +86,124 @@ def test_a_wrong_key_or_value_is_named(setting, words):
         from_mapping({}, [setting])
     assert all(word in str(error.value) for word in words), str(error.value)
     assert "\n" not in str(error.value)
+
+
+def leaves(model, prefix=""):
+    """Every key of the schema that isn't a section: name and annotation."""
+    for name, field in model.model_fields.items():
+        key = prefix + (field.alias or name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from leaves(field.annotation, f"{key}.")
+        else:
+            yield key, field.annotation
+
+
+NUMBERS = [(key, kind) for key, kind in leaves(Config) if {int, float} & _kinds(kind)]
+
+
+@pytest.mark.parametrize("value", [".inf", "-.inf", ".nan", "nan", "1e400", "'inf'"])
+@pytest.mark.parametrize("key", [key for key, _ in NUMBERS])
+def test_no_number_is_infinite_or_none(key, value):
+    for text in (value, f"[{value}]", f"[1, 2, {value}]"):
+        with pytest.raises(ConfigError, match=key.replace(".", r"\.")):
+            from_mapping({}, [f"{key}={text}"])
+
+
+@pytest.mark.parametrize("key", ["data.radius", "student.options", "data.size"])
+@pytest.mark.parametrize("value", [".inf", "{a: .nan}", "[1, [-.inf]]"])
+def test_nor_in_options_that_the_schema_does_not_know(key, value):
+    with pytest.raises(ConfigError, match="finite"):
+        from_mapping({}, [f"{key}={value}"])
+
+
+@pytest.mark.parametrize("value", ["yes", "true", "off", "[true]"])
+@pytest.mark.parametrize("key", [key for key, _ in NUMBERS])
+def test_yes_is_no_number(key, value):
+    with pytest.raises(ConfigError, match=key.replace(".", r"\.")):
+        from_mapping({}, [f"{key}={value}"])
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        *(
+            "train.threads=100000",
+            "train.bank=1e8",
+            "train.batch=1e6",
+            "train.workers=1e5",
+            "train.processes=5000",
+        ),
+        *("train.negatives=1e9", "train.iterations=1e12", "teacher.image_size=100000", "teacher.batch=1e7"),
+        *(
+            "cluster.iterations=1e9",
+            "cluster.sizes=[1e9]",
+            "cams.max_side=1e6",
+            "cams.batch=1e6",
+            "cams.sinkhorn=1e9",
+        ),
+        *(
+            "eval.batch=1e6",
+            "eval.stride=1e-9",
+            "eval.scales=[1e6]",
+            "eval.pictures=1e9",
+            "report.images=1e9",
+        ),
+        "eval.gamma_sweep=[" + "1," * 2000 + "1]",
+    ],
+)
+def test_absurd_sizes_are_refused_before_work(setting):
+    with pytest.raises(ConfigError, match=setting.partition("=")[0].replace(".", r"\.")) as error:
+        from_mapping({}, [setting])
+    assert len(str(error.value)) < 600
+
+
+def test_presets_and_paper_are_far_from_the_bounds():
+    for path in (ROOT / "config").glob("*.yaml"):
+        if path.name != "environment.yaml":
+            load(path)
+
+
+@pytest.mark.parametrize(
+    ("key", "says"),
+    [
+        ("lr", "'train.lr'"),
+        ("batch", "'teacher.batch' or 'cams.batch' or 'train.batch' or 'eval.batch'"),
+        ("train.image_size", "'teacher.image_size'"),
+        ("fraction", "'train.validate.fraction'"),
+        ("weights", "'student.weights' or 'train.weights'"),
+    ],
+)
+def test_a_key_of_another_section_is_found(key, says):
+    with pytest.raises(ConfigError, match=says):
+        from_mapping({}, [f"{key}=1"])
+
+
+def test_a_dotted_key_in_the_file(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("train.lr: 1\n")
+    with pytest.raises(ConfigError, match=r"inside its section, train: \{lr: "):
+        load(path)
+
+
+@pytest.mark.parametrize("value", ["/data #1", "#1", "[1] # two"])
+def test_a_comment_in_a_setting_is_no_value(value):
+    with pytest.raises(ConfigError, match="comment"):
+        from_mapping({}, [f"data.root={value}"])
+    assert from_mapping({}, ["data.root='/data #1'"]).data.options()["root"] == "/data #1"
+    assert from_mapping({}, ["data.root=/data#1"]).data.options()["root"] == "/data#1"
+
+
+def test_a_file_that_says_a_key_twice(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("train:\n  lr: 1\n  batch: 2\n  lr: 3\n")
+    with pytest.raises(ConfigError, match=r"run\.yaml.*line 4.*'lr' is given twice, first in line 2"):
+        load(path)
+
+
+def test_keys_stay_as_written(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("text: {synonyms: {no: [nope], 0010: [ten]}}\n")
+    assert load(path).text.synonyms == {"no": ["nope"], "0010": ["ten"]}
 
 
 def test_settings_are_typed_as_yaml():

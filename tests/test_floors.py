@@ -52,6 +52,7 @@ def floor(module: str) -> int:
     second = parts[1] if len(parts) > 1 else ""
     floors = (
         {"": 0, "__init__": 0, "config": 0, "ops": 1, "data": 2, "models": 2}
+        | {"reading": 0, "terminal": 0, "snakefile": 3}
         | dict.fromkeys(SHARED, 3)
         | dict.fromkeys(STAGES, 4)
     )

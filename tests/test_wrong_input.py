@@ -207,6 +207,65 @@ def test_numbers_below_zero(run_cli):
         assert (done.returncode, word in done.stderr) == (2, True)
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["predict", "a.jpg", "--gamma", "nan"], ["--gamma", "nan", "finite"]),
+        (["predict", "a.jpg", "--gamma", "-inf"], ["--gamma", "finite"]),
+        (["predict", "a.jpg", "--reject", "inf"], ["--reject", "finite"]),
+        (["trian"], ["trian", "train", "--help"]),
+        (["train", "--wrokers", "3"], ["--wrokers", "train --help"]),
+        (["extract", "--workers", "x"], ["--workers"]),
+        (["extract", "--workers", "-1"], ["--workers"]),
+        (["train", "--config"], ["--config"]),
+        (["predict"], ["images"]),
+        (["eval", "more"], ["more"]),
+    ],
+)
+def test_the_command_line_itself(run_cli, words, says):
+    """Options are a user's mistakes like any other: one line, not a page of help."""
+    done = run_cli(*words)
+    assert is_one_line_error(done, *says)
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_help_is_help(run_cli):
+    assert run_cli("--help").returncode == 0
+    assert run_cli("train", "--help").returncode == 0
+    done = run_cli()
+    assert (done.returncode, "error:" in done.stderr) == (2, False)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("name: a\nname: b\n", "given twice"),
+        ("train: {iterations: yes}\n", "train.iterations"),
+        ("train: {lr: .nan}\n", "train.lr"),
+        ("name: a\0\n", "U+0000"),
+        ("train: {iterations: " + "9" * 5000 + "}\n", "5,000"),
+        ("train: " + "[" * 5000, "nesting"),
+        ("train: &a [*a]\n", "anchor"),
+    ],
+)
+def test_a_config_that_is_odd_yaml(tmp_path, run_cli, text, says):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    assert is_one_line_error(run_cli("train", "--config", path), "run.yaml", says)
+
+
+@pytest.mark.parametrize("name", ["dataset.yaml", "tags.yaml"])
+@pytest.mark.parametrize(
+    ("text", "says"), [("a: 1\na: 2\n", "given twice"), ("a: b\0", "U+0000"), ("[" * 999, "nesting")]
+)
+def test_a_data_set_that_is_odd_yaml(tmp_path, run_cli, name, text, says):
+    folder = garden(tmp_path / "garden")
+    described = json.loads((folder / "dataset.yaml").read_text())
+    (folder / "dataset.yaml").write_text(json.dumps({**described, "tags": "tags.yaml"}))
+    (folder / name).write_text(text)
+    assert is_one_line_error(run_cli("extract", *options(tmp_path)), name, says)
+
+
 def test_audit_of_an_image_that_was_damaged_since(tmp_path, run_cli):
     """In the middle, which the stamp doesn't read: extract says there is nothing to do."""
     garden(tmp_path / "garden")

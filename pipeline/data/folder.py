@@ -24,11 +24,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from pipeline.data.base import IGNORE, PARTS, DataError, Sample, check_names, unknown
 from pipeline.data.classes import BACKGROUND
 from pipeline.data.files import FileDataSet, raw_table, read_ids, refuse_missing, root_of
+from pipeline.reading import Unreadable, read_yaml
 
 KEYS = (
     *("name", "classes", "unseen", "seen", "ignore", "reduce_zero_label", "palette", "train", "test"),
@@ -182,9 +182,9 @@ def _yaml_path(root: object) -> Path:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        described = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise DataError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+        described = read_yaml(path, where=str(path))
+    except Unreadable as error:
+        raise DataError(str(error)) from None
     if not isinstance(described, dict):
         raise DataError(f"{path}: want a mapping with {', '.join(KEYS)}; found {type(described).__name__}.")
     for key in described:
@@ -239,9 +239,9 @@ def _tags(path: Path, named: object, classes: tuple[str, ...]) -> dict[str, tupl
         raise DataError(f"{path}: tags is {named!r}; want the name of a YAML file, `id: [class, ...]`.")
     where = path.parent / named
     try:
-        listed = yaml.safe_load(where.read_text(encoding="utf-8-sig"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise DataError(f"{where}: not readable as YAML: {' '.join(str(error).split())}") from None
+        listed = read_yaml(where, where=str(where), keys_are_text=True)
+    except Unreadable as error:
+        raise DataError(str(error)) from None
     if not isinstance(listed, dict):
         raise DataError(f"{where}: want `id: [class, ...]` for every image; found {type(listed).__name__}.")
     return {

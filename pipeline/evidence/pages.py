@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table as Drawn
 
 from pipeline.looking.facts import SCORES
+from pipeline.terminal import Terminal
 
 KEPT, TEST_LOG = Path("docs/results"), Path("docs/test-log.md")
 WIDTH = 160  # columns at least: a narrower terminal wraps lines, and no number is left out
@@ -39,8 +39,8 @@ class Table:
         return [first, "|---" * len(self.head) + "|", *rest]
 
 
-def console() -> Console:
-    return Console(highlight=False, soft_wrap=True, width=max(WIDTH, Console().width))
+def console() -> Terminal:
+    return Terminal(soft_wrap=True, width=max(WIDTH, Terminal().width))
 
 
 def write_page(path: Path, lines: Iterable[str], tables: Iterable[Table]) -> None:

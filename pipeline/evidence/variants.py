@@ -18,6 +18,7 @@ from typing import Any
 from pipeline.config import STAGES, Config, UserError, config_fingerprint, digest, from_mapping
 from pipeline.data.base import DataSet, open_data_set
 from pipeline.data.words import SEVERAL
+from pipeline.reading import Unreadable, read_yaml
 
 
 @dataclass(frozen=True)
@@ -147,8 +148,8 @@ def variant_runs(
         cache = own_cache(config, variant) or config.cache_path
         for seed in QUICK_SEEDS if quick else SEEDS:
             name = run_name(config, variant, seed, quick=quick)
-            where = f"cache.path={cache.as_posix() if isinstance(cache, Path) else cache}"
-            own = (*changed.settings, *shorter, f"name={name}", where, f"train.seed={seed}")
+            where = text_setting("cache.path", cache.as_posix() if isinstance(cache, Path) else cache)
+            own = (*changed.settings, *shorter, text_setting("name", name), where, f"train.seed={seed}")
             runs.setdefault(name, (*settings, *own))
     return runs
 
@@ -173,8 +174,18 @@ def cache_runs(config: Config, settings: Iterable[str]) -> dict[str, tuple[str, 
     for variant, changed in MORE.items():
         if (cache := own_cache(config, variant)) is not None:
             name = cache.parent.name
-            found[name] = (*settings, *changed.settings, f"name={name}", f"cache.path={cache.as_posix()}")
+            where = text_setting("cache.path", cache.as_posix())
+            found[name] = (*settings, *changed.settings, text_setting("name", name), where)
     return found
+
+
+def text_setting(key: str, text: str) -> str:
+    """A setting that reads back as this text: in quotes where YAML would find something else in it."""
+    try:
+        is_plain = read_yaml(text, where=key) == text
+    except Unreadable:
+        is_plain = False
+    return f"{key}={text if is_plain else json.dumps(text, ensure_ascii=False)}"
 
 
 def varied(config: Config, settings: Iterable[str]) -> Config:

@@ -42,7 +42,8 @@ HEAD = """<!-- Written by `python -m pipeline.looking.keys > config/README.md`; 
 # Presets and keys
 
 A run is one YAML. What it leaves out has the default below; `--set section.key=value` overrides it, unknown keys are
-errors that name the nearest valid one. A preset begins with its command and what to expect of it:
+errors that name the nearest valid one, a key given twice is one, too. Dates and numbers with leading zeros are text,
+`1e-4` is a number, and none is infinite. A preset begins with its command and what to expect of it:
 
 """
 

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from cache.places import place
@@ -33,6 +32,7 @@ from pipeline.looking.panels import (
     object_palette,
 )
 from pipeline.looking.tagged import percent_palette
+from pipeline.reading import yaml_text
 from pipeline.tracking import found_manifest
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -72,7 +72,7 @@ def render(
         runs=runs,
         data=data,
         config=config,
-        config_yaml=yaml.safe_dump(config.model_dump(mode="json", by_alias=True), sort_keys=False),
+        config_yaml=yaml_text(config.model_dump(mode="json", by_alias=True)),
         about=about,
         score_names=scores.SCORES if data.unseen else {"pAcc": "pAcc", "mIoU_S": "mIoU"},
         is_spread=is_spread,

@@ -26,7 +26,7 @@ from cache.errors import CorruptShard, StaleCache, damaged
 from cache.ledger import Ledger, lock, refuse_if_locked
 from cache.schema import block_digest
 from cache.store import Store
-from cache.verify import OK, whole_digests
+from cache.verify import NOT_NAMED, OK, whole_digests
 from pipeline.config import Config, config_fingerprint, data_options, digest, fingerprint
 from pipeline.data.base import DataError, DataSet, Sample
 from pipeline.data.prompts import prompts
@@ -51,6 +51,10 @@ from pipeline.tracking import finish, found_manifest, progress, record_shard, re
 
 # An audit fails below this cosine. int8 alone costs about 3e-5, bfloat16 on another machine 1e-4.
 AUDIT_COSINE = 0.999
+KEPT = {
+    "stamps",
+    "quarantined",
+}  # of a record beside what all have; one without them is of no shard that is done
 
 
 def extract(config: Config, *, workers: int = 0, scheduler: str | None = None) -> dict[str, Any]:
@@ -87,7 +91,7 @@ def extract(config: Config, *, workers: int = 0, scheduler: str | None = None) -
         for stage in ("extract", "cluster", "cams"):  # from here on none is complete
             reopen(config, stage)
         store = _open_store(config, data, identity, samples)
-        entries = ledger.entries_of(identity)
+        entries = {s: entry for s, entry in ledger.entries_of(identity).items() if entry.keys() >= KEPT}
         todo = [s for s in range(store.num_shards) if entries.get(s, {}).get("rows") != span(store.rows(s))]
         kept = sum(entry["rows"][1] - entry["rows"][0] for entry in entries.values())
         if kept:
@@ -148,6 +152,8 @@ def extract_shard(job: Job, shard: int, *, tick: Any = None) -> dict[str, Any]:
         stats = _cluster(config, data, teacher, new, blocks)
         entry["stats"] = sum_of([old["stats"], stats]) if old else stats
     if old:
+        if absent := sorted(blocks.keys() - parts.keys()):
+            raise damaged(Ledger(store.path, "extract").path(shard), absent[0], shard, NOT_NAMED)
         blocks = {name: np.concatenate([parts[name], block]) for name, block in blocks.items()}
     entry["digests"] = {name: store.write_shard(name, shard, block) for name, block in blocks.items()}
     record_shard(config, "extract", shard, entry, began)
@@ -157,7 +163,11 @@ def extract_shard(job: Job, shard: int, *, tick: Any = None) -> dict[str, Any]:
 def _recorded_rows(job: Job, store: Store, shard: int) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """The record of a shard and the rows it speaks of, by array; both empty when there is none to keep."""
     entry = Ledger(job.config.cache_path, "extract").entry(shard)
-    if entry is None or entry.get("fingerprint") != job.fingerprint:
+    if entry is None or entry["fingerprint"] != job.fingerprint or not entry.keys() >= KEPT:
+        return {}, {}
+    if entry["rows"][0] != store.rows(shard).start or (
+        job.config.cache.tokens == STREAM and "stats" not in entry
+    ):
         return {}, {}
     rows = np.arange(*entry["rows"])
     blocks = {name: store.read_rows(name, rows) for name in entry["digests"]}

@@ -31,7 +31,7 @@ from rich.progress import (
 from rich.text import Text
 
 from cache.errors import MissingCache, StaleCache
-from cache.files import remove
+from cache.files import new_log, remove, write_text, writing
 from cache.ledger import Ledger, read_manifest, write_manifest
 from cache.places import Place, place
 from pipeline.config import Config, ConfigError, config_fingerprint, load
@@ -39,20 +39,22 @@ from pipeline.config import Config, ConfigError, config_fingerprint, load
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
-_log: list[Console] = []
+_log: list[tuple[Path, Console]] = []
 
 
 def log_to(path: Path) -> None:
-    """From here on, what is said goes to this file too (bars don't)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _log.append(Console(file=path.open("w", encoding="utf-8"), highlight=False, soft_wrap=True))
+    """From here on, what is said goes to this file too (bars don't). Raises: CacheWriteFailed."""
+    _log.append((path, Console(file=new_log(path), highlight=False, soft_wrap=True)))
 
 
 def say(what: Any) -> None:
-    """One line, or a rich table, to the terminal and to the log."""
-    for target in (console, *_log):
-        target.print(what, markup=False)
-        target.file.flush()
+    """One line, or a rich table, to the terminal and to the log. Raises: CacheWriteFailed for the log."""
+    console.print(what, markup=False)
+    console.file.flush()
+    for path, log in _log:
+        with writing(path):
+            log.print(what, markup=False)
+            log.file.flush()
 
 
 class RateColumn(ProgressColumn):
@@ -78,6 +80,29 @@ def progress(what: str, total: int, *, done: int = 0, unit: str = "images") -> I
         yield lambda count=1, note="": bar.update(task, advance=count, note=note)
 
 
+_MADE = {"fingerprint": str, "content": str, "config": str, "num_samples": int}
+_PSEUDO = {
+    "views": int,
+    "objects_per_view": float,
+    "objects_histogram": {str: int},
+    "coverage": float,
+    "tokens_per_mask": float,
+    "largest_mask_share": float,
+    "purity": (float, None),
+    "verdict?": [str],
+}
+_CAMS = {
+    **dict.fromkeys(("images", "maps", "empty", "untagged"), int),
+    "seeds": ({str: {str: float}}, None),
+    "refined?": float,
+}
+# What the next stage relies on, see cache.records. A manifest of another shape says nothing.
+SHAPES = {
+    "extract": {**_MADE, "teacher?": str},
+    "cluster": {**_MADE, "summary": _PSEUDO},
+    "cams": {**_MADE, "summary": _CAMS},
+    "train": {"fingerprint": str, "config": str, "iterations": int, "student": str},
+}
 MANIFESTS = {
     "extract": lambda config: place(config.cache_path) / "extract.manifest.json",
     "cluster": lambda config: place(config.cache_path) / "cluster.manifest.json",
@@ -92,7 +117,7 @@ def manifest_path(config: Config, stage: str) -> Place:
 
 def found_manifest(config: Config, stage: str) -> dict[str, Any] | None:
     """The stage's manifest, or None when the stage never ended."""
-    return read_manifest(manifest_path(config, stage))
+    return read_manifest(manifest_path(config, stage), SHAPES[stage])
 
 
 def reopen(config: Config, stage: str) -> None:
@@ -135,13 +160,8 @@ def _difference(config: Config, manifest: dict[str, Any]) -> str:
 
 def save_config(config: Config) -> None:
     """Keeps the resolved config in the run folder, for people and for `inspect`."""
-    path = config.run_path / "config.yaml"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".config.{os.getpid()}.partial")
-    partial.write_text(
-        yaml.safe_dump(config.model_dump(mode="json", by_alias=True), sort_keys=False), encoding="utf-8"
-    )
-    os.replace(partial, path)
+    dumped = yaml.safe_dump(config.model_dump(mode="json", by_alias=True), sort_keys=False)
+    write_text(config.run_path / "config.yaml", dumped)
 
 
 def run_config(run: Path) -> Config:

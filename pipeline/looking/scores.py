@@ -60,8 +60,12 @@ def per_class(runs: Sequence[Run], data: DataSet) -> list[dict[str, Any]]:
 def confusion_of(config: Config, data: DataSet) -> np.ndarray | None:
     """The evaluation's matrix; None when there is none, or it is of other classes."""
     path = facts.metrics_path(config).with_name("confusion.npy")
-    matrix = np.load(path, allow_pickle=False) if path.is_file() else None
-    return matrix if matrix is not None and matrix.shape == (len(data.classes),) * 2 else None
+    try:
+        matrix = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError):  # none, or none that can be read
+        return None
+    is_one = isinstance(matrix, np.ndarray) and np.issubdtype(matrix.dtype, np.integer)
+    return matrix if is_one and matrix.shape == (len(data.classes),) * 2 else None
 
 
 def confusions(runs: Sequence[Run], data: DataSet) -> list[dict[str, Any]]:

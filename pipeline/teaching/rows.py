@@ -76,7 +76,9 @@ def check_unchanged(
     """
     for shard, entry in ledger.entries_of(fingerprint).items():
         first, stop = entry["rows"]
-        for row, (was, now) in enumerate(zip(entry["stamps"], stamps[first:stop], strict=False), start=first):
+        for row, (was, now) in enumerate(
+            zip(entry.get("stamps", ()), stamps[first:stop], strict=False), start=first
+        ):
             if was != now:
                 raise StaleCache(
                     f"{ledger.path(shard)}: image {samples[row].id!r} has changed since it was extracted (it was "

@@ -71,7 +71,8 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
     Raises: CacheWriteFailed; the old file, if there was one, is untouched, and so is what a link there leads to.
     """
     with writing(path):
-        _refuse_device(path)
+        if _is_device(path):  # the rename would put a file in its place
+            raise CacheWriteFailed(f"{path}: is a device or a pipe, and results go into files. Name a file.")
         path.parent.mkdir(parents=True, exist_ok=True)
         _clear_dead(path.parent)
         partial = partial_of(path)
@@ -116,7 +117,7 @@ def new_log(path: Path) -> IO[str]:
     Raises: CacheWriteFailed.
     """
     with writing(path):
-        if path.exists() and not path.is_file() and not path.is_dir():
+        if _is_device(path):
             return path.open("w", encoding="utf-8")
     write_atomic(path, b"")
     with writing(path):
@@ -178,14 +179,15 @@ def is_held(path: Path) -> bool:
     return False
 
 
-def _refuse_device(path: Path) -> None:
-    """A rename would put a file in the place of /dev/null. Raises: CacheWriteFailed."""
+def _is_device(path: Path) -> bool:
+    """Whether there is a device or a pipe, such as /dev/null, or /dev/stdout, which may lead to a file."""
+    if os.path.abspath(path.parent) in ("/dev", "/dev/fd", "/proc/self/fd"):
+        return os.path.lexists(path)
     try:
         mode = path.stat().st_mode
     except OSError:  # nothing there, or a link that leads nowhere
-        return
-    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-        raise CacheWriteFailed(f"{path}: is a device or a pipe; results go into files. Name a file.")
+        return False
+    return not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
 
 
 def sync(path: Path) -> None:

@@ -67,9 +67,9 @@ def cams(config: Config, *, workers: int = 0, scheduler: str | None = None) -> d
     samples = cached_samples(data, store)
     stamps = data.stamps(samples, "labels")
     content = digest([identity, above["content"], stamps])
-    if manifest is not None and manifest.get("content") == content:
+    if manifest is not None and manifest.get("content") == content and "summary" in manifest:
         finish(config, "cams", manifest)
-        say(f"cams: nothing to do, {manifest['num_samples']} images have CAMs")
+        say(f"cams: nothing to do, {len(samples)} images have CAMs")
         return manifest
     with lock(config.cache_path, "cams"):
         store = Store.open(config.cache_path)

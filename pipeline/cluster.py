@@ -53,9 +53,9 @@ def cluster(config: Config, *, workers: int = 0, scheduler: str | None = None) -
         made = Ledger(config.cache_path, "extract")
         check_unchanged(made, above["fingerprint"], samples, made_from(config, data, samples))
     content = digest([identity, above["content"], stamps])
-    if manifest is not None and manifest.get("content") == content:
+    if manifest is not None and manifest.get("content") == content and "summary" in manifest:
         finish(config, "cluster", manifest)
-        say(f"cluster: nothing to do, {manifest['num_samples']} images have pseudo labels")
+        say(f"cluster: nothing to do, {len(samples)} images have pseudo labels")
         return manifest
     with lock(config.cache_path, "cluster"):
         store = Store.open(config.cache_path)

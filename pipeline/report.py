@@ -110,7 +110,7 @@ def report_runs(folders: Sequence[Path], out: Path | None = None) -> Path:
 def _evaluated(config: Config) -> dict[str, Any]:
     """The run's metrics. Raises: MissingCache when there are none."""
     path = facts.metrics_path(config)
-    metrics = facts.found_metrics(path)
+    metrics = facts.found_metrics(path, facts.REPORTED)
     if metrics is None:
         raise MissingCache(f"{path}: `eval` has not been completed. Run `cli.py eval` first.")
     return metrics
@@ -142,7 +142,7 @@ def draw_figures(config: Config, out: Path | None = None) -> list[Path]:
     store, data, labelled = Store.open(config.cache_path), data_of(config), _labelled(config)
     if not labelled:
         raise MissingCache(f"{config.cache_path}: no pseudo labels yet. Run `cli.py cluster` first.")
-    pupil = _pupil(Run(config, facts.found_metrics(facts.metrics_path(config))))
+    pupil = _pupil(Run(config, facts.found_metrics(facts.metrics_path(config), facts.REPORTED)))
     folder, written = out or config.run_path / "figures", []
     for figure in figures(store, data, labelled, pupil):
         written.append(folder / f"{figure.name}.png")
@@ -177,7 +177,10 @@ def inspect(
             "--shard prints a shard and draws nothing: leave --image, --class, --png and --export out."
         )
     config = _config_of(run)
-    store, metrics = Store.open(config.cache_path), facts.found_metrics(facts.metrics_path(config))
+    store, metrics = (
+        Store.open(config.cache_path),
+        facts.found_metrics(facts.metrics_path(config), facts.REPORTED),
+    )
     out = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=PIPE_WIDTH)
     if shard is not None:
         out.print(shard_tree(store, shard))

@@ -32,7 +32,7 @@ from rich.text import Text
 
 from cache.errors import MissingCache, StaleCache
 from cache.files import new_log, remove, write_text, writing
-from cache.ledger import Ledger, read_manifest, write_manifest
+from cache.ledger import MANIFEST, Ledger, read_manifest, write_manifest
 from cache.places import Place, place
 from pipeline.config import Config, ConfigError, config_fingerprint, load
 
@@ -80,7 +80,6 @@ def progress(what: str, total: int, *, done: int = 0, unit: str = "images") -> I
         yield lambda count=1, note="": bar.update(task, advance=count, note=note)
 
 
-_MADE = {"fingerprint": str, "content": str, "config": str, "num_samples": int}
 _PSEUDO = {
     "views": int,
     "objects_per_view": float,
@@ -96,13 +95,16 @@ _CAMS = {
     "seeds": ({str: {str: float}}, None),
     "refined?": float,
 }
-# What the next stage relies on, see cache.records. A manifest of another shape says nothing.
+# Of what a stage says of itself, see cache.records; a manifest of another shape says nothing.
 SHAPES = {
-    "extract": {**_MADE, "teacher?": str},
-    "cluster": {**_MADE, "summary": _PSEUDO},
-    "cams": {**_MADE, "summary": _CAMS},
-    "train": {"fingerprint": str, "config": str, "iterations": int, "student": str},
+    "extract": MANIFEST | {"teacher?": str},
+    "cluster": MANIFEST | {"summary?": _PSEUDO},
+    "cams": MANIFEST | {"summary?": _CAMS},
+    "train": MANIFEST | {"iterations?": int, "student?": str},
 }
+# By the stage below.
+NEEDED = dict.fromkeys(("extract", "cluster", "cams"), ("fingerprint", "content"))
+NEEDED |= {"train": ("fingerprint", "student")}
 MANIFESTS = {
     "extract": lambda config: place(config.cache_path) / "extract.manifest.json",
     "cluster": lambda config: place(config.cache_path) / "cluster.manifest.json",
@@ -141,7 +143,7 @@ def required_manifest(config: Config, stage: str) -> dict[str, Any]:
     Raises: MissingCache when it never ended, StaleCache when another config made it.
     """
     path, manifest = manifest_path(config, stage), found_manifest(config, stage)
-    if manifest is None:
+    if manifest is None or not all(key in manifest for key in NEEDED[stage]):
         raise MissingCache(f"{path}: `{stage}` has not been completed. Run `cli.py {stage}` first.")
     wanted = config_fingerprint(config, stage)
     if manifest.get("config") != wanted:

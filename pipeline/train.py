@@ -82,7 +82,7 @@ def train(config: Config) -> dict[str, Any]:
     if manifest is not None and manifest.get("fingerprint") == identity:
         if is_main:
             say(
-                f"train: nothing to do, {manifest['iterations']} iterations are in {config.run_path / 'train'}"
+                f"train: nothing to do, {manifest.get('iterations')} iterations are in {config.run_path / 'train'}"
             )
         return manifest
     if is_main:

@@ -15,7 +15,7 @@ from typing import Any
 from cache.errors import CacheError
 from cache.ledger import Ledger, read_manifest
 from cache.places import place
-from cache.records import misfit, parsed
+from cache.records import Shape, misfit, parsed
 from cache.schema import ARRAYS
 from cache.store import Store
 from pipeline.config import LABELS_FROM, Config, UserError
@@ -33,15 +33,16 @@ _SCORES = dict.fromkeys(SCORES, (float, None))
 METRICS = {
     **_SCORES,
     "gamma": float,
-    "num_images": int,
-    "unseen": [str],
-    "per_class": {str: (float, None)},
-    "gamma_sweep": {str: _SCORES},
-    "fingerprint": str,
-    "config": str,
+    "num_images?": int,
+    "unseen?": [str],
+    "per_class?": {str: (float, None)},
+    "gamma_sweep?": {str: {str: (float, None)}},
+    "fingerprint?": str,
+    "config?": str,
     "best_of_sweep?": ({"gamma": float, "hIoU": float}, None),
     "made?": {"seconds?": (float, None)},
 }
+REPORTED = METRICS | {key: METRICS[f"{key}?"] for key in ("num_images", "unseen", "per_class", "gamma_sweep")}
 ELAPSED = "time/elapsed_s"  # in a loss curve: seconds since training was started or resumed
 NOT_A_DIFFERENCE = ("name", "runs", "cache.", "report.")  # of two runs that are to be compared
 
@@ -93,12 +94,12 @@ class Sister:
     differences: tuple[str, ...] = ()
 
 
-def found_metrics(path: Path) -> dict[str, Any] | None:
+def found_metrics(path: Path, shape: Shape = METRICS) -> dict[str, Any] | None:
     """The metrics of an evaluation; None when there are none, or they aren't what eval writes.
 
     Raises: CacheError for a file that can't be read.
     """
-    metrics = read_manifest(path, METRICS)
+    metrics = read_manifest(path, shape)
     try:
         for gamma in (metrics or {}).get("gamma_sweep") or {}:
             float(gamma)
@@ -116,7 +117,7 @@ def done_shards(config: Config, stage: str) -> set[int]:
     ledger = Ledger(config.cache_path, stage)
     manifest = found_manifest(config, stage)
     if manifest is not None:
-        return ledger.done(manifest["fingerprint"])
+        return ledger.done(manifest.get("fingerprint", ""))
     entries = ledger.entries()
     newest = max(entries.values(), key=lambda entry: str(entry.get("time")), default={}).get("fingerprint")
     return {shard for shard, entry in entries.items() if entry.get("fingerprint") == newest}
@@ -157,7 +158,8 @@ def stage_facts(config: Config, store: Store, metrics: Mapping[str, Any] | None)
             StageFact(stage, len(done), store.num_shards, "shards", is_complete, seconds, num_images, size)
         )
     curve, trained = losses(config), found_manifest(config, "train")
-    done_iterations = int(trained["iterations"]) if trained else int(curve[-1]["iteration"]) if curve else 0
+    drawn_last = int(curve[-1]["iteration"]) if curve else 0
+    done_iterations = trained.get("iterations", drawn_last) if trained else drawn_last
     total = done_iterations if trained else config.train.iterations
     drawn = done_iterations * config.train.batch
     facts.append(

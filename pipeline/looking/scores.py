@@ -148,7 +148,7 @@ def gamma_charts(runs: Sequence[Run]) -> list[tuple[str, Markup]]:
 
 def _sweep(metrics: Mapping[str, Any]) -> dict[str, list[tuple[float, float]]]:
     points = sorted((float(gamma), values) for gamma, values in metrics["gamma_sweep"].items())
-    return {key: [(gamma, v[key]) for gamma, v in points if v[key] is not None] for key in SWEPT}
+    return {key: [(gamma, v[key]) for gamma, v in points if v.get(key) is not None] for key in SWEPT}
 
 
 def _gamma_chart(series: Mapping[str, charts.Points], what: str, gammas: Set[float]) -> Markup:
@@ -193,7 +193,8 @@ def time_shares(run: Run) -> list[tuple[str, float]]:
 
 def objects_chart(config: Config) -> Markup:
     summary = (found_manifest(config, "cluster") or {}).get("summary", {})
-    counts = {int(num): int(views) for num, views in summary.get("objects_histogram", {}).items()}
+    histogram = summary.get("objects_histogram", {})
+    counts = {int(num): views for num, views in histogram.items() if num.isdecimal()}
     bars = (
         [(str(num), float(counts.get(num, 0))) for num in range(min(counts), max(counts) + 1)]
         if counts

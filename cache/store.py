@@ -23,13 +23,12 @@ from zarr.storage import MemoryStore
 from cache.errors import CacheError, CorruptShard, MissingCache, StaleCache, damaged, unreadable
 from cache.files import remove, write_atomic
 from cache.header import DATA, HEADER, METADATA, check_same, new_attributes, read_attributes, write_attributes
+from cache.metadata import misfit_of_array
 from cache.places import Place, place, size_of
 from cache.records import Shape, misfit, parsed, said
 from cache.schema import (
     ARRAYS,
     LONGEST,
-    MOST_BYTES,
-    MOST_SAMPLES,
     SAMPLE,
     SHARD,
     ArraySpec,
@@ -42,17 +41,6 @@ SIDES = range(1, LONGEST + 1)  # pixels of an image, patches and views: shapes o
 # What zarr and its codecs raise on bytes, and on array metadata, that aren't what was written.
 BAD_BYTES = (ValueError, RuntimeError)
 BAD_METADATA = (ValueError, KeyError, TypeError)
-# Of an array's metadata, what zarr reads by: it must be what this program writes, or no file of it is opened.
-READ_BY = (
-    "zarr_format",
-    "node_type",
-    "shape",
-    "data_type",
-    "chunk_grid",
-    "chunk_key_encoding",
-    "codecs",
-    "fill_value",
-)
 
 
 class Store:
@@ -335,7 +323,10 @@ class Store:
         if name not in self._opened:
             file = self.data / name / METADATA
             try:
-                self._check_metadata(name, parsed(file.read_bytes()))
+                found, spec = parsed(file.read_bytes()), SAMPLE if name == SAMPLE.name else self.spec(name)
+                sizes = read_attributes(self.path)[HEADER]["sizes"]  # it may have grown since this was opened
+                if (what := misfit_of_array(spec, sizes, found, _metadata)) is not None:
+                    raise damaged(file, name, 0, f"{what}, which isn't what the schema has")
                 self._opened[name] = zarr.open_array(str(self.data / name), mode="r")
             except CacheError:
                 raise
@@ -346,28 +337,6 @@ class Store:
             except BAD_METADATA as error:
                 raise damaged(file, name, 0, error) from error
         return self._opened[name]
-
-    def _check_metadata(self, name: str, found: Any) -> None:
-        """Compares an array's metadata with what the schema has written; the number of rows may differ.
-
-        A stranger's may name codecs that run code, or shapes that no memory holds. Raises: CorruptShard.
-        """
-        file, spec = self.data / name / METADATA, SAMPLE if name == SAMPLE.name else self.spec(name)
-        what = misfit(found, {"shape": [range(1, MOST_SAMPLES + 1)]})
-        if what is None:
-            shape = spec.shape(self.sizes)
-            if spec.axes[0] == "N":
-                shape = (*found["shape"][:1], *shape[1:])
-            rows = np.prod([1 if spec.axes[0] == "N" else shape[0], *shape[1:]], dtype=object)
-            if rows * (1 if spec is SAMPLE else np.dtype(spec.dtype).itemsize) > MOST_BYTES:
-                what = f"shape {shape} is too large"
-            else:
-                wanted = parsed(_encoded(spec, shape)[f"{name}/{METADATA}"].tobytes())
-                differs = [key for key in READ_BY if found.get(key) != wanted[key]]
-                differs += ["storage_transformers"] if found.get("storage_transformers") else []
-                what = said(differs[0], found.get(differs[0])) if differs else None
-        if what is not None:
-            raise damaged(file, name, 0, f"{what}, which isn't what the schema has")
 
     def _decode(self, array: str, shard: int, rows: slice | np.ndarray) -> np.ndarray:
         opened, file = self._zarr(array), self._file(array, shard)
@@ -412,6 +381,10 @@ def _encoded(spec: ArraySpec, shape: tuple[int, ...], block: np.ndarray | None =
     if block is not None:
         array[:] = block
     return {key: value.as_numpy_array() for key, value in made.items()}
+
+
+def _metadata(spec: ArraySpec, shape: tuple[int, ...]) -> dict[str, Any]:
+    return parsed(_encoded(spec, shape)[f"{spec.name}/{METADATA}"].tobytes())
 
 
 def _new_array(store: Any, spec: ArraySpec, shape: tuple[int, ...]) -> Any:

@@ -17,11 +17,13 @@ from typing import Any
 from cache.errors import CorruptShard, MissingCache, StaleCache, unreadable
 from cache.files import write_atomic
 from cache.places import Place
-from cache.schema import SHARD, VERSION, spec_of
+from cache.records import misfit, parsed
+from cache.schema import ARRAYS, LONGEST, MOST_SAMPLES, SHARD, VERSION, spec_of
 
 DATA = "data.zarr"
 METADATA = "zarr.json"
 HEADER = "cache"
+SHAPE = {"sizes": {str: range(1, MOST_SAMPLES + 1)}, "dtypes": {str: str}, "identity": [str]}
 
 
 def new_attributes(
@@ -48,16 +50,16 @@ def read_attributes(path: Place) -> dict[str, Any]:
     file = path / DATA / METADATA
     todo = "Run `cli.py extract --config CONFIG` to make one, or point cache.path elsewhere."
     try:
-        found = json.loads(file.read_bytes())
+        found = parsed(file.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         raise MissingCache(f"{path}: no cache here, {DATA} is missing. {todo}") from None
     except OSError as error:
         raise unreadable(file, error) from error
     except ValueError as error:
         raise CorruptShard(f"{file}: isn't JSON ({error}). Delete {path} and run extract again.") from error
-    attributes = found.get("attributes", {}) if isinstance(found, dict) else {}
-    header = attributes.get(HEADER)
-    if not isinstance(header, dict):
+    attributes = found.get("attributes") if isinstance(found, dict) else None
+    header = attributes.get(HEADER) if isinstance(attributes, dict) else None
+    if not isinstance(attributes, dict) or not isinstance(header, dict):
         raise MissingCache(f"{path}: {DATA} is no cache of this program. {todo}")
     made, wanted = (header.get("version"), header.get("shard")), (VERSION, SHARD)
     if made != wanted:
@@ -66,7 +68,32 @@ def read_attributes(path: Place) -> dict[str, Any]:
             f"{wanted[0]} with shards of {wanted[1]}. Delete the folder and run `cli.py extract --config "
             "CONFIG` again, or use the version of the program that made it."
         )
+    if (what := _misfit(header)) is not None:
+        raise CorruptShard(
+            f"{file}: isn't the header of a cache: {what}. Delete {path} and run extract again."
+        )
     return attributes
+
+
+def _misfit(header: Mapping[str, Any]) -> str | None:
+    """What of a header can't be as it is, in words."""
+    if (what := misfit(header, SHAPE)) is not None:
+        return what
+    if "N" not in header["sizes"]:
+        return "it says no size of axis N"
+    too_long = [
+        f"{axis} is {size}" for axis, size in header["sizes"].items() if axis != "N" and size > LONGEST
+    ]
+    if too_long:
+        return f"size {too_long[0]}, at most {LONGEST} is possible"
+    for name, dtype in header["dtypes"].items():
+        try:
+            if name not in ARRAYS:
+                return f"it speaks of an array {name!r}"
+            spec_of(name, dtype)
+        except ValueError as error:
+            return str(error).rstrip(".")
+    return None
 
 
 def write_attributes(path: Place, attributes: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from typing import Any
 from cache.errors import CacheLocked
 from cache.files import writing
 from cache.places import RemotePath
+from cache.records import misfit, parsed
 
 BEAT_S = 15.0
 STALE_S = 120.0  # eight beats: a holder may be slow, or its clock a little off
@@ -84,7 +85,7 @@ def _now(owner: Mapping[str, Any]) -> bytes:
 def _holder(path: RemotePath) -> dict[str, Any]:
     """What the lock object says; nothing when it is gone or says nothing."""
     try:
-        found = json.loads(path.read_bytes())
+        found = parsed(path.read_bytes())
     except (FileNotFoundError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return found if misfit(found, {"beat?": float}) is None else {}

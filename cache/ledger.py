@@ -10,19 +10,42 @@ import fcntl
 import json
 import os
 import socket
+import stat
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cache.errors import CacheLocked, unreadable
-from cache.files import remove, remove_partials, write_atomic, writing
+from cache.errors import CacheLocked, CacheWriteFailed, unreadable
+from cache.files import remove, write_atomic, writing
+from cache.folder import HOLDER, LEDGER, LOCK, refuse_other_folder, remove_partials
 from cache.lease import lease
 from cache.places import Place, RemotePath, place
+from cache.records import Shape, misfit, parsed
+from cache.schema import ARRAYS, MOST_SAMPLES, SHARD
 
-LOCK = "lock"
 NOT_IN_MANIFESTS = {"time", "host", "pid", "since"}
+# Of a record; what the stages add beside these they look at themselves.
+RECORD = {
+    "shard": int,
+    "rows": [range(MOST_SAMPLES + 1)],
+    "fingerprint": str,
+    "digests": {str: str},
+    "quarantined?": {str: str},
+    "stamps?": [str],
+    "stats?": {str: list},
+    "seconds?": float,
+}
+MANIFEST = {
+    "fingerprint?": str,
+    "content?": str,
+    "config?": str,
+    "num_samples?": int,
+    "num_shards?": int,
+    "quarantined?": {str: str},
+    "whole?": {str: str},
+}
 
 
 class Ledger:
@@ -32,7 +55,7 @@ class Ledger:
     """
 
     def __init__(self, cache_root: str | Place, stage: str) -> None:
-        self.folder = place(cache_root) / "ledger" / stage
+        self.folder = place(cache_root) / LEDGER / stage
         self.stage = stage
 
     def path(self, shard: int) -> Place:
@@ -48,12 +71,17 @@ class Ledger:
         write_atomic(self.path(shard), _json({**entry, "shard": shard}))
 
     def entry(self, shard: int) -> dict[str, Any] | None:
-        """The record of `shard`; None when there is none, or it is torn, unreadable or another shard's."""
+        """The record of `shard`; None when there is none, or it is torn, unreadable, malformed or another shard's."""
         try:
-            found = json.loads(self.path(shard).read_bytes())
+            found = parsed(self.path(shard).read_bytes())
         except (OSError, ValueError):
             return None
-        return found if isinstance(found, dict) and found.get("shard") == shard else None
+        if misfit(found, RECORD) or found["shard"] != shard or len(found["rows"]) != 2:
+            return None
+        first, stop = found["rows"]
+        is_of_rows = 0 <= stop - first <= SHARD and len(found.get("stamps", [])) in (0, stop - first)
+        are_sharded = all(name in ARRAYS and ARRAYS[name].is_sharded for name in found["digests"])
+        return found if is_of_rows and are_sharded else None
 
     def entries(self) -> dict[int, dict[str, Any]]:
         """All readable records by shard, in order."""
@@ -86,18 +114,18 @@ def write_manifest(path: str | Place, payload: Mapping[str, Any]) -> None:
     write_atomic(place(path), _json(payload))
 
 
-def read_manifest(path: str | Place) -> dict[str, Any] | None:
-    """A stage's manifest; None when the stage never ended (no file, or no JSON object in it).
+def read_manifest(path: str | Place, shape: Shape = MANIFEST) -> dict[str, Any] | None:
+    """A stage's manifest; None when the stage never ended (no file, or nothing of this shape in it).
 
     Raises: CacheError when there is a file that can't be read.
     """
     try:
-        found = json.loads(place(path).read_bytes())
+        found = parsed(place(path).read_bytes())
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
     except OSError as error:
         raise unreadable(path, error) from error
-    return found if isinstance(found, dict) else None
+    return found if misfit(found, shape) is None else None
 
 
 @contextmanager
@@ -107,7 +135,8 @@ def lock(cache_root: str | Place, stage: str) -> Iterator[None]:
     The lock is the kernel's (flock) and ends with its process, so a killed run leaves at most a
     file that says nothing. The file is never deleted: two processes could then lock two files.
     On an object store it is a lease, see there.
-    Raises: CacheLocked at once while it is held, by another process or by this one; CacheWriteFailed.
+    Raises: CacheLocked at once while it is held, by another process or by this one; CacheWriteFailed;
+    CacheError for a folder of other things, in which nothing is touched.
     """
     root = place(cache_root)
     if isinstance(root, RemotePath):
@@ -115,10 +144,12 @@ def lock(cache_root: str | Place, stage: str) -> Iterator[None]:
             yield
         return
     path = root / LOCK
+    refuse_other_folder(root)
     with writing(path):
         root.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     try:
+        refuse_other_file(path, descriptor)
         with writing(path):
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -146,7 +177,7 @@ def reading(cache_root: str | Place) -> Iterator[None]:
         yield
         return
     try:
-        descriptor = os.open(path, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
         yield  # a copy that nobody has written to here
         return
@@ -164,13 +195,15 @@ def refuse_if_locked(cache_root: str | Place) -> None:
     """Says at once what `lock` would say, before the minutes that a stage may take to look at its data.
 
     Changes nothing and promises nothing: only `lock` keeps others out. On an object store it says nothing.
-    Raises: CacheLocked.
+    Raises: CacheLocked; CacheError for a folder of other things.
     """
-    path = place(cache_root) / LOCK
-    if isinstance(path, RemotePath):
+    root = place(cache_root)
+    if isinstance(root, RemotePath):
         return
+    refuse_other_folder(root)
+    path = root / LOCK
     try:
-        descriptor = os.open(path, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
         return  # no cache yet, or one that `lock` will speak of
     try:
@@ -181,11 +214,22 @@ def refuse_if_locked(cache_root: str | Place) -> None:
         os.close(descriptor)
 
 
+def refuse_other_file(path: Path, descriptor: int) -> None:
+    """What a lock says is written over what is there. Raises: CacheWriteFailed for a file that isn't ours alone."""
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+        raise CacheWriteFailed(
+            f"{path}: is no file of its own, but a device or another file's link: remove it."
+        )
+
+
 def _held(path: Path) -> str:
     try:
-        holder = json.loads(path.read_bytes())
+        holder = parsed(path.read_bytes())
+        if misfit(holder, HOLDER):
+            raise ValueError
         stage, pid, host, since = (holder[key] for key in ("stage", "pid", "host", "since"))
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError):
         return (
             f"{path}: another process holds this cache: a training reads it, or a stage has just begun to write. Wait "
             "for it to end, or stop it."

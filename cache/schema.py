@@ -18,6 +18,10 @@ import xxhash
 VERSION = 2  # raised when an older reader would misread a newer cache
 SHARD = 64  # samples: at 1 MiB of tokens a view, 64 to 256 MiB a file
 FIXED = {"box": 4, "hw": 2}
+# What no cache reaches; a header that names more is damaged or was made to exhaust this machine's memory.
+MOST_SAMPLES = 10**8
+LONGEST = 2**17  # of any other axis
+MOST_BYTES = 2**31  # of an array's values for one sample, or of a whole array without a sample axis
 
 
 @dataclass(frozen=True)

@@ -23,13 +23,24 @@ from zarr.storage import MemoryStore
 from cache.errors import CacheError, CorruptShard, MissingCache, StaleCache, damaged, unreadable
 from cache.files import remove, write_atomic
 from cache.header import DATA, HEADER, METADATA, check_same, new_attributes, read_attributes, write_attributes
+from cache.metadata import misfit_of_array
 from cache.places import Place, place, size_of
-from cache.schema import ARRAYS, SAMPLE, SHARD, ArraySpec, block_digest, spec_of
+from cache.records import Shape, misfit, parsed, said
+from cache.schema import (
+    ARRAYS,
+    LONGEST,
+    SAMPLE,
+    SHARD,
+    ArraySpec,
+    block_digest,
+    spec_of,
+)
 from cache.shards import ZSTD_LEVEL, holds, shard_bytes
 
+SIDES = range(1, LONGEST + 1)  # pixels of an image, patches and views: shapes of `fact`
 # What zarr and its codecs raise on bytes, and on array metadata, that aren't what was written.
 BAD_BYTES = (ValueError, RuntimeError)
-BAD_METADATA = (OSError, ValueError, KeyError, TypeError)
+BAD_METADATA = (ValueError, KeyError, TypeError)
 
 
 class Store:
@@ -119,6 +130,28 @@ class Store:
         """Provenance, and the sections that stages added."""
         return {key: value for key, value in self._found.items() if key != HEADER}
 
+    def fact(self, shape: Shape, *keys: str) -> Any:
+        """What the attributes say under these keys. Raises: CorruptShard for what is missing or of another shape."""
+        value: Any = self.attributes
+        for key in keys:
+            value = value.get(key) if isinstance(value, dict) else None
+        if (what := misfit(value, shape, ".".join(keys))) is not None:
+            raise CorruptShard(
+                f"{self.data / METADATA}: attribute {what}, which says nothing. Delete {self.path} and run extract "
+                "again."
+            )
+        return value
+
+    @property
+    def mean_colour(self) -> np.ndarray:
+        """What fills a view beyond the image, (3,) uint8. Raises: CorruptShard."""
+        colour = self.fact([range(256)], "mean_colour")
+        if len(colour) != 3:
+            raise CorruptShard(
+                f"{self.data / METADATA}: attribute {said('mean_colour', colour)}, want three numbers."
+            )
+        return np.array(colour, np.uint8)
+
     def update_attributes(self, section: str, values: Mapping[str, Any]) -> None:
         """Merges `values` into a section of the attributes. Hold the lock.
 
@@ -127,7 +160,8 @@ class Store:
         found = read_attributes(self.path)  # another process may have added to them
         if section == HEADER or section in found[HEADER]["identity"]:
             raise ValueError(f"{self.path}: the attribute {section!r} says what this cache was made from.")
-        merged = {**found.get(section, {}), **values}
+        there = found.get(section)
+        merged = {**(there if isinstance(there, dict) else {}), **values}
         self._found = write_attributes(self.path, {**found, section: merged})
 
     def replace_attributes(self, values: Mapping[str, Any]) -> None:
@@ -156,6 +190,9 @@ class Store:
             first, stop = file * SAMPLE.chunk, (file + 1) * SAMPLE.chunk
             part = slice(max(rows.start, first), min(rows.stop, stop))
             found += [str(sample) for sample in self._decode(SAMPLE.name, file, part)]
+        if len(found) != len(rows):
+            where = self.data / SAMPLE.name / METADATA
+            raise damaged(where, SAMPLE.name, 0, f"it has {len(found)} ids for {len(rows)} samples")
         return found
 
     @property
@@ -243,6 +280,9 @@ class Store:
         Raises: MissingCache (no such array), CorruptShard, IndexError for a row beyond the array.
         """
         wanted, spec, opened = np.asarray(rows, dtype=np.int64), self._spec(array), self._zarr(array)
+        if len(wanted) and opened.shape[0] <= wanted.max() < self.num_samples and spec.is_sharded:
+            what = f"it has {opened.shape[0]} rows, the cache {self.num_samples}"
+            raise damaged(self.data / array / METADATA, array, int(wanted.max()) // SHARD, what)
         if len(wanted) and not 0 <= wanted.min() <= wanted.max() < opened.shape[0]:
             raise IndexError(f"{self.path}: {array!r} has rows 0 to {opened.shape[0] - 1}, asked for {rows}.")
         out = np.empty((len(wanted), *opened.shape[1:]), opened.dtype)
@@ -288,10 +328,21 @@ class Store:
 
     def _zarr(self, name: str) -> Any:
         if name not in self._opened:
+            file = self.data / name / METADATA
             try:
+                found, spec = parsed(file.read_bytes()), SAMPLE if name == SAMPLE.name else self.spec(name)
+                sizes = read_attributes(self.path)[HEADER]["sizes"]  # it may have grown since this was opened
+                if (what := misfit_of_array(spec, sizes, found, _metadata)) is not None:
+                    raise damaged(file, name, 0, f"{what}, which isn't what the schema has")
                 self._opened[name] = zarr.open_array(str(self.data / name), mode="r")
+            except CacheError:
+                raise
+            except FileNotFoundError:
+                raise damaged(file, name, 0, "the file is missing") from None
+            except OSError as error:
+                raise unreadable(file, error) from error
             except BAD_METADATA as error:
-                raise damaged(self.data / name / METADATA, name, 0, error) from error
+                raise damaged(file, name, 0, error) from error
         return self._opened[name]
 
     def _decode(self, array: str, shard: int, rows: slice | np.ndarray) -> np.ndarray:
@@ -337,6 +388,10 @@ def _encoded(spec: ArraySpec, shape: tuple[int, ...], block: np.ndarray | None =
     if block is not None:
         array[:] = block
     return {key: value.as_numpy_array() for key, value in made.items()}
+
+
+def _metadata(spec: ArraySpec, shape: tuple[int, ...]) -> dict[str, Any]:
+    return parsed(_encoded(spec, shape)[f"{spec.name}/{METADATA}"].tobytes())
 
 
 def _new_array(store: Any, spec: ArraySpec, shape: tuple[int, ...]) -> Any:

@@ -23,6 +23,7 @@ from cache.store import Store
 OK = 0  # code of a usable row in `status`
 MANIFEST = ".manifest.json"
 FOREIGN = "readable, but not what was recorded (another shard, or another cache's)"
+NOT_NAMED = "its record doesn't speak of it"
 Progress = Callable[[int, int], None]
 
 
@@ -100,7 +101,7 @@ def read_recorded(
     absent = sorted(set(names or ()) - set(blocks))
     if absent:
         where = Ledger(store.path, ARRAYS[absent[0]].stage).path(shard)
-        raise damaged(where, absent[0], shard, "its record doesn't speak of it")
+        raise damaged(where, absent[0], shard, NOT_NAMED)
     return blocks
 
 
@@ -128,10 +129,7 @@ def _whole_arrays(store: Store) -> Iterator[Finding]:
     recorded = dict((read_manifest(_manifest(store, "extract")) or {}).get("whole") or {})
     todo = f"Delete {store.path} and run extract again."
     try:
-        if len(store.samples) != store.num_samples:
-            what = f"{len(store.samples)} ids for {store.num_samples} samples"
-            yield Finding("invalid", str(store.data / "sample"), what, todo)
-        elif recorded.get(SAMPLE.name, _ids_digest(store)) != _ids_digest(store):
+        if recorded.get(SAMPLE.name, _ids_digest(store)) != _ids_digest(store):
             yield Finding("changed", str(store.data / "sample"), FOREIGN, todo)
     except CacheError as error:
         yield Finding("corrupt", str(store.data / "sample"), _reason(error), todo)

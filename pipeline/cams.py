@@ -34,7 +34,7 @@ from pipeline.ops.masks import class_scores, fitted_size
 from pipeline.teaching import crf
 from pipeline.teaching.encode import DECODE_THREADS
 from pipeline.teaching.engine import Job
-from pipeline.teaching.labels import checked_tags, make_shards, record_labels
+from pipeline.teaching.labels import checked_tags, make_shards, record_labels, summary_of
 from pipeline.teaching.maps import explained_maps, explained_teacher, fitted, text_features
 from pipeline.teaching.rows import current_samples, samples_of, stamps_of
 from pipeline.teaching.seeds import add_refined, add_seeds, new_stats, summarise
@@ -67,9 +67,9 @@ def cams(config: Config, *, workers: int = 0, scheduler: str | None = None) -> d
     samples = current_samples(config, data, store)
     stamps = stamps_of(data, samples, "labels")
     content = digest([identity, above["content"], stamps])
-    if manifest is not None and manifest.get("content") == content:
+    if manifest is not None and manifest.get("content") == content and "summary" in manifest:
         finish(config, "cams", manifest | asked_of(config, "cams"))
-        say(f"cams: nothing to do, {manifest['num_samples']} images have CAMs")
+        say(f"cams: nothing to do, {len(samples)} images have CAMs")
         return manifest
     with lock(config.cache_path, "cams"):
         store = Store.open(config.cache_path)
@@ -85,7 +85,7 @@ def cams(config: Config, *, workers: int = 0, scheduler: str | None = None) -> d
             "upstream": above["fingerprint"],
             "num_samples": store.num_samples,
             "num_shards": store.num_shards,
-            "summary": summarise([entry["stats"] for entry in entries]),
+            "summary": summary_of("cams", store, entries, summarise),
             "digests": digest([entry["digests"] for entry in entries]),
         }
         store.update_attributes("cams", {"fingerprint": identity, **names, "power": config.cams.power})
@@ -118,7 +118,7 @@ def cams_shard(job: Job, shard: int, *, tick: Any = None) -> int:
     data, store = data_of(config), Store.open(config.cache_path)
     rows = store.rows(shard)
     samples = samples_of(data, store, rows)
-    made = read_recorded(store, shard, {"extract": store.attributes["fingerprint"]}, ("status",))
+    made = read_recorded(store, shard, {"extract": store.fact(str, "fingerprint")}, ("status",))
     blocks, stats = shard_maps(config, data, samples, made["status"] == OK, store, tick)
     digests = {name: store.write_shard(name, shard, block) for name, block in blocks.items()}
     record_labels("cams", job, store, shard, {"digests": digests, "stats": stats}, began)

@@ -20,14 +20,14 @@ from torch import Tensor
 from cache.errors import damaged
 from cache.ledger import Ledger, lock, refuse_if_locked
 from cache.schema import ARRAYS
-from cache.store import Store
-from cache.verify import OK, read_recorded
+from cache.store import SIDES, Store
+from cache.verify import NOT_NAMED, OK, read_recorded
 from pipeline.config import Config, digest, fingerprint
 from pipeline.learning.batches import data_of
 from pipeline.ops.quantise import dequantised
 from pipeline.ops.views import IGNORED
 from pipeline.teaching.engine import Job
-from pipeline.teaching.labels import make_shards, record_labels
+from pipeline.teaching.labels import make_shards, record_labels, summary_of
 from pipeline.teaching.names import object_names
 from pipeline.teaching.pseudo import cluster_tokens, device_name, num_centres, sum_of, written_arrays
 from pipeline.teaching.rows import STREAM, current_samples, samples_of, stamps_of
@@ -53,9 +53,9 @@ def cluster(config: Config, *, workers: int = 0, scheduler: str | None = None) -
     samples = current_samples(config, data, store)
     stamps = stamps_of(data, samples, "labels")
     content = digest([identity, above["content"], stamps])
-    if manifest is not None and manifest.get("content") == content:
+    if manifest is not None and manifest.get("content") == content and "summary" in manifest:
         finish(config, "cluster", manifest | asked_of(config, "cluster"))
-        say(f"cluster: nothing to do, {manifest['num_samples']} images have pseudo labels")
+        say(f"cluster: nothing to do, {len(samples)} images have pseudo labels")
         return manifest
     with lock(config.cache_path, "cluster"):
         store = Store.open(config.cache_path)
@@ -65,7 +65,7 @@ def cluster(config: Config, *, workers: int = 0, scheduler: str | None = None) -
         say(f"cluster: {config.cluster.backend} on {device_name(config.cluster)}")
         work, job = confirm_shard if config.cache.tokens == STREAM else cluster_shard, Job(config, identity)
         entries = make_shards("cluster", work, job, store, stamps, workers=workers, scheduler=scheduler)
-        summary = summarise([entry["stats"] for entry in entries])
+        summary = summary_of("cluster", store, entries, summarise)
         summary["verdict"] = [str(complaint) for complaint in verdict(summary, config.cluster)]
         manifest = {
             "stage": "cluster",
@@ -92,7 +92,7 @@ def cluster_shard(job: Job, shard: int, *, tick: Any = None) -> int:
     data, store = data_of(config), Store.open(config.cache_path)
     rows = store.rows(shard)
     samples = samples_of(data, store, rows)
-    made = read_recorded(store, shard, {"extract": store.attributes["fingerprint"]})
+    made = read_recorded(store, shard, {"extract": store.fact(str, "fingerprint")})
     blocks, stats = cluster_tokens(
         config.cluster,
         data,
@@ -101,7 +101,7 @@ def cluster_shard(job: Job, shard: int, *, tick: Any = None) -> int:
         made["status"] == 0,
         token_reader(made["tokens"], made.get("token_scale")),
         (store.sizes["h"], store.sizes["C"]),
-        store.attributes["teacher"]["image_size"],
+        store.fact(SIDES, "teacher", "image_size"),
         tick,
     )
     if config.cluster.named_above is not None:
@@ -135,6 +135,8 @@ def confirm_shard(job: Job, shard: int, *, tick: Any = None) -> int:
     for name, wanted in digests.items():
         if store.digest(name, shard) != wanted:
             raise damaged(store.data / name, name, shard, "it is not what extract has recorded")
+    if "stats" not in made:
+        raise damaged(Ledger(store.path, "extract").path(shard), "pseudo", shard, NOT_NAMED)
     record_labels("cluster", job, store, shard, {"digests": digests, "stats": made["stats"]}, began)
     if tick:
         tick(len(rows))

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from cache.errors import CacheError, StaleCache
+from cache.files import whole_file, write_text
 from pipeline.config import LABELS_FROM, Config, UserError, config_fingerprint, fingerprint
 from pipeline.data.base import DataError, DataSet
 from pipeline.data.words import SEVERAL, key_of, names_of_classes
@@ -211,15 +212,13 @@ def _evaluated(config: Config, above: dict[str, Any], task: Task) -> dict[str, A
         "made": (made := provenance())
         | {"revision": checkpoint.revision, "evaluated": made["revision"], "seconds": seconds},
     }
-    task.folder.mkdir(parents=True, exist_ok=True)
     matrix = scored.swept.matrix(section.gamma)
-    np.save(task.folder / "confusion.npy", matrix)
+    with whole_file(task.folder / "confusion.npy") as file:
+        np.save(file, matrix)
     _write_per_class(task.folder / "per_class.csv", matrix, task.data)
     confusion_picture(matrix, task.data.classes, task.data.unseen, task.folder / "confusion.png", task.label)
     save_extremes(task.folder / "pictures", scored.extremes(), task.data)
-    partial = path.with_name(".metrics.json.partial")
-    partial.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_text(path, json.dumps(result, indent=2) + "\n")
     _say(task, result)
     return result
 
@@ -233,9 +232,10 @@ def _say(task: Task, result: dict[str, Any]) -> None:
 def _write_per_class(path: Path, matrix: np.ndarray, data: DataSet) -> None:
     """A line a class, in the order of the ids; what can't be scored (an absent class) stays empty."""
     iou, accuracy = metrics.iou_per_class(matrix), metrics.class_accuracy(matrix)
-    with path.open("w", encoding="utf-8", newline="") as file:
-        lines = csv.writer(file, lineterminator="\n")
-        lines.writerow(("class", "group", "IoU", "accuracy", "pixels"))
-        for i, name in enumerate(data.classes):
-            group = "unseen" if name in data.unseen else "seen"
-            lines.writerow((name, group, rounded(100 * iou[i]), rounded(100 * accuracy[i]), matrix[i].sum()))
+    page = io.StringIO()
+    lines = csv.writer(page, lineterminator="\n")
+    lines.writerow(("class", "group", "IoU", "accuracy", "pixels"))
+    for i, name in enumerate(data.classes):
+        group = "unseen" if name in data.unseen else "seen"
+        lines.writerow((name, group, rounded(100 * iou[i]), rounded(100 * accuracy[i]), matrix[i].sum()))
+    write_text(path, page.getvalue())

@@ -11,7 +11,6 @@ onnxruntime at another size and compared with torch before it gets its name.
 from __future__ import annotations
 
 import json
-import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cache.files import whole_file, write_atomic
 from pipeline.config import UserError
 from pipeline.learning.checkpoint import Checkpoint, load_student, student_file
 from pipeline.models.student import DenseStudent
@@ -54,35 +54,33 @@ def export(run: Path, out: Path, size: int | None = None) -> tuple[Path, Path]:
     written, or computes something else there than here).
     """
     try:
-        import onnx
+        import onnx  # noqa: F401  (torch's exporter needs both and says so less clearly)
         import onnxruntime
-        import onnxscript  # noqa: F401  (torch's exporter needs it and says so less clearly)
+        import onnxscript  # noqa: F401
     except ImportError as error:
         raise UserError(f"export needs the package {error.name}: pip install -e '.[export]'.") from None
     student, checkpoint = load_student(student_file(run))
     if size is not None and (size % STRIDE or size <= 0):
         raise UserError(f"--size {size}: want a multiple of {STRIDE}.")
     model = Classified(student).eval()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.partial")
     try:
         written = _written(model, checkpoint.text, size)
         for key, value in _described(checkpoint, size).items():
             written.metadata_props.add(key=key, value=value)
-        onnx.save(written, str(partial))
-        session = onnxruntime.InferenceSession(str(partial), providers=["CPUExecutionProvider"])
+        content = written.SerializeToString()
+        session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
         difference = _difference(session, model, checkpoint.text, size)
     except Exception as error:  # exporter and runtime raise whatever the student's layers make them raise
-        partial.unlink(missing_ok=True)
         what = " ".join(str(error).split())[:200]
         todo = "Fix the sides with --size." if size is None else "Export another student."
         section = checkpoint.config.student
         raise UserError(
             f"{section.arch} on {section.encoder!r} can't be written as ONNX: {what}. {todo}"
         ) from None
-    os.replace(partial, out)
+    write_atomic(out, content)
     table = out.with_suffix(".text.npy")
-    np.save(table, checkpoint.text.numpy())
+    with whole_file(table) as file:
+        np.save(file, checkpoint.text.numpy())
     say(
         f"export: {out} ({out.stat().st_size / 1e6:.1f} MB), {table} ({len(checkpoint.text)} classes); largest "
         f"difference from torch {difference:.1e}"

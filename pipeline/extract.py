@@ -27,7 +27,7 @@ from cache.files import remove
 from cache.ledger import Ledger, lock, refuse_if_locked
 from cache.schema import block_digest
 from cache.store import Store
-from cache.verify import OK, whole_digests
+from cache.verify import NOT_NAMED, OK, whole_digests
 from pipeline.config import (
     WHICH,
     Config,
@@ -76,6 +76,10 @@ from pipeline.tracking import (
 # An audit fails below this cosine. int8 alone costs about 3e-5, bfloat16 on another machine 1e-4.
 AUDIT_COSINE = 0.999
 VERSIONS = ("open_clip", "torch")  # of the teacher's provenance: said, and no reason to run it again
+KEPT = {
+    "stamps",
+    "quarantined",
+}  # of a record beside what all have; one without them is of no shard that is done
 
 
 def extract(
@@ -125,7 +129,7 @@ def extract(
         )  # a mistake in them comes before any change
         store = _open_store(config, data, identity, samples)
         is_text_alone = manifest is not None and manifest.get("content") == content
-        entries = ledger.entries_of(identity)
+        entries = {s: entry for s, entry in ledger.entries_of(identity).items() if entry.keys() >= KEPT}
         todo = [s for s in range(store.num_shards) if not _is_whole(store, s, entries.get(s))]
         codes = _other_codes(store, entries, samples, todo)
         # From here on what is made again is not complete; labels stay complete where their tokens do.
@@ -269,6 +273,8 @@ def extract_shard(job: Job, shard: int, *, tick: Any = None) -> dict[str, Any]:
         stats = _cluster(config, data, teacher, new, blocks)
         entry["stats"] = sum_of([old["stats"], stats]) if old else stats
     if old:
+        if absent := sorted(blocks.keys() - parts.keys()):
+            raise damaged(Ledger(store.path, "extract").path(shard), absent[0], shard, NOT_NAMED)
         blocks = {name: np.concatenate([parts[name], block]) for name, block in blocks.items()}
     blocks["status"] = _codes(samples, entry["quarantined"])
     entry["digests"] = {name: store.write_shard(name, shard, block) for name, block in blocks.items()}
@@ -279,7 +285,11 @@ def extract_shard(job: Job, shard: int, *, tick: Any = None) -> dict[str, Any]:
 def _recorded_rows(job: Job, store: Store, shard: int) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """The record of a shard and the rows it speaks of, by array; both empty when there is none to keep."""
     entry = Ledger(job.config.cache_path, "extract").entry(shard)
-    if entry is None or entry.get("fingerprint") != job.fingerprint:
+    if entry is None or entry["fingerprint"] != job.fingerprint or not entry.keys() >= KEPT:
+        return {}, {}
+    if entry["rows"][0] != store.rows(shard).start or (
+        job.config.cache.tokens == STREAM and "stats" not in entry
+    ):
         return {}, {}
     rows = np.arange(*entry["rows"])
     blocks = {name: store.read_rows(name, rows) for name in entry["digests"]}

@@ -10,17 +10,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from cache.files import whole_file, writing
 from pipeline.config import UserError
 from pipeline.data.base import BadImage, DataError, read_image
 from pipeline.data.files import file_stamp, image_sizes
@@ -33,6 +36,7 @@ from pipeline.tracking import progress, say
 MASK, OVERLAY, PROBABILITIES = ".mask.png", ".overlay.png", ".probabilities.npy"
 STAMP, RECIPE = "made from", "recipe"  # a mask's own words: its image's stamp, and how it was made
 RESULTS = (MASK, OVERLAY)  # pictures that a folder of photographs may hold from an earlier run
+BLOCK = 2**20  # bytes written at a time
 MOST_PIXELS = 2**25  # of a batch's images together, 96 MiB decoded; one that is larger is a batch by itself
 
 
@@ -172,27 +176,27 @@ def _written(
 ) -> tuple[Path, Path]:
     """Writes an image's results, the mask last: where it is whole, all are."""
     assert item.image is not None
-    base.parent.mkdir(parents=True, exist_ok=True)
     size = (item.image.shape[0], item.image.shape[1])
     if wanted.probabilities:
-        with _whole(_named(base, PROBABILITIES)) as partial:
-            kept = np.lib.format.open_memmap(partial, "w+", np.float16, (len(asked.names), *size))
+        with whole_file(_named(base, PROBABILITIES)) as file:
+            kept = mapped_array(file, np.float16, (len(asked.names), *size))
             ids = segmenter.decide(scores, size, wanted.reject, kept)
             kept.flush()
             del kept
     else:
-        _named(base, PROBABILITIES).unlink(missing_ok=True)  # were of what is replaced here
+        with writing(_named(base, PROBABILITIES)):
+            _named(base, PROBABILITIES).unlink(missing_ok=True)  # were of what is replaced here
         ids = segmenter.decide(scores, size, wanted.reject)
     overlay, mask = _named(base, OVERLAY), _named(base, MASK)
-    with _whole(overlay) as partial:
-        picture = painted(item.image, ids, len(asked.names))
-        with_legend(picture, shares(ids, asked.titles)).save(partial, "PNG")
+    picture = with_legend(painted(item.image, ids, len(asked.names)), shares(ids, asked.titles))
+    with whole_file(overlay) as file:
+        picture.save(file, "PNG")
     indexed, facts = Image.fromarray(ids, mode="P"), PngInfo()
     indexed.putpalette(palette_of(len(asked.names)).tobytes())
     for key, value in ((STAMP, item.stamp), (RECIPE, recipe)):
         facts.add_text(key, value)
-    with _whole(mask) as partial:
-        indexed.save(partial, "PNG", pnginfo=facts)
+    with whole_file(mask) as file:
+        indexed.save(file, "PNG", pnginfo=facts)
     return overlay, mask
 
 
@@ -200,12 +204,19 @@ def _named(base: Path, ending: str) -> Path:
     return base.with_name(base.name + ending)
 
 
-@contextmanager
-def _whole(path: Path) -> Iterator[Path]:
-    """A path to write to; the file appears under its own name when it is whole, or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+def mapped_array(file: IO[bytes], dtype: type[np.generic], shape: tuple[int, ...]) -> np.memmap:
+    """An array in a new .npy file, mapped, with all its room on disk: a map over a hole ends by a signal there.
+
+    Raises: OSError when there is no room.
+    """
+    header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, header)
+    file.flush()
+    begin, size = file.tell(), math.prod(shape) * np.dtype(dtype).itemsize
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file.fileno(), begin, size)
+    else:  # macOS
+        for at in range(0, size, BLOCK):
+            file.write(bytes(min(BLOCK, size - at)))
+        file.flush()
+    return np.memmap(file, dtype, "r+", begin, shape)

@@ -11,7 +11,6 @@ Axes: n images, T templates, K classes, N background names, C joint space.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -23,6 +22,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from cache.errors import MissingCache
+from cache.files import whole_file, write_text
 from cache.store import Store
 from cache.verify import OK, check_whole, read_recorded
 from pipeline.config import Config
@@ -117,11 +117,10 @@ def _write(config: Config, ranking: Sequence[tuple[str, float]], counts: dict[st
     content: dict[str, Any] = {"winner": ranking[0][0], **counts}
     content["ranking"] = [{"template": template, "sharpness": value} for template, value in ranking]
     path = config.run_path / "prompts.json"
-    partial = path.with_name(".prompts.json.partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_text(path, json.dumps(content, indent=1) + "\n")
     drawn = path.with_suffix(".png")
-    bars(ranking).save(drawn)
+    with whole_file(drawn) as file:
+        bars(ranking).save(file, "PNG")
     say(f"prompts: the ranking is in {path} and {drawn}")
     say(f"prompts: for the config:  cams: {{template: {json.dumps(ranking[0][0])}}}")
 

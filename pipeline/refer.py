@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch.nn.functional import interpolate
 
+from cache.files import whole_file
 from pipeline.config import Config, UserError
 from pipeline.data.base import BadImage, read_image
 from pipeline.teaching.maps import explained_maps, explained_teacher, fitted, text_features
@@ -48,8 +49,9 @@ def refer(config: Config, texts: Sequence[str], image: Path, out: Path) -> np.nd
         background,
     )
     full = interpolate(maps, size, mode="bilinear", align_corners=False)[0].numpy()  # (texts, H, W)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    _picture(pixels, full, texts).save(out, "PNG")
+    picture = _picture(pixels, full, texts)
+    with whole_file(out) as file:
+        picture.save(file, "PNG")
     for text, found in zip(texts, full, strict=True):
         if not found.any():
             say(

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from cache.errors import MissingCache, StaleCache
-from cache.ledger import read_manifest
+from cache.files import write_atomic
 from cache.store import Store
 from pipeline.config import LABELS_FROM, Config, UserError, config_fingerprint
 from pipeline.data.base import DataError, DataSet
@@ -31,7 +31,7 @@ from pipeline.learning.batches import data_of
 from pipeline.learning.checkpoint import CheckpointError, load_student, student_file
 from pipeline.looking import charts, facts
 from pipeline.looking.clustered import Clustered
-from pipeline.looking.exported import export_labels, write
+from pipeline.looking.exported import export_labels
 from pipeline.looking.facts import Run
 from pipeline.looking.figures import figures
 from pipeline.looking.gallery import (
@@ -115,7 +115,7 @@ def report_runs(folders: Sequence[Path], out: Path | None = None) -> Path:
 def _evaluated(config: Config) -> dict[str, Any]:
     """The run's metrics. Raises: MissingCache when there are none."""
     path = facts.metrics_path(config)
-    metrics = read_manifest(path)
+    metrics = facts.found_metrics(path, facts.REPORTED)
     if metrics is None:
         raise MissingCache(f"{path}: `eval` has not been completed. Run `cli.py eval` first.")
     return metrics
@@ -148,11 +148,11 @@ def draw_figures(config: Config, out: Path | None = None) -> list[Path]:
     check_classes(data, store)
     if not labelled:
         raise MissingCache(f"{config.cache_path}: no pseudo labels yet. Run `cli.py cluster` first.")
-    pupil = _pupil(Run(config, read_manifest(facts.metrics_path(config))))
+    pupil = _pupil(Run(config, facts.found_metrics(facts.metrics_path(config), facts.REPORTED)))
     folder, written = out or config.run_path / "figures", []
     for figure in figures(store, data, labelled, pupil):
         written.append(folder / f"{figure.name}.png")
-        write(written[-1], figure.png)
+        write_atomic(written[-1], figure.png)
         say(f"{written[-1]}: {figure.caption}")
     if not store.has("pseudo_raw"):
         say("figures: single centres are not kept; set cluster.debug: true and run `cli.py cluster` again.")
@@ -183,7 +183,8 @@ def inspect(
             "--shard prints a shard and draws nothing: leave --image, --class, --png and --export out."
         )
     config = _config_of(run)
-    store, metrics = Store.open(config.cache_path), read_manifest(facts.metrics_path(config))
+    store = Store.open(config.cache_path)
+    metrics = facts.found_metrics(facts.metrics_path(config), facts.REPORTED)
     out = Terminal() if sys.stdout.isatty() else Terminal(width=PIPE_WIDTH)
     if shard is not None:
         out.print(shard_tree(store, shard))
@@ -209,7 +210,7 @@ def inspect(
             raise UserError(f"{run}: no picture to show yet. Run `cli.py extract` first.")
         content = io.BytesIO()
         sheet(shown).save(content, "PNG", optimize=True)
-        write(png, content.getvalue())
+        write_atomic(png, content.getvalue())
         out.print(f"panels: {png}", soft_wrap=True)
     if png is None and export is None:
         page = config.run_path / "inspect" / "index.html"
@@ -308,7 +309,9 @@ def _write_page(path: Path, runs: Sequence[Run], chosen: Selection) -> None:
     drawn, is_spread = [], chosen.image is None and chosen.class_id is None
     if config.recipe == "clip_teacher" and is_spread:
         drawn = figures(store, data, _labelled(config), pupils[0] if pupils else None, predictions=False)
-    write(path, render(runs, store, data, cards, figures=drawn, about=about, is_spread=is_spread).encode())
+    write_atomic(
+        path, render(runs, store, data, cards, figures=drawn, about=about, is_spread=is_spread).encode()
+    )
 
 
 def _labelled(config: Config) -> set[int]:

@@ -29,9 +29,9 @@ from rich.progress import (
 from rich.text import Text
 
 from cache.errors import MissingCache, StaleCache
-from cache.files import remove
+from cache.files import new_log, remove, write_text, writing
 from cache.header import DATA, METADATA
-from cache.ledger import Ledger, read_manifest, write_manifest
+from cache.ledger import MANIFEST, Ledger, read_manifest, write_manifest
 from cache.places import Place, place
 from pipeline.config import (
     LABELS_FROM,
@@ -50,22 +50,24 @@ from pipeline.terminal import Terminal
 console = Terminal(stderr=True, soft_wrap=True)
 
 
-_log: list[Terminal] = []
+_log: list[tuple[Path, Terminal]] = []
 
 
 def log_to(path: Path) -> None:
-    """From here on, what is said goes to this file too (bars don't)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _log.append(Terminal(file=path.open("w", encoding="utf-8"), soft_wrap=True))
+    """From here on, what is said goes to this file too (bars don't). Raises: CacheWriteFailed."""
+    _log.append((path, Terminal(file=new_log(path), soft_wrap=True)))
 
 
 def say(what: Any) -> None:
-    """One line, or a rich table, to the terminal and to the log."""
+    """One line, or a rich table, to the terminal and to the log. Raises: CacheWriteFailed for the log."""
     if isinstance(what, str):
         what = what.replace("\n", "\\n")  # of a name: what looks like a line is one of ours
-    for target in (console, *_log):
-        target.print(what)
-        target.file.flush()
+    console.print(what)
+    console.file.flush()
+    for path, log in _log:
+        with writing(path):
+            log.print(what)
+            log.file.flush()
 
 
 class RateColumn(ProgressColumn):
@@ -91,6 +93,33 @@ def progress(what: str, total: int, *, done: int = 0, unit: str = "images") -> I
         yield lambda count=1, note="": bar.update(task, advance=count, note=note)
 
 
+_PSEUDO = {
+    "views": int,
+    "objects_per_view": float,
+    "objects_histogram": {str: int},
+    "coverage": float,
+    "tokens_per_mask": float,
+    "largest_mask_share": float,
+    "purity": (float, None),
+    "verdict?": [str],
+}
+_CAMS = {
+    **dict.fromkeys(("images", "maps", "empty", "untagged"), int),
+    "seeds": ({str: {str: float}}, None),
+    "refined?": float,
+}
+_ASKED = {"asked?": dict, "arrays?": [str]}
+# Of what a stage says of itself, see cache.records; a manifest of another shape says nothing.
+SHAPES = {
+    "extract": MANIFEST | _ASKED | {"text?": str, "text_asked?": dict, "facts?": dict, "classes?": [str]},
+    "cluster": MANIFEST | _ASKED | {"summary?": _PSEUDO},
+    "cams": MANIFEST | _ASKED | {"summary?": _CAMS},
+    "train": MANIFEST | _ASKED | {"iterations?": int, "student?": str, "classes?": [str], "unseen?": [str]},
+}
+# By the stage below.
+NEEDED = dict.fromkeys(("cluster", "cams"), ("fingerprint", "content"))
+NEEDED |= {"extract": ("fingerprint", "content", "text")}
+NEEDED |= {"train": ("fingerprint", "student")}
 MANIFESTS = {
     "extract": lambda config: place(config.cache_path) / "extract.manifest.json",
     "cluster": lambda config: place(config.cache_path) / "cluster.manifest.json",
@@ -105,7 +134,7 @@ def manifest_path(config: Config, stage: str) -> Place:
 
 def found_manifest(config: Config, stage: str) -> dict[str, Any] | None:
     """The stage's manifest, or None when the stage never ended, or what the manifest vouches for is gone."""
-    manifest = read_manifest(manifest_path(config, stage))
+    manifest = read_manifest(manifest_path(config, stage), SHAPES[stage])
     if manifest is None or not all(file.is_file() for file in _vouched_for(config, stage, manifest)):
         return None
     return manifest
@@ -116,7 +145,7 @@ def _vouched_for(config: Config, stage: str, manifest: Mapping[str, Any]) -> lis
     if stage == "train":
         return [config.run_path / "train" / str(manifest.get("student"))]
     data = place(config.cache_path) / DATA
-    return [data / METADATA, *(data / str(name) / METADATA for name in manifest.get("arrays") or ())]
+    return [data / METADATA, *(data / name / METADATA for name in manifest.get("arrays") or ())]
 
 
 def reopen(config: Config, stage: str) -> None:
@@ -145,7 +174,7 @@ def required_manifest(config: Config, stage: str) -> dict[str, Any]:
     Raises: MissingCache when it never ended, StaleCache when another config made it.
     """
     path, manifest = manifest_path(config, stage), found_manifest(config, stage)
-    if manifest is None:
+    if manifest is None or not all(key in manifest for key in NEEDED[stage]):
         raise MissingCache(f"{path}: `{stage}` has not been completed. Run `cli.py {stage}` first.")
     _refuse_other_config(config, stage, manifest, "config", "asked", path)
     if stage == "extract":
@@ -174,18 +203,14 @@ def _difference_above(config: Config, stage: str) -> str:
     above = LABELS_FROM[config.recipe] if stage == "train" else STAGES[stage][1]
     if above is None:
         return ""
-    made = (read_manifest(manifest_path(config, above)) or {}).get("asked")
-    said = difference(dict(made), asked(config, above)) if isinstance(made, dict) else ""
+    made = read_manifest(manifest_path(config, above), SHAPES[above]) or {}
+    said = difference(made.get("asked") or {}, asked(config, above)) if made else ""
     return said or _difference_above(config, above)
 
 
 def save_config(config: Config) -> None:
     """Keeps the resolved config in the run folder, for people and for `inspect`."""
-    path = config.run_path / "config.yaml"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".config.{os.getpid()}.partial")
-    partial.write_text(yaml_text(kept(config)), encoding="utf-8")
-    os.replace(partial, path)
+    write_text(config.run_path / "config.yaml", yaml_text(kept(config)))
 
 
 def run_config(run: Path) -> Config:

@@ -109,7 +109,9 @@ def _nothing_to_do(config: Config, manifest: dict[str, Any], is_main: bool) -> d
         path, manifest = manifest_path(config, "train"), manifest | asked_of(config, "train")
         if found_manifest(config, "train") != manifest:
             write_manifest(path, manifest)
-        say(f"train: nothing to do, {manifest['iterations']} iterations are in {config.run_path / 'train'}")
+        say(
+            f"train: nothing to do, {manifest.get('iterations')} iterations are in {config.run_path / 'train'}"
+        )
     return manifest
 
 

@@ -28,7 +28,9 @@ def verify(config: Config) -> list[Finding]:
     with progress("verify", recorded, unit="shards") as advance:
         findings = verify_cache(
             config.cache_path,
-            fingerprints={stage: manifest["fingerprint"] for stage, manifest in manifests.items()},
+            fingerprints={
+                stage: made for stage, manifest in manifests.items() if (made := manifest.get("fingerprint"))
+            },
             progress=lambda done, total: advance(1),
         )
     for stage, manifest in manifests.items():

@@ -208,10 +208,11 @@ def test_the_time_by_hand(tmp_path):
     folder.mkdir(parents=True)
     (folder / "train.manifest.json").write_text(json.dumps({"iterations": 2}))
     (folder / "losses.jsonl").write_text(json.dumps({"iteration": 2, "time/elapsed_s": 50.0}) + "\n")
+    entry = {"shard": 0, "rows": [0, 8], "fingerprint": "f", "digests": {}}
     for stage, seconds in (("extract", 30.0), ("cluster", 4.0)):
         ledger = config.cache_path / "ledger" / stage
         ledger.mkdir(parents=True)
-        (ledger / "00000.json").write_text(json.dumps({"shard": 0, "seconds": seconds}))
+        (ledger / "00000.json").write_text(json.dumps(entry | {"seconds": seconds}))
     # Lambda: full, 0.7 and 0.9, three seeds each: 9 trainings of 50 s, and two clusterings of 4 s.
     said = announced(config, words, "lambda")
     assert "9 of 9 trainings and 2 of 2 caches" in said

@@ -66,8 +66,40 @@ json_values = st.recursive(
 @given(shard=st.integers(0, 10**6), extra=st.dictionaries(st.text(max_size=5), json_values, max_size=4))
 def test_any_record_comes_back(shard, extra, tmp_path_factory):
     ledger = Ledger(tmp_path_factory.getbasetemp(), "any")
-    ledger.record(shard, extra)
-    assert ledger.entry(shard) == extra | {"shard": shard}
+    extra = {f"more {key}": value for key, value in extra.items()}
+    ledger.record(shard, ENTRY | extra)
+    assert ledger.entry(shard) == ENTRY | extra | {"shard": shard}
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"rows": 64},
+        {"rows": [0]},
+        {"rows": [0, 10**12]},
+        {"rows": [0, 65]},
+        {"rows": [64, 0]},
+        {"rows": [False, 64]},
+        {"fingerprint": None},
+        {"digests": ["cls"]},
+        {"digests": {"cls": 0}},
+        {"quarantined": 3},
+        {"stamps": "none"},
+        {"stamps": [1]},
+        {"stamps": ["one"]},
+        {"digests": {"text": "00"}},
+        {"stats": {"objects": "x"}},
+        {"seconds": "long"},
+        {"shard": True},
+    ],
+)
+def test_a_malformed_record_is_none(tmp_path, odd):
+    """Whatever reads a record may rely on its shape; a shard without one is made again."""
+    ledger = Ledger(tmp_path, "extract")
+    ledger.record(1, ENTRY)
+    ledger.path(1).write_text(json.dumps({**ENTRY, "shard": 1, **odd}))
+    assert ledger.entry(1) is None
+    assert ledger.entries() == {}
 
 
 @pytest.mark.parametrize(
@@ -209,12 +241,89 @@ def test_the_lock_clears_what_killed_writers_left(tmp_path):
     for path in left:
         path.parent.mkdir(parents=True)
         path.write_bytes(b"half")
-    (tmp_path / "data.zarr.partial" / "cls").mkdir(parents=True)
+    hosts = [
+        tmp_path / f"{path}.host.example.12.partial" for path in ("data.zarr/zarr.json", "data.zarr/cls/c.1")
+    ]
+    hosts.append(tmp_path / "extract.manifest.json.host.12.partial")
+    for path in hosts:
+        path.write_bytes(b"half")
     kept = tmp_path / "data.zarr" / "cls" / "c.0"
     kept.write_bytes(b"whole")
     with lock(tmp_path, "extract"):
         assert not list(tmp_path.rglob("*.partial"))
         assert kept.read_bytes() == b"whole"
+
+
+def test_the_lock_removes_nothing_else(tmp_path):
+    """Only our names, only files, only in our own folders; what a link leads to stays, too."""
+    with lock(tmp_path / "cache", "extract"):
+        pass
+    data = tmp_path / "cache" / "data.zarr"
+    mine = [
+        data / "cls" / "photo.partial",
+        data / "cls" / "deep" / "c.0.host.12.partial",
+        data / "cls" / "c.0.host.12.partial" / "inside",
+        tmp_path / "cache" / "ledger" / "extract" / "thesis.host.12.partial",
+        tmp_path / "elsewhere" / "c.0.host.12.partial",
+    ]
+    for path in mine:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"mine")
+    (data / "cls" / "c.1.host.12.partial").symlink_to(mine[-1])
+    with lock(tmp_path / "cache", "extract"):
+        pass
+    assert [path.read_bytes() for path in mine] == [b"mine"] * len(mine)
+
+
+@pytest.mark.parametrize(
+    "name", ["thesis.partial", "notes/a.partial", "lock", "data.zarr/mine.txt", "data.zarr", "ledger.txt"]
+)
+def test_a_folder_of_other_things_is_refused_untouched(tmp_path, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("mine")
+    before = [(path, path.stat().st_mtime_ns) for path in sorted(tmp_path.rglob("*"))]
+    for refused in (lambda: lock(tmp_path, "extract").__enter__(), lambda: refuse_if_locked(tmp_path)):
+        with pytest.raises(
+            CacheError, match=r"is no cache, but holds .*Nothing was changed.*cache\.path"
+        ) as caught:
+            refused()
+        assert "\n" not in str(caught.value)
+    assert [(path, path.stat().st_mtime_ns) for path in sorted(tmp_path.rglob("*"))] == before
+    assert (tmp_path / name).read_text() == "mine"
+
+
+def test_what_a_killed_first_run_leaves_is_no_other_folder(tmp_path):
+    with lock(tmp_path, "extract"):
+        pass
+    Ledger(tmp_path, "extract").record(0, ENTRY)
+    (tmp_path / "data.zarr" / "sample").mkdir(parents=True)
+    (tmp_path / "data.zarr" / "zarr.json.host.12.partial").write_bytes(b"half")
+    refuse_if_locked(tmp_path)
+    with lock(tmp_path, "extract"):
+        pass
+
+
+@pytest.mark.parametrize("kind", ["symlink", "hard link", "pipe", "dangling"])
+def test_a_lock_that_leads_elsewhere_is_refused(tmp_path, kind):
+    mine, path = tmp_path / "mine.txt", tmp_path / "cache" / "lock"
+    mine.write_text("mine")
+    path.parent.mkdir()
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "hard link":
+        with lock(path.parent, "extract"):
+            pass
+        mine.write_bytes(path.read_bytes())
+        path.unlink()
+        path.hardlink_to(mine)
+    else:
+        path.symlink_to(mine if kind == "symlink" else tmp_path / "new.txt")
+    before = mine.read_bytes()
+    with pytest.raises(CacheError, match="lock") as caught:
+        lock(path.parent, "extract").__enter__()
+    assert "\n" not in str(caught.value)
+    assert mine.read_bytes() == before
+    assert not (tmp_path / "new.txt").exists()
 
 
 def test_locking_a_read_only_place(tmp_path, monkeypatch):

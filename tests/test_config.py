@@ -40,7 +40,7 @@ def changed(key: str, value: object) -> list[str]:
         ("teacher.device", "cpu", []),
         ("cache.path", "/tmp/x", []),
         ("name", "other", []),
-        ("data.root", "/elsewhere", ["eval", "report"]),
+        ("data.root", "/elsewhere", []),
         ("data.test_list", "test", ["eval", "report"]),
         ("data.tags", "masks", ["cluster", "cams", "train", "eval", "report"]),
     ],

@@ -85,8 +85,8 @@ def test_whatever_a_store_raises_is_a_cache_error(bucket, monkeypatch):
 def test_ledger_and_manifests(bucket):
     ledger = Ledger(bucket, "extract")
     assert ledger.entries() == {}
-    ledger.record(12, {"fingerprint": "f"})
-    ledger.record(3, {"fingerprint": "g"})
+    ledger.record(12, {"rows": [0, 64], "fingerprint": "f", "digests": {}})
+    ledger.record(3, {"rows": [0, 64], "fingerprint": "g", "digests": {}})
     assert list(ledger.entries()) == [3, 12]
     assert ledger.done("f") == {12}
     assert read_manifest(f"{bucket}/m.json") is None

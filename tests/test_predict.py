@@ -442,14 +442,14 @@ def test_a_file_killed_between_two_results_is_made_again(run, tmp_path, run_cli,
     from pipeline import predict as stage
 
     photo, out = picture(tmp_path / "a.png"), tmp_path / "out"
-    real = stage._whole
+    real = stage.whole_file
 
     def dies_at_the_mask(path):
         if path.name.endswith(stage.MASK):
             raise KeyboardInterrupt
         return real(path)
 
-    monkeypatch.setattr(stage, "_whole", dies_at_the_mask)
+    monkeypatch.setattr(stage, "whole_file", dies_at_the_mask)
     done = run_cli("predict", photo, "--run", run, "--out", out)
     assert done.returncode == 130
     assert done.stderr.splitlines()[-1] == "error: interrupted; the same command resumes."

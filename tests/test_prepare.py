@@ -1,6 +1,9 @@
 """Conversions of published annotations: ids and runs by hand, layouts made here, and what the loaders then read."""
 
 import json
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -17,7 +20,7 @@ from pipeline.data.convert import (
 )
 from pipeline.data.files import read_mask
 from pipeline.prepare import prepare
-from tests.conftest import is_one_line_error
+from tests.conftest import ROOT, is_one_line_error
 from tests.test_data_sets import save_image, save_list, save_mask
 
 
@@ -228,3 +231,25 @@ def test_wrong_input(sbd, tmp_path, run_cli):
     assert done.returncode == 0
     assert "nothing to prepare, masks are read as published" in done.stderr
     assert prepare("demo", voc).masks == {}
+
+
+def test_a_killed_conversion_is_cleared_by_the_next(tmp_path):
+    """Killed in the middle of a mask: the same command goes on, and nothing of the killed one is left."""
+    code = (
+        "import os, signal, sys, cache.files\n"
+        "from pathlib import Path\n"
+        "cache.files.os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "cache.files.write_atomic(Path(sys.argv[1]), b'half')\n"
+    )
+    folder = tmp_path / "SegmentationClass" / "train2014"
+    killed = subprocess.run([sys.executable, "-c", code, str(folder / "7.png")], cwd=ROOT)
+    assert killed.returncode == -signal.SIGKILL
+    assert [path.suffix for path in folder.iterdir()] == [".partial"]
+    (folder / "thesis.partial").write_text("mine")
+    image = {"id": 7, "file_name": "7.jpg", "height": 2, "width": 3}
+    (tmp_path / "annotations").mkdir()
+    for part in ("train", "val"):
+        found = {"images": [image] if part == "train" else [], "annotations": [], "categories": []}
+        (tmp_path / "annotations" / f"instances_{part}2014.json").write_text(json.dumps(found))
+    prepare("coco14", tmp_path)
+    assert sorted(path.name for path in folder.iterdir()) == ["7.png", "thesis.partial"]

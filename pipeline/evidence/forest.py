@@ -9,6 +9,7 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from cache.files import whole_file
 from pipeline.evidence.contrasts import OPPOSITE, UNRESOLVED, Contrast
 
 OURS, PAPER, FAINT = "#0072B2", "#D55E00", "#777777"  # Okabe and Ito's; told apart by their marks too
@@ -71,6 +72,6 @@ def draw_forest(tables: Mapping[str, Sequence[Line]], path: Path) -> bool:
         fontsize=8,
     )
     FigureCanvasAgg(figure)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110, metadata={"Software": None})
+    with whole_file(path) as file:
+        figure.savefig(file, format="png", dpi=110, metadata={"Software": None})
     return True

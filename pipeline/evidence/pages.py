@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.table import Table as Drawn
 
+from cache.files import write_text
 from pipeline.looking.facts import SCORES
 from pipeline.terminal import Terminal
 
@@ -52,8 +53,7 @@ def write_page(path: Path, lines: Iterable[str], tables: Iterable[Table]) -> Non
     parts = [*lines]
     for table in tables:
         parts += ["", f"## {table.title}", "", *table.markdown()]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(parts) + "\n" + said, encoding="utf-8")
+    write_text(path, "\n".join(parts) + "\n" + said)
 
 
 def made_where(evaluations: Iterable[Mapping[str, Any]]) -> str:
@@ -71,13 +71,12 @@ def _revision(made: Mapping[str, Any]) -> str:
 
 def keep_metrics(run: str, results: Mapping[str, Mapping[int, Mapping[str, Any]]], root: Path) -> None:
     """Each metrics.json into docs/results/<run>-<variant>-<seed>.json, and its line in docs/test-log.md, once."""
-    (root / KEPT).mkdir(parents=True, exist_ok=True)
     log = root / TEST_LOG
     logged = log.read_text(encoding="utf-8") if log.is_file() else ""
     named = {f"{run}-{variant}-{seed}": m for variant, seeds in results.items() for seed, m in seeds.items()}
     for name, metrics in named.items():
-        (root / KEPT / f"{name}.json").write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
+        write_text(root / KEPT / f"{name}.json", json.dumps(metrics, indent=1) + "\n")
         made, scores = metrics["made"], " / ".join(f"{metrics[key]:.1f}" for key in tuple(SCORES)[1:])
         line = f"| {made['date']} | {name} | {_revision(made)} | {scores} | {metrics['fingerprint']} |\n"
         logged += line * (line not in logged)
-    log.write_text(logged, encoding="utf-8")
+    write_text(log, logged)

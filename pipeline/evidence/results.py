@@ -8,12 +8,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cache.errors import CacheError
+from cache.files import write_text
 from cache.ledger import read_manifest
 from pipeline.config import Config, UserError
 from pipeline.evidence.contrasts import Contrast, contrast
 from pipeline.evidence.pages import Table, console, keep_metrics, made_where
 from pipeline.evidence.variants import CONTRAST, EVERY, QUICK_SEEDS, SEEDS, only_clip_teacher, run_name
-from pipeline.looking.facts import SCORES
+from pipeline.looking.facts import SCORES, found_metrics
 
 KEYS, HEADS = tuple(SCORES), tuple(SCORES.values())
 # What evaluations that share a table have in common.
@@ -32,8 +34,8 @@ ALIKE = (
 def read_metrics(path: Path) -> dict[str, Any] | None:
     """The metrics of an evaluation, or None when there are none that can be read."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return found_metrics(path)
+    except CacheError:
         return None
 
 
@@ -176,7 +178,7 @@ def keep_contrast(config: Config, root: Path = Path()) -> None:
         raise UserError(f"{readme}: has no lines {BEGIN!r} and {END!r}. Put them where the results belong.")
     keep_metrics(config.name, results, root)
     before, after = text.split(BEGIN)[0], text.split(END)[1]
-    readme.write_text(f"{before}{BEGIN}\n{results_section(results)}{END}{after}", encoding="utf-8")
+    write_text(readme, f"{before}{BEGIN}\n{results_section(results)}{END}{after}")
 
 
 def results_section(results: Results) -> str:

@@ -6,6 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
+from cache.files import dead_partials, partial_of, remove, sync_folder, whole_file, writing
 from cache.ledger import read_manifest
 from cache.schema import ARRAYS
 from pipeline.config import Config, UserError, config_fingerprint
@@ -29,19 +30,24 @@ def take_over(like: Path, config: Config) -> bool:
             f"--like {like}: its arrays are not there, and a cache at a URL can't be taken over. Run `cli.py extract` "
             "without --like."
         )
-    is_same = made["config"] == config_fingerprint(config, "extract")
-    if not is_same or not isinstance(target, Path) or target.exists():
+    is_same = made.get("config") == config_fingerprint(config, "extract")
+    if not is_same or not isinstance(target, Path) or os.path.lexists(target):
         return False
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        for source in _files(like):
-            place = partial / source.relative_to(like)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            _link(source, place)
-        os.replace(partial, target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    partial = partial_of(target)
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        for left in dead_partials(target.parent, target.name):  # of a take-over that was killed
+            remove(left)
+        try:
+            partial.mkdir()
+            for source in _files(like):
+                place = partial / source.relative_to(like)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                _link(source, place)
+            partial.rename(target)
+            sync_folder(target.parent)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
     say(f"extract: {target} takes over the extraction of {like}")
     return True
 
@@ -60,8 +66,9 @@ def _files(cache: Path) -> list[Path]:
 def _link(source: Path, place: Path) -> None:
     if source.stat().st_size > SMALL:
         try:
-            os.link(source, place)
+            os.link(source.resolve(), place)
             return
         except OSError:  # another file system, or one without hard links
             pass
-    shutil.copy2(source, place)
+    with source.open("rb") as original, whole_file(place) as copy:
+        shutil.copyfileobj(original, copy)

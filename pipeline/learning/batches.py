@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from cache.store import Store
+from cache.store import SIDES, Store
 from cache.verify import check_whole, read_recorded
 from pipeline.config import LABELS_FROM, Config
 from pipeline.data.base import IGNORE, DataError, DataSet, Sample, open_data_set
@@ -116,9 +116,9 @@ class CachedViews(Dataset):
             self.arrays = (*self.arrays, "named")
         if self.is_tagged:
             refuse_unseen(data)
-        self.size = int(self.store.attributes["teacher"]["image_size"])
-        self.mean_colour = np.array(self.store.attributes["mean_colour"], np.uint8)
-        self.num_views = self._views_used(int(self.store.attributes["views"]["num"]))
+        self.size = self.store.fact(SIDES, "teacher", "image_size")
+        self.mean_colour = self.store.mean_colour
+        self.num_views = self._views_used(self.store.fact(SIDES, "views", "num"))
         self.replayed = Kept(int(config.train.views_in_memory_gb * 1e9))
         self.kept, status = self._checked()
         usable = [int(row) for row in np.flatnonzero(status == 0)]
@@ -262,7 +262,7 @@ def mask_from_cams(
     """
     height, width = int(size[0]), int(size[1])
     if config.cams.refine != "none":
-        patch = int(store.attributes["teacher"]["patch"])
+        patch = store.fact(SIDES, "teacher", "patch")
         rows, columns = fitted_size(height, width, config.cams.max_side, patch)
         kept = torch.from_numpy(np.stack([read(name)[:rows, :columns] for name in ("mask", "confidence")]))
         mask, confidence = interpolate(kept[None].float(), (height, width), mode="nearest-exact")[0]

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,10 +21,12 @@ from typing import Any
 import torch
 import xxhash
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
+from cache.files import remove, sync_folder, whole_file, write_atomic, write_text, writing
 from cache.ledger import read_manifest
+from cache.records import misfit, parsed
 from pipeline.config import Config, UserError, from_mapping, kept
 from pipeline.models.student import DenseStudent, build_student
 from pipeline.tracking import say
@@ -65,7 +66,7 @@ class Checkpoint:
 
 
 def save_student(path: Path, student: nn.Module, checkpoint: Checkpoint) -> None:
-    """Writes weights and metadata to one safetensors file, atomically."""
+    """Writes weights and metadata to one safetensors file, atomically. Raises: CacheWriteFailed."""
     tensors = {
         f"student.{name}": value.detach().cpu().contiguous() for name, value in student.state_dict().items()
     }
@@ -80,11 +81,8 @@ def save_student(path: Path, student: nn.Module, checkpoint: Checkpoint) -> None
     }
     tensors[TEXT] = checkpoint.text.contiguous()
     metadata[CONTENT] = content_digest(metadata, tensors)
-    partial = path.with_name(f".{path.name}.partial")
-    save_file(tensors, partial, metadata=metadata)
-    _sync(partial)
-    partial.replace(path)
-    _sync(path.parent)
+    # Not save_file: that writes 0600 whatever the umask, and a full disk ends it in an error without a path.
+    write_atomic(path, save(tensors, metadata))
 
 
 def content_digest(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
@@ -138,24 +136,28 @@ def save_checkpoint(
     """Everything that resuming needs, as checkpoint-<iteration>/.
 
     `state` is what torch.save takes and weights_only loading gives back. Of this training's checkpoints the
-    last `keep` stay; those of another config are left alone.
+    last `keep` stay; those of another config are left alone. Raises: CacheWriteFailed.
     """
     final = folder / f"checkpoint-{iteration:06d}"
     partial = folder / f".{final.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_student(partial / "student.safetensors", student, checkpoint)
-    torch.save({"iteration": iteration, **state}, partial / "state.pt")
-    seal = {"fingerprint": checkpoint.identity, "files": {n: _digest(partial / n) for n in SEALED}}
-    (partial / SEAL).write_text(json.dumps(seal, indent=2) + "\n", encoding="utf-8")
-    for name in ("state.pt", SEAL, "."):
-        _sync(partial / name)
-    shutil.rmtree(final, ignore_errors=True)
-    partial.rename(final)
-    _sync(folder)
+    for left in {partial, *folder.glob(".checkpoint-*.partial")}:  # of a training that was killed here
+        remove(left)
+    try:
+        save_student(partial / "student.safetensors", student, checkpoint)
+        with whole_file(partial / "state.pt") as file:
+            torch.save({"iteration": iteration, **state}, file)
+        seal = {"fingerprint": checkpoint.identity, "files": {n: _digest(partial / n) for n in SEALED}}
+        write_text(partial / SEAL, json.dumps(seal, indent=2) + "\n")
+        remove(final)
+        with writing(final):
+            partial.rename(final)
+            sync_folder(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)  # a full disk gets its room back
+        raise
     own = [path for path in _checkpoints(folder) if _seal(path).get("fingerprint") == checkpoint.identity]
     for old in own[:-keep]:
-        shutil.rmtree(old)
+        remove(old)
 
 
 def _checkpoints(folder: Path) -> list[Path]:
@@ -167,9 +169,10 @@ def _checkpoints(folder: Path) -> list[Path]:
 def _seal(path: Path) -> dict[str, Any]:
     """What a checkpoint says of itself; nothing when that can't be read."""
     try:
-        return dict(json.loads((path / SEAL).read_text(encoding="utf-8")))
+        found = parsed((path / SEAL).read_bytes())
     except (OSError, ValueError):
         return {}
+    return found if misfit(found, {"fingerprint": str, "files": {str: str}}) is None else {}
 
 
 def _digest(path: Path) -> str:
@@ -205,14 +208,15 @@ def student_file(run: Path) -> Path:
     Of a finished training it is the one that eval takes, which with held-out images is the best and not the last.
     """
     for folder in (run / "train", run):
-        if chosen := (read_manifest(folder / "train.manifest.json") or {}).get("student"):
-            if not (folder / str(chosen)).is_file():
+        manifest = read_manifest(folder / "train.manifest.json", {"student": str}) or {}
+        if (chosen := manifest.get("student")) in (LAST, BEST):
+            if not (folder / chosen).is_file():
                 raise CheckpointError(
-                    f"{folder / str(chosen)}: is gone. Run `cli.py train` again: it goes on from the last checkpoint."
+                    f"{folder / chosen}: is gone. Run `cli.py train` again: it goes on from the last checkpoint."
                 )
-            return folder / str(chosen)
+            return folder / chosen
     owner = run / "train" / OWNER
-    own = owner.read_text(encoding="utf-8") if owner.is_file() else None
+    own = owner.read_text(encoding="utf-8", errors="replace") if owner.is_file() else None
     checkpoints = [p for p in _checkpoints(run / "train") if own in (None, _seal(p).get("fingerprint"))]
     choices = [run / "train" / LAST, run / LAST, *(path / LAST for path in reversed(checkpoints))]
     for path in [run, *choices]:
@@ -303,11 +307,3 @@ def read_student(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
 
 def _line(error: Exception, most: int = 300) -> str:
     return " ".join(str(error).split())[:most]
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

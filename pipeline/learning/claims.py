@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from cache.files import write_atomic, writing
-from cache.ledger import read_manifest
+from cache.ledger import read_manifest, refuse_other_file
 from pipeline.config import UserError
 from pipeline.learning.checkpoint import LAST, OWNER, student_metadata
 from pipeline.tracking import say
@@ -40,8 +40,9 @@ def training_in(run: Path) -> Iterator[None]:
     path = run / LOCK
     with writing(path):
         run.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     try:
+        refuse_other_file(path, descriptor)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import math
 import resource
 import sys
 import time
@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import IO
 
 import torch
+
+from cache.files import write_text, writing
+from cache.records import misfit, parsed
 
 
 class Clock:
@@ -61,21 +64,25 @@ def note(values: Mapping[str, float], images_per_s: float, columns: int) -> str:
 
 
 class Curve:
-    """losses.jsonl: the values of an iteration a line. Cut back to `start` when training resumes."""
+    """losses.jsonl: the values of an iteration a line. Cut back to `start` when training resumes.
+
+    Raises: CacheWriteFailed.
+    """
 
     def __init__(self, folder: Path, start: int) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
         path = folder / "losses.jsonl"
-        kept = [line for line in _lines(path) if json.loads(line)["iteration"] <= start] if start else []
-        partial = path.with_name(".losses.jsonl.partial")  # a kill here must not lose what is kept
-        partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        os.replace(partial, path)
+        kept = [line for line in _lines(path) if _iteration(line) <= start] if start else []
+        write_text(
+            path, "".join(line + "\n" for line in kept)
+        )  # whole: a kill here must not lose what is kept
+        self.path = path
         self.file: IO[str] = path.open("a", encoding="utf-8")
 
     def write(self, iteration: int, values: Mapping[str, float]) -> None:
         rounded = {name: round(value, 6) for name, value in values.items()}
-        self.file.write(json.dumps({"iteration": iteration, **rounded}) + "\n")
-        self.file.flush()
+        with writing(self.path):
+            self.file.write(json.dumps({"iteration": iteration, **rounded}) + "\n")
+            self.file.flush()
 
     def close(self) -> None:
         self.file.close()
@@ -83,5 +90,14 @@ class Curve:
 
 def _lines(path: Path) -> list[str]:
     """The whole lines of a file that a kill may have cut short."""
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     return text[: text.rfind("\n") + 1].splitlines()
+
+
+def _iteration(line: str) -> float:
+    """Of a line of the curve; infinite where it isn't one."""
+    try:
+        row = parsed(line.encode())
+    except ValueError:
+        return math.inf
+    return row["iteration"] if misfit(row, {"iteration": int}) is None else math.inf

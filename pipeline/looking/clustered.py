@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cache.store import Store
+from cache.store import SIDES, Store
 from pipeline.config import Config
 from pipeline.data.base import DataSet, Sample
 from pipeline.looking.gallery import IGNORE, Card, present
@@ -51,8 +51,8 @@ def training_card(
     seen = np.full(image.shape[:2], IGNORE, np.uint8) if seen is None else seen
     notes = []
     if view:
-        box, size = store.read_rows("view", [row])[0][view], int(store.attributes["teacher"]["image_size"])
-        mean = np.array(store.attributes["mean_colour"], np.uint8)
+        box, size = store.read_rows("view", [row])[0][view], store.fact(SIDES, "teacher", "image_size")
+        mean = store.mean_colour
         image = replay_image(image, box, size, mean).permute(1, 2, 0).numpy()
         seen = replay_labels(seen, box, size).numpy()
         truth = None if truth is None else replay_labels(truth, box, size).numpy()

@@ -12,6 +12,8 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from cache.files import whole_file
+
 READABLE = 40  # classes up to which a page-wide matrix's names can be read
 NUM_PAIRS = 30  # bars: a page of them
 CELL, MARGIN = 0.3, 2.2  # inches: a class's row, and the room for names
@@ -32,7 +34,8 @@ def confusion_picture(
     figure = draw(np.asarray(matrix, np.float64), names)
     figure.suptitle(title + (" (* unseen)" if unseen else ""), fontsize=10)
     FigureCanvasAgg(figure)
-    figure.savefig(path, dpi=110, metadata={"Software": None})
+    with whole_file(path) as file:
+        figure.savefig(file, format="png", dpi=110, metadata={"Software": None})
 
 
 def _matrix(matrix: np.ndarray, names: Sequence[str]) -> Figure:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
 
 from cache.errors import MissingCache
+from cache.files import write_atomic
 from cache.store import Store
 from pipeline.config import UserError
 from pipeline.data.base import DataSet
@@ -33,7 +33,7 @@ def export_labels(
         for place, row in enumerate(store.rows(shard)):
             is_wanted = chosen.image in (None, ids[row]) and (holds is None or ids[row] in holds)
             if is_wanted and status[place] == 0:
-                write(_png_path(folder, ids[row]), indexed(*taught.exported(row)))
+                write_atomic(_png_path(folder, ids[row]), indexed(*taught.exported(row)))
                 count += 1
     if not count:
         raise UserError(
@@ -55,14 +55,3 @@ def _png_path(folder: Path, name: str) -> Path:
     if not path.resolve().is_relative_to(folder.resolve()):
         raise UserError(f"image {name!r}: its id leads out of {folder}, so it can't name a file there.")
     return path
-
-
-def write(path: Path, content: bytes) -> None:
-    """Atomically: readers and Snakemake see the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_bytes(content)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from cache.files import remove, whole_file
 from pipeline.data.base import IGNORE, DataSet
 from pipeline.looking.panels import (
     ERROR_PALETTE,
@@ -53,11 +53,14 @@ def worst_and_best(scores: Sequence[float], num: int) -> tuple[list[int], list[i
 
 def save_extremes(folder: Path, extremes: Iterable[Extreme], data: DataSet) -> None:
     """Draws each into a JPEG of its own, in place of the pictures that were there."""
-    shutil.rmtree(folder, ignore_errors=True)
+    remove(folder)
     for extreme in extremes:
-        folder.mkdir(parents=True, exist_ok=True)
-        name = re.sub(r"[^A-Za-z0-9._-]", "_", extreme.name)
-        sheet([_strip(extreme, data)], side=SIDE).save(folder / f"{name}.jpg", quality=QUALITY)
+        name, picture = (
+            re.sub(r"[^A-Za-z0-9._-]", "_", extreme.name),
+            sheet([_strip(extreme, data)], side=SIDE),
+        )
+        with whole_file(folder / f"{name}.jpg") as file:
+            picture.save(file, "JPEG", quality=QUALITY)
 
 
 def _strip(extreme: Extreme, data: DataSet) -> Strip:

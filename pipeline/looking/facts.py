@@ -5,8 +5,8 @@ Everything here only reads, and takes a run that is half done as it is.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 from cache.errors import CacheError
 from cache.ledger import Ledger, read_manifest
 from cache.places import place
+from cache.records import Shape, misfit, parsed
 from cache.schema import ARRAYS
 from cache.store import Store
 from pipeline.config import LABELS_FROM, Config, UserError, as_mapping, leaves
@@ -27,6 +28,21 @@ SCORES = {
     "mIoU_U": "mIoU(U)",
     "hIoU": "hIoU",
 }  # metrics.json's, and for people
+_SCORES = dict.fromkeys(SCORES, (float, None))
+# What is read of metrics.json; more is in it.
+METRICS = {
+    **_SCORES,
+    "gamma": float,
+    "num_images?": int,
+    "unseen?": [str],
+    "per_class?": {str: (float, None)},
+    "gamma_sweep?": {str: {str: (float, None)}},
+    "fingerprint?": str,
+    "config?": str,
+    "best_of_sweep?": ({"gamma": float, "hIoU": float}, None),
+    "made?": {"seconds?": (float, None)},
+}
+REPORTED = METRICS | {key: METRICS[f"{key}?"] for key in ("num_images", "unseen", "per_class", "gamma_sweep")}
 ELAPSED = "time/elapsed_s"  # in a loss curve: seconds since training was started or resumed
 NOT_A_DIFFERENCE = ("name", "runs", "cache.", "report.")  # of two runs that are to be compared
 
@@ -78,6 +94,20 @@ class Sister:
     differences: tuple[str, ...] = ()
 
 
+def found_metrics(path: Path, shape: Shape = METRICS) -> dict[str, Any] | None:
+    """The metrics of an evaluation; None when there are none, or they aren't what eval writes.
+
+    Raises: CacheError for a file that can't be read.
+    """
+    metrics = read_manifest(path, shape)
+    try:
+        for gamma in (metrics or {}).get("gamma_sweep") or {}:
+            float(gamma)
+    except ValueError:
+        return None
+    return metrics
+
+
 def metrics_path(config: Config) -> Path:
     return config.run_path / "eval" / "metrics.json"
 
@@ -87,7 +117,7 @@ def done_shards(config: Config, stage: str) -> set[int]:
     ledger = Ledger(config.cache_path, stage)
     manifest = found_manifest(config, stage)
     if manifest is not None:
-        return ledger.done(manifest["fingerprint"])
+        return ledger.done(manifest.get("fingerprint", ""))
     entries = ledger.entries()
     newest = max(entries.values(), key=lambda entry: str(entry.get("time")), default={}).get("fingerprint")
     return {shard for shard, entry in entries.items() if entry.get("fingerprint") == newest}
@@ -128,7 +158,8 @@ def stage_facts(config: Config, store: Store, metrics: Mapping[str, Any] | None)
             StageFact(stage, len(done), store.num_shards, "shards", is_complete, seconds, num_images, size)
         )
     curve, trained = losses(config), found_manifest(config, "train")
-    done_iterations = int(trained["iterations"]) if trained else int(curve[-1]["iteration"]) if curve else 0
+    drawn_last = int(curve[-1]["iteration"]) if curve else 0
+    done_iterations = trained.get("iterations", drawn_last) if trained else drawn_last
     total = done_iterations if trained else config.train.iterations
     drawn = done_iterations * config.train.batch
     facts.append(
@@ -176,7 +207,7 @@ def provenance(store: Store) -> dict[str, dict[str, str]]:
     for key, value in store.attributes.items():
         if isinstance(value, dict):
             groups[key] = {k: _word(v) for k, v in value.items()}
-        elif key == "classes":
+        elif key == "classes" and isinstance(value, list):
             groups["cache"][key] = f"{len(value)}: {', '.join(map(str, value))}"
         else:
             groups["cache"][key] = _word(value)
@@ -197,11 +228,11 @@ def losses(config: Config) -> list[dict[str, float]]:
     """The logged values by iteration; a line that was cut off is left out."""
     path, found = config.run_path / "train" / "losses.jsonl", []
     if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                found.append(json.loads(line))
-            except ValueError:
-                continue
+        for line in path.read_bytes().splitlines():
+            with suppress(ValueError):
+                row = parsed(line)
+                if misfit(row, {"iteration": int}) is None and set(map(type, row.values())) <= {int, float}:
+                    found.append(row)
     return found
 
 
@@ -211,7 +242,7 @@ def sisters(config: Config) -> list[Sister]:
     for path in sorted(config.run_path.parent.glob("*/config.yaml")):
         try:
             other = run_config(path.parent)
-            metrics = read_manifest(path.parent / "eval" / "metrics.json")
+            metrics = found_metrics(path.parent / "eval" / "metrics.json")
         except (UserError, CacheError):
             continue  # somebody else's folder
         is_same = path.parent.resolve() == config.run_path.resolve()

@@ -128,7 +128,9 @@ def _made(runs: Sequence[Run]) -> dict[str, dict[str, str]]:
         metrics = run.metrics or {}
         said = {key: str(value) for key, value in metrics.get("made", {}).items()}
         if said:
-            found[f"evaluation {run.letter}".rstrip()] = said | {"fingerprint": metrics["fingerprint"]}
+            found[f"evaluation {run.letter}".rstrip()] = said | {
+                "fingerprint": metrics.get("fingerprint", "")
+            }
     return found
 
 

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure as Canvas
 
-from cache.store import Store
+from cache.store import SIDES, Store
 from pipeline.data.base import IGNORE, BadImage, DataError, DataSet
 from pipeline.looking.gallery import spread
 from pipeline.ops.fusion import PSEUDO_PADDING, is_object, num_objects
@@ -66,7 +66,7 @@ def purity_by_class(
 ) -> tuple[np.ndarray, np.ndarray]:
     """By true class, ignored tokens in an object whose majority it is, and all of them; zeros without labels."""
     num, side = len(data.classes), maps.shape[-1]
-    size = int(store.attributes["views"]["size"])
+    size = store.fact(SIDES, "views", "size")
     followed, tokens = np.zeros(num, np.int64), np.zeros(num, np.int64)
     listed, ids, boxes = data.by_id("train"), store.samples, store.read_rows("view", rows)
     for pseudo, row, box in zip(maps, rows, boxes, strict=True):

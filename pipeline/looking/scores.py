@@ -60,8 +60,12 @@ def per_class(runs: Sequence[Run], data: DataSet) -> list[dict[str, Any]]:
 def confusion_of(config: Config, data: DataSet) -> np.ndarray | None:
     """The evaluation's matrix; None when there is none, or it is of other classes."""
     path = facts.metrics_path(config).with_name("confusion.npy")
-    matrix = np.load(path, allow_pickle=False) if path.is_file() else None
-    return matrix if matrix is not None and matrix.shape == (len(data.classes),) * 2 else None
+    try:
+        matrix = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError):  # none, or none that can be read
+        return None
+    is_one = isinstance(matrix, np.ndarray) and np.issubdtype(matrix.dtype, np.integer)
+    return matrix if is_one and matrix.shape == (len(data.classes),) * 2 else None
 
 
 def confusions(runs: Sequence[Run], data: DataSet) -> list[dict[str, Any]]:
@@ -144,7 +148,7 @@ def gamma_charts(runs: Sequence[Run]) -> list[tuple[str, Markup]]:
 
 def _sweep(metrics: Mapping[str, Any]) -> dict[str, list[tuple[float, float]]]:
     points = sorted((float(gamma), values) for gamma, values in metrics["gamma_sweep"].items())
-    return {key: [(gamma, v[key]) for gamma, v in points if v[key] is not None] for key in SWEPT}
+    return {key: [(gamma, v[key]) for gamma, v in points if v.get(key) is not None] for key in SWEPT}
 
 
 def _gamma_chart(series: Mapping[str, charts.Points], what: str, gammas: Set[float]) -> Markup:
@@ -189,7 +193,8 @@ def time_shares(run: Run) -> list[tuple[str, float]]:
 
 def objects_chart(config: Config) -> Markup:
     summary = (found_manifest(config, "cluster") or {}).get("summary", {})
-    counts = {int(num): int(views) for num, views in summary.get("objects_histogram", {}).items()}
+    histogram = summary.get("objects_histogram", {})
+    counts = {int(num): views for num, views in histogram.items() if num.isdecimal()}
     bars = (
         [(str(num), float(counts.get(num, 0))) for num in range(min(counts), max(counts) + 1)]
         if counts

@@ -9,6 +9,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from cache.errors import CorruptShard
 from cache.ledger import Ledger
 from cache.store import Store
 from pipeline.config import digest
@@ -29,7 +30,7 @@ def done_shards(stage: str, fingerprint: str, store: Store, stamps: Sequence[str
         if not all(store.size_bytes(name, shard) for name in entry.get("digests") or {}):
             continue  # a file that the record vouches for is gone
         now = (span(rows), list(stamps[rows.start : rows.stop]), digest(made.get(shard, {}).get("digests")))
-        if (entry["rows"], entry.get("stamps"), entry.get("upstream")) == now:
+        if (entry["rows"], entry.get("stamps"), entry.get("upstream")) == now and "stats" in entry:
             done.add(shard)
     return done
 
@@ -60,6 +61,19 @@ def make_shards(
                 advance(rows)
     ledger = Ledger(store.path, stage)
     return [ledger.entry(shard) or {} for shard in range(store.num_shards)]
+
+
+def summary_of(
+    stage: str, store: Store, records: Sequence[dict[str, Any]], summarise: Callable[..., dict[str, Any]]
+) -> dict[str, Any]:
+    """`summarise` of all records' counts. Raises: CorruptShard where they can't be added up."""
+    try:
+        return summarise([record["stats"] for record in records])
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise CorruptShard(
+            f"{Ledger(store.path, stage).folder}: the counts of its records don't fit together ({error}). Delete this "
+            f"folder and run `cli.py {stage}` again."
+        ) from error
 
 
 def record_labels(stage: str, job: Job, store: Store, shard: int, made: dict[str, Any], began: float) -> None:

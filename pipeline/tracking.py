@@ -117,7 +117,7 @@ SHAPES = {
     "train": MANIFEST | _ASKED | {"iterations?": int, "student?": str, "classes?": [str], "unseen?": [str]},
 }
 # By the stage below.
-NEEDED = dict.fromkeys(("cluster", "cams"), ("fingerprint", "content"))
+NEEDED: dict[str, tuple[str, ...]] = dict.fromkeys(("cluster", "cams"), ("fingerprint", "content"))
 NEEDED |= {"extract": ("fingerprint", "content", "text")}
 NEEDED |= {"train": ("fingerprint", "student")}
 MANIFESTS = {

@@ -187,7 +187,8 @@ def load_student(path: Path) -> tuple[DenseStudent, Checkpoint]:
             f"{path}: not a student of this project: {' '.join(str(error).split())}"
         ) from None
     config, text = from_mapping(raw, where=str(path)), tensors.pop(TEXT)
-    student = build_student(config.student, text.shape[1], pretrained=False)
+    side = config.teacher.image_size
+    student = build_student(config.student, text.shape[1], side=side, pretrained=False)
     student.load_state_dict({name.removeprefix("student."): value for name, value in tensors.items()})
     checkpoint = Checkpoint(
         config,

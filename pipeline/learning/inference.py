@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from pipeline.config import Eval
-from pipeline.models.student import DIVISOR, DenseStudent
+from pipeline.models.student import DIVISOR, DenseStudent, StudentError, refused
 from pipeline.ops.enlarge import best_enlarged
 from pipeline.ops.views import replay_image
 
@@ -132,8 +132,19 @@ def _starts(length: int, size: int, stride: float) -> list[int]:
 
 
 def _logits(student: DenseStudent, text: Tensor, images: Tensor) -> Tensor:
-    device = next(student.parameters()).device
-    return dense_logits(student(images.to(device)).float(), text.to(device))
+    device, side = next(student.parameters()).device, images.shape[-1]
+    try:
+        dense = student(images.to(device)).float()
+    except Exception as error:
+        if isinstance(student, DenseStudent) and refused(
+            student, side
+        ):  # some encoders are built for one side
+            raise StudentError(
+                f"eval.scales: this student can't look at images of {side} x {side}, only of the side it was trained "
+                f"at ({' '.join(str(error).split())}). Leave eval.scales out."
+            ) from None
+        raise
+    return dense_logits(dense, text.to(device))
 
 
 def dense_logits(dense: Tensor, text: Tensor) -> Tensor:

@@ -159,7 +159,7 @@ def found(
         asked = segmenter.ask(parsed_names(text))
         image = read_image(path)
         (scores,) = segmenter.scores([image], asked, gamma)
-        ids = segmenter.decide(scores, (image.shape[0], image.shape[1]), reject or None)
+        ids = segmenter.decide(scores, (image.shape[0], image.shape[1]), reject or None, asked=asked)
     except UserError as error:
         line = str(error).replace(str(path), Path(path).name) if path else str(error)
         return None, f'<p class="wrong" role="alert">{html.escape(line.removeprefix("--names "))}</p>'

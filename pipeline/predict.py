@@ -173,12 +173,12 @@ def _written(
     if wanted.probabilities:
         with _whole(_named(base, PROBABILITIES)) as partial:
             kept = np.lib.format.open_memmap(partial, "w+", np.float16, (len(asked.names), *size))
-            ids = segmenter.decide(scores, size, wanted.reject, kept)
+            ids = segmenter.decide(scores, size, wanted.reject, kept, asked)
             kept.flush()
             del kept
     else:
         _named(base, PROBABILITIES).unlink(missing_ok=True)  # were of what is replaced here
-        ids = segmenter.decide(scores, size, wanted.reject)
+        ids = segmenter.decide(scores, size, wanted.reject, asked=asked)
     overlay, mask = _named(base, OVERLAY), _named(base, MASK)
     with _whole(overlay) as partial:
         picture = painted(item.image, ids, len(asked.names))

@@ -469,7 +469,9 @@ def _other_than_demo(config: Path) -> str:
 def main() -> None:
     from cache.errors import CacheError
     from pipeline.config import UserError
+    from pipeline.learning.processes import end_with_parent
 
+    end_with_parent()
     try:
         app()
     except (UserError, CacheError) as error:

@@ -27,6 +27,7 @@ from cache.verify import check_whole, read_recorded
 from pipeline.config import LABELS_FROM, Config
 from pipeline.data.base import IGNORE, DataError, DataSet, Sample, open_data_set
 from pipeline.learning.loading import Kept, loader_processes, made_ahead
+from pipeline.learning.processes import Watched
 from pipeline.ops.masks import fitted_size, mask_and_confidence, named_labels
 from pipeline.ops.views import replay_image, replay_labels, view_of
 from pipeline.teaching.rows import cached_samples
@@ -342,7 +343,10 @@ def training_batches(
     places = _Batches(Plan(views.rows, train.batch, train.seed), start, stop, process, num_processes)
     num_bytes = len(views.rows) * views.num_views * 4 * views.size**2  # three colours and the labels
     fits = num_bytes <= views.replayed.room_bytes
-    workers = loader_processes(train.workers, num_processes, fits=fits)
+    kept_bytes = sum(array.nbytes for array in views.kept.values())
+    workers = loader_processes(
+        train.workers, num_processes, fits=fits, kept_bytes=kept_bytes, is_main=process == 0
+    )
     has_gpu = torch.cuda.is_available()
     if workers == 0:
 
@@ -356,7 +360,7 @@ def training_batches(
         views,
         batch_sampler=places,
         num_workers=workers,
-        multiprocessing_context="spawn",  # a forked zarr reader can deadlock
+        multiprocessing_context=Watched(),  # spawned: a forked zarr reader can deadlock
         pin_memory=has_gpu,
     )
     return iter(loader)

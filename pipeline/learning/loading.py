@@ -21,7 +21,7 @@ AHEAD = 2  # batches made before they are asked for: one being made while one is
 MOST_PROCESSES = (
     8  # of the loader, unless the config says more: beyond it a data-centre GPU waits for nothing
 )
-LOADER_BYTES = (
+LOADER_BYTES = 0.45e9  # of a loader process before it keeps anything, shared libraries apart: measured, torch 2.15
     0.45e9  # resident, of a loader process before it keeps anything: torch and this package, measured
 )
 

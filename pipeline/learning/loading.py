@@ -21,9 +21,8 @@ AHEAD = 2  # batches made before they are asked for: one being made while one is
 MOST_PROCESSES = (
     8  # of the loader, unless the config says more: beyond it a data-centre GPU waits for nothing
 )
-LOADER_BYTES = 0.45e9  # of a loader process before it keeps anything, shared libraries apart: measured, torch 2.15
-    0.45e9  # resident, of a loader process before it keeps anything: torch and this package, measured
-)
+# Of a loader process before it keeps anything, shared libraries apart: measured with torch 2.15.
+LOADER_BYTES = 0.45e9
 
 Work = TypeVar("Work")
 Made = TypeVar("Made")

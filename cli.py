@@ -503,7 +503,9 @@ def _other_than_demo(config: Path) -> str:
 def main() -> None:
     from cache.errors import CacheError
     from pipeline.config import UserError
+    from pipeline.learning.processes import end_with_parent
 
+    end_with_parent()
     try:
         done = app()  # an exit code, or what a command returns
         code = done if isinstance(done, int) else 0

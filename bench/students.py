@@ -131,6 +131,10 @@ MSCAN's are a file for `student.weights` ([voc_segnext_b.yaml](../config/voc_seg
 
 Any other encoder of timm (`tu-<name>`) under any decoder of segmentation_models_pytorch is two words of a config.
 
+**Sides and batches.** Convolutional students, mit_b*, PVTv2 and SegNeXt take any side. ViTs under DPT (patch 16) and
+Swin are set up for the views' side by themselves and take others at test time; MaxViT's windows and BEiT fit some sides
+only. Batch norm over 1 x 1 (DeepLabV3Plus, PAN, UPerNet) needs two images a process. `doctor` says what doesn't fit.
+
 """
 
 

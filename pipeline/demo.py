@@ -200,7 +200,7 @@ def found(
         asked = _asked(segmenter, parsed_names(text))
         image = _image(path)
         (scores,) = segmenter.scores([image], asked, gamma)
-        ids = segmenter.decide(scores, (image.shape[0], image.shape[1]), reject or None)
+        ids = segmenter.decide(scores, (image.shape[0], image.shape[1]), reject or None, asked=asked)
     except UserError as error:
         return None, wrong(str(error).removeprefix("--names "))
     return painted(image, ids, len(asked.names)), _table(shares(ids, asked.titles), asked)

@@ -180,13 +180,13 @@ def _written(
     if wanted.probabilities:
         with whole_file(_named(base, PROBABILITIES)) as file:
             kept = mapped_array(file, np.float16, (len(asked.names), *size))
-            ids = segmenter.decide(scores, size, wanted.reject, kept)
+            ids = segmenter.decide(scores, size, wanted.reject, kept, asked)
             kept.flush()
             del kept
     else:
         with writing(_named(base, PROBABILITIES)):
             _named(base, PROBABILITIES).unlink(missing_ok=True)  # were of what is replaced here
-        ids = segmenter.decide(scores, size, wanted.reject)
+        ids = segmenter.decide(scores, size, wanted.reject, asked=asked)
     overlay, mask = _named(base, OVERLAY), _named(base, MASK)
     picture = with_legend(painted(item.image, ids, len(asked.names)), shares(ids, asked.titles))
     with whole_file(overlay) as file:

@@ -34,7 +34,8 @@ from pipeline.config import LABELS_FROM, Config, fingerprint, version
 from pipeline.learning.batches import CachedViews, data_of, training_batches
 from pipeline.learning.checkpoint import BEST, LAST, ended, save_checkpoint, save_student
 from pipeline.learning.claims import claim, training_in
-from pipeline.learning.journal import Clock, Curve, note, peak_memory_bytes
+from pipeline.learning.journal import Clock, Curve, note, peak_memory_bytes, peak_resident_bytes
+from pipeline.learning.memory import Forecast, views_to_keep
 from pipeline.learning.objective import OBJECTIVES
 from pipeline.learning.pictures import pictures, show
 from pipeline.learning.processes import LOST_S, end_with_parent
@@ -297,18 +298,23 @@ def plan(config: Config) -> None:
         f"{num} processes: {section.iterations * section.batch / images:.1f} epochs of {images} images{kept}"
     )
     say("train: " + ", ".join(f"{name} {size / 1e6:.2f} M parameters" for name, size in sizes.items()))
-    trials = min(TRIAL_ITERATIONS, section.iterations)
-    batches = training_batches(run.views, start=0, stop=trials, num_processes=num)
-    clock, seconds = Clock(), []
-    for iteration, batch in enumerate(batches):
+    trials, room = min(TRIAL_ITERATIONS, section.iterations), run.views.replayed.room_bytes
+    memory, clock, seconds = Forecast(num, saving=4 * sizes["student"]), Clock(), []
+    for iteration, batch in enumerate(training_batches(run.views, start=0, stop=trials, num_processes=num)):
         began = time.perf_counter()
         _step(run, batch, iteration, clock)
         seconds.append(time.perf_counter() - began)
+        memory.look()  # the loaders end with the last batch
+    if section.validation.fraction:
+        run.views.held_out = run.views.held_out[:1]
+        seen_miou(run.student, run.views, run.learner.text_seen, run.learner.seen_ids)
+        memory.own = peak_resident_bytes()
+    memory.views = views_to_keep(run.views, section, room, num, trials)
     waited = clock.total["data"] / trials
     whole = section.iterations * (median(seconds) + waited)
     fixed = 4 * 4 * sum(sizes.values())  # float32: weights, gradients, AdamW's two moments
-    say(
-        f"train: memory {peak_memory_bytes() / 1e9:.2f} GB at its peak, {fixed / 1e9:.2f} GB of it weights, "
-        f"gradients and moments"
-    )
+    parts = f"{fixed / 1e9:.2f} GB of it weights, gradients and moments"
+    if torch.cuda.is_available():
+        say(f"train: memory {peak_memory_bytes() / 1e9:.2f} GB of the GPU at its peak, {parts}")
+    say(f"train: memory {memory.line()}" + ("" if torch.cuda.is_available() else f"; {parts}"))
     say(f"train: {median(seconds):.3f} s an iteration (median of {trials}): {whole / 3600:.2f} hours for all")

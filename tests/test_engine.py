@@ -1,6 +1,7 @@
 """Stage one over dask: the same cache with 1, 2 and 4 workers, after a worker's death, after the scheduler's."""
 
 import os
+import sys
 
 import dask
 import pytest
@@ -9,6 +10,8 @@ from bench import workers as bench
 from bench.small_run import forkserver, small_arguments, small_config
 from pipeline.cluster import cluster
 from pipeline.extract import extract
+from pipeline.learning import processes
+from pipeline.teaching import engine
 from pipeline.teaching.engine import EngineError, map_shards
 from tests.conftest import ROOT, is_one_line_error
 
@@ -80,3 +83,62 @@ def test_a_scheduler_that_is_not_there(tmp_path, run_cli):
     assert is_one_line_error(
         run_cli("extract", *small_arguments(tmp_path), "--scheduler", "nowhere"), "nowhere", "tcp://host:port"
     )
+
+
+def test_our_scheduler_is_closed_to_others():
+    """Neither without keys nor with other keys, and nothing is told over HTTP."""
+    import urllib.error
+    import urllib.request
+
+    import psutil
+    from dask.distributed import Client
+    from distributed.comm import CommClosedError
+    from distributed.security import Security
+
+    found = map_shards(address_of, [0, 1, 2], workers=1)
+    address = next(found)
+    assert address.startswith("tls://127.0.0.1:")
+    for stranger in (
+        {"address": address.replace("tls", "tcp")},
+        {"address": address, "security": Security.temporary()},
+    ):
+        with pytest.raises((OSError, CommClosedError)):
+            Client(**stranger, timeout="2s")
+    me = psutil.Process()
+    ports = {
+        listening.laddr.port
+        for process in (me, *me.children(recursive=True))
+        for listening in process.net_connections()
+        if listening.status == psutil.CONN_LISTEN
+    }
+    assert int(address.rpartition(":")[2]) in ports
+    for port in ports:
+        for path in ("info/main/workers.html", "json/counts.json", "metrics", "health"):
+            with pytest.raises((urllib.error.URLError, OSError)):
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/{path}", timeout=2)
+    assert len(list(found)) == 2
+
+
+def address_of(shard):
+    from distributed import get_worker
+
+    return get_worker().scheduler.address
+
+
+def test_without_the_package_for_keys(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cryptography", None)
+    monkeypatch.setitem(sys.modules, "cryptography.hazmat.primitives", None)
+    with pytest.raises(EngineError, match=r"--workers: the package cryptography.*pip install cryptography"):
+        list(map_shards(address_of, [1], workers=1))
+
+
+def test_no_more_workers_than_cores_and_memory(monkeypatch, capsys):
+    monkeypatch.setattr(processes, "cores", lambda: 2)
+    monkeypatch.setattr(processes, "available_bytes", lambda: 30e9)
+    assert engine._num_workers(2) == 2
+    assert capsys.readouterr().err == ""
+    assert engine._num_workers(64) == 2
+    assert "--workers is 64; 2 are started: 2 cores" in capsys.readouterr().err
+    monkeypatch.setattr(processes, "available_bytes", lambda: 1e9)
+    assert engine._num_workers(2) == 1
+    assert "--workers is 2; 1 is started: 1.0 GB of memory free" in capsys.readouterr().err

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils.data import default_collate
 
+from pipeline.learning import processes
 from pipeline.learning.batches import CachedViews, Plan, _Batches, data_of, training_batches
 from pipeline.learning.loading import Kept, loader_processes, made_ahead
 
@@ -77,8 +78,9 @@ def test_batches_are_the_same_from_memory(cached_demo, tiny):
     assert [len(each.replayed.held) for each in (never, some, everything)] == [0, 20, 140]
 
 
-def test_batches_are_the_same_from_processes(cached_demo, tiny):
+def test_batches_are_the_same_from_processes(cached_demo, tiny, monkeypatch):
     """Two loader processes of each of two training processes: what a thread makes, in its order."""
+    monkeypatch.setattr(processes, "cores", lambda: 4)
     settings = (f"cache.path={cached_demo}", "train.photometric=true")
     batches = {}
     for workers in (0, 2):
@@ -110,3 +112,33 @@ def test_how_many_loader_processes(monkeypatch):
     assert loader_processes(None, 4, fits=False) == 3
     assert loader_processes(None, 16, fits=False) == 0
     assert loader_processes(0, 1, fits=False) == 0
+
+
+def test_no_more_loaders_than_cores_and_memory(monkeypatch, capsys):
+    monkeypatch.setattr(processes, "cores", lambda: 2)
+    monkeypatch.setattr(processes, "available_bytes", lambda: 30e9)
+    assert loader_processes(2, 1, fits=True) == 2
+    assert capsys.readouterr().err == ""
+    assert loader_processes(64, 1, fits=False) == 2
+    assert "train.workers is 64; 2 are started: 2 cores" in capsys.readouterr().err
+    assert loader_processes(64, 2, fits=False, is_main=False) == 1
+    assert capsys.readouterr().err == "", "one of the training processes says it"
+    # 2.2 GB hold three of 0.45 + 0.25 GB; 1 GB, for two training processes, not one each.
+    monkeypatch.setattr(processes, "cores", lambda: 16)
+    monkeypatch.setattr(processes, "available_bytes", lambda: 2.2e9)
+    assert loader_processes(64, 1, fits=False, kept_bytes=250_000_000) == 3
+    assert "3 are started: 2.2 GB of memory free, 0.70 GB for each" in capsys.readouterr().err
+    monkeypatch.setattr(processes, "available_bytes", lambda: 1e9)
+    assert loader_processes(4, 2, fits=False, kept_bytes=250_000_000) == 0
+    assert "batches are made by a thread: 1.0 GB of memory free" in capsys.readouterr().err
+
+
+def test_a_containers_memory_is_what_counts(monkeypatch, tmp_path):
+    monkeypatch.setattr(processes, "CGROUP", tmp_path)
+    machine = processes.available_bytes()
+    assert machine > 0
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory.current").write_text("40\n")
+    assert processes.available_bytes() == pytest.approx(machine, rel=0.5)
+    (tmp_path / "memory.max").write_text("100\n")
+    assert processes.available_bytes() == 60

@@ -1,11 +1,14 @@
 """Students against what is published of them: parameters and cost at 512 x 512 with 150 classes."""
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline.config import Student
-from pipeline.models.student import StudentError, build_student
+from pipeline.config import Eval, Student
+from pipeline.learning.inference import class_logits
+from pipeline.models.student import StudentError, build_student, check_batch
+from tests.conftest import TINY, is_one_line_error
 
 # encoder, decoder channels, millions of parameters, GFLOPs (multiplications); SegFormer's Table 1 and its configs.
 PUBLISHED = {"mit_b0": (256, 3.8, 8.4), "mit_b4": (768, 64.1, 95.7)}
@@ -51,3 +54,115 @@ def test_an_option_that_a_decoder_lacks():
         section = Student(arch=arch, encoder="tu-resnet10t", encoder_weights=None, options={"no_such": 1})
         with pytest.raises(StudentError, match="no_such"):
             build_student(section, 8)
+
+
+def built(arch, encoder, side=None, **more):
+    return build_student(
+        Student(arch=arch, encoder=encoder, **{"encoder_weights": None, **more}), 8, side=side
+    )
+
+
+def test_an_option_that_smp_would_drop_without_a_word():
+    with pytest.raises(
+        StudentError, match=r"decoder_pyramid_channel: .*nearest is decoder_pyramid_channels\."
+    ):
+        built("FPN", "resnet18", options={"decoder_pyramid_channel": 64})
+    with pytest.raises(StudentError, match=r"student\.options classes: is set by"):
+        built("FPN", "resnet18", options={"classes": 5})
+
+
+@pytest.mark.parametrize(
+    ("encoder", "near"),
+    [("mit_b9", "mit_b5, mit_b4"), ("resnet10t", "tu-resnet10t"), ("tu-resnet10tt", "tu-resnet10t")],
+)
+def test_an_unknown_encoder_names_the_nearest(encoder, near):
+    with pytest.raises(StudentError) as raised:
+        built("Segformer", encoder)
+    assert near in str(raised.value)
+    assert "Offline" not in str(raised.value), "a name that doesn't exist is nowhere to be had"
+    assert str(raised.value).endswith(".")
+
+
+def test_weights_that_are_not_there():
+    with pytest.raises(StudentError, match=r"`imagenett`.*Available options are: \['imagenet'"):
+        built("FPN", "resnet18", encoder_weights="imagenett")
+    with pytest.raises(StudentError, match=r"Invalid pretrained tag.*tu-resnet10t\.c3_in1k"):
+        built("FPN", "tu-resnet10t.no_such")
+    with pytest.raises(StudentError, match=r"student\.weights nowhere\.pt: .*No such file"):
+        built("FPN", "resnet18", weights="nowhere.pt")
+
+
+def test_a_download_that_fails(monkeypatch):
+    """Only then is being offline the matter; the reason is cut between words."""
+
+    def download(*_, **__):
+        raise OSError("no route to " + "somewhere " * 100)
+
+    monkeypatch.setattr("segmentation_models_pytorch.encoders.hf_hub_download", download)
+    with pytest.raises(
+        StudentError, match=r"somewhere \.\.\.\. Offline, set student\.encoder_weights to null"
+    ):
+        built("FPN", "resnet18", encoder_weights="imagenet")
+
+
+@pytest.mark.parametrize("side", [64, 100])
+def test_a_vision_transformer_takes_the_views_side_and_others(side):
+    student = built("DPT", "tu-vit_tiny_patch16_224", side).eval()
+    for each in (side, 224, 96):
+        assert student(torch.zeros(1, 3, each, each)).shape == (1, 8, each // 4, each // 4)
+    section = Student(arch="DPT", encoder="tu-vit_tiny_patch16_224", encoder_weights=None)
+    check_batch(student, section, 1, side)
+    assert not student.training
+
+
+def test_swin_is_built_for_the_views_side():
+    options = {"decoder_channels": 32}
+    student = built("UPerNet", "tu-swin_tiny_patch4_window7_224", 64, options=options).eval()
+    assert student(torch.zeros(1, 3, 64, 64)).shape == (1, 8, 16, 16)
+    assert student(torch.zeros(1, 3, 96, 96)).shape == (1, 8, 24, 24)
+
+
+def test_a_side_that_a_student_cannot_take():
+    # Windows of 7 at strides 4 to 32: 224, 448, 672. Built for 144, padded to 160, they are 144 / 32 = 4: 40 / 4 fits,
+    # the last stage's 5 don't.
+    with pytest.raises(StudentError, match=r"144 x 144 \(.*divisible by window.*it takes 224, 448, 672"):
+        built("UPerNet", "tu-maxvit_tiny_tf_224", 144)
+    with pytest.raises(StudentError, match=r"PAN on 'resnet18': no images of 64 x 64.*it takes 128"):
+        built("PAN", "resnet18", 64)
+
+
+def test_looking_for_a_side_draws_nothing():
+    """First weights are those of a student that was built without looking."""
+    students = []
+    for side in (None, 64):
+        torch.manual_seed(0)
+        students.append(built("FPN", "tu-resnet10t", side))
+    first, second = (student.state_dict() for student in students)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("arch", ["DeepLabV3Plus", "PAN", "UPerNet"])
+def test_one_image_is_too_few_for_a_batch_norm_of_1_x_1(arch):
+    section = Student(arch=arch, encoder="resnet18", encoder_weights=None)
+    student = build_student(section, 8, side=128)
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    check_batch(student, section, 2, 128)
+    with pytest.raises(StudentError, match=rf"{arch} pools to 1 x 1.*train\.batch leaves 1"):
+        check_batch(student, section, 1, 128)
+    assert student.training
+    assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
+
+
+def test_train_and_doctor_say_so_before_any_work(cached_demo, tmp_path, run_cli):
+    settings = [f"runs={tmp_path}", f"cache.path={cached_demo}", *TINY, "student.arch=PAN", "train.batch=1"]
+    settings += ["student.options={}"]
+    arguments = [part for setting in settings for part in ("--set", setting)]
+    for command in ("train", "doctor"):
+        assert is_one_line_error(run_cli(command, *arguments), "student.arch PAN", "train.batch leaves 1")
+
+
+def test_scales_that_a_student_of_one_side_cannot_look_at():
+    student = built("UPerNet", "tu-maxvit_tiny_tf_224", 64).eval()
+    image = np.zeros((64, 64, 3), np.uint8)
+    with pytest.raises(StudentError, match=r"eval\.scales: .*96 x 96"):
+        class_logits(student, torch.eye(8), image, 64, Eval(scales=(1.5,)))

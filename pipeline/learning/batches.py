@@ -27,6 +27,7 @@ from cache.verify import check_whole, read_recorded
 from pipeline.config import LABELS_FROM, Config
 from pipeline.data.base import IGNORE, DataError, DataSet, Sample, open_data_set
 from pipeline.learning.loading import Kept, loader_processes, made_ahead
+from pipeline.learning.processes import Watched
 from pipeline.ops.masks import fitted_size, mask_and_confidence, named_labels
 from pipeline.ops.views import replay_image, replay_labels, view_of
 from pipeline.teaching.rows import cached_samples
@@ -281,23 +282,57 @@ def held_out(sample: str, seed: int, fraction: float) -> bool:
 
 
 def distorted(image: Tensor, rng: np.random.Generator) -> Tensor:
-    """Photometric distortion of (3, S, S) uint8, each part with probability 1/2 (mmseg's, in its order)."""
-    from torchvision.transforms.v2 import functional as transforms
+    """Photometric distortion of (3, S, S) uint8, each part with probability 1/2 (mmseg's, in its order).
 
+    As there, values are clipped to 0..255 after each part, cut to whole numbers after brightness and contrast, and
+    saturation and hue are those of HSV. Theirs are kept in bytes, hue in steps of 2 degrees; ours are real numbers.
+    """
     values = image.float()
     if rng.random() < 0.5:
-        values = values + rng.uniform(-BRIGHTNESS, BRIGHTNESS)
+        values = _whole(values + rng.uniform(-BRIGHTNESS, BRIGHTNESS))
     contrast_first = rng.random() < 0.5
     contrast = rng.uniform(*CONTRAST) if rng.random() < 0.5 else 1.0
-    values = values * contrast if contrast_first else values
-    unit = values.clamp(0, 255) / 255
+    if contrast_first:
+        values = _whole(values * contrast)
     if rng.random() < 0.5:
-        unit = transforms.adjust_saturation(unit, rng.uniform(*SATURATION))
+        values = saturated(values, rng.uniform(*SATURATION))
     if rng.random() < 0.5:
-        unit = transforms.adjust_hue(unit, rng.uniform(-HUE, HUE))
-    values = unit * 255
-    values = values if contrast_first else values * contrast
-    return values.clamp(0, 255).round().to(torch.uint8)
+        values = turned(values, rng.uniform(-HUE, HUE))
+    values = values.round()
+    if not contrast_first:
+        values = _whole(values * contrast)
+    return values.to(torch.uint8)
+
+
+def _whole(values: Tensor) -> Tensor:
+    return values.clamp_(0, 255).floor_()
+
+
+def saturated(values: Tensor, factor: float) -> Tensor:
+    """HSV's S times a factor, at most 1; hue and value stay. Shapes: (3, H, W) float32, 0 to 255 -> the same."""
+    value = values.amax(0)
+    spread = value - values.amin(0)  # S = spread / value; all distances from the value grow alike
+    growth = torch.where(factor * spread > value, value / spread, factor)
+    return value - (value - values) * growth
+
+
+def turned(values: Tensor, turn: float) -> Tensor:
+    """HSV's H moved by a part of a full turn; saturation and value stay. Shapes: (3, H, W) float32 -> the same."""
+    red, green, blue = values
+    value = values.amax(0)
+    spread = value - values.amin(0)
+    safe = spread.clamp(min=1e-6)  # grey has no hue, and spread 0 keeps it grey
+    hue = torch.where(
+        value == red,
+        (green - blue) / safe,
+        torch.where(value == green, 2 + (blue - red) / safe, 4 + (red - green) / safe),
+    )  # in sixths of a turn
+    found = torch.empty_like(values)
+    for channel, offset in zip(found, (5, 3, 1), strict=True):
+        # A channel's distance from the value along the turn: 0 for two sixths, rising, spread for two, falling.
+        place = (hue + (offset + 6 * turn)).remainder_(6)
+        torch.sub(value, spread * torch.minimum(place, 4 - place).clamp_(0, 1), out=channel)
+    return found
 
 
 def training_batches(
@@ -308,7 +343,10 @@ def training_batches(
     places = _Batches(Plan(views.rows, train.batch, train.seed), start, stop, process, num_processes)
     num_bytes = len(views.rows) * views.num_views * 4 * views.size**2  # three colours and the labels
     fits = num_bytes <= views.replayed.room_bytes
-    workers = loader_processes(train.workers, num_processes, fits=fits)
+    kept_bytes = sum(array.nbytes for array in views.kept.values())
+    workers = loader_processes(
+        train.workers, num_processes, fits=fits, kept_bytes=kept_bytes, is_main=process == 0
+    )
     has_gpu = torch.cuda.is_available()
     if workers == 0:
 
@@ -322,7 +360,7 @@ def training_batches(
         views,
         batch_sampler=places,
         num_workers=workers,
-        multiprocessing_context="spawn",  # a forked zarr reader can deadlock
+        multiprocessing_context=Watched(),  # spawned: a forked zarr reader can deadlock
         pin_memory=has_gpu,
     )
     return iter(loader)

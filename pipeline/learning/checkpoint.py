@@ -262,7 +262,8 @@ def load_student(path: Path) -> tuple[DenseStudent, Checkpoint]:
         raise CheckpointError(
             f"{path}: its class names and its table of text features don't belong together."
         )
-    student = build_student(config.student, text.shape[1], pretrained=False)
+    side = config.teacher.image_size
+    student = build_student(config.student, text.shape[1], side=side, pretrained=False)
     try:
         student.load_state_dict({name.removeprefix("student."): value for name, value in tensors.items()})
     except RuntimeError as error:  # torch lists names and shapes that are missing, or too many

@@ -14,10 +14,14 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from pipeline.config import Eval
-from pipeline.models.student import DIVISOR, DenseStudent
+from pipeline.data.base import BadImage
+from pipeline.models.student import DIVISOR, DenseStudent, StudentError, refused
 from pipeline.ops.enlarge import best_enlarged
 from pipeline.ops.views import replay_image
 
+MOST_WINDOWS = 4096  # of one image in mode `slide`: some two thousand times as long as it is wide
+MOST_SLID_BYTES = 2**32  # of one image's colours and logits in mode `slide` at scale 1, where its windows lie
+COLOURS = 4  # the three, and how many windows there were
 BLACK = np.zeros(3, np.uint8)
 Best = tuple[
     Tensor, Tensor, Tensor
@@ -33,6 +37,7 @@ def class_logits(student: DenseStudent, text: Tensor, image: np.ndarray, size: i
     averages the logits of overlapping windows (mmseg's slide_inference).
     With `flip` or `scales` the softmax is averaged over all sights of the image (mmseg's SegTTAModel), and its
     logarithm returned: of a single sight that is the logits but for a number a pixel, so gamma means the same.
+    Raises: BadImage in mode `slide` (see `slid`), StudentError for a scale that the student can't take.
     """
     see = {"whole": _whole, "slide": _slide}[section.mode]
     if not section.is_averaged:
@@ -106,34 +111,65 @@ def best_classes(
 def _slide(
     student: DenseStudent, text: Tensor, image: np.ndarray, size: int, section: Eval, scale: float
 ) -> Tensor:
+    found = slid(student, text, image, size, section, scale)
+    return interpolate(found[None], image.shape[:2], mode="bilinear", align_corners=False)[0]
+
+
+def slid(
+    student: DenseStudent, text: Tensor, image: np.ndarray, size: int, section: Eval, scale: float = 1.0
+) -> Tensor:
+    """Logits of mode `slide` before they are enlarged to the image: the means over overlapping windows.
+
+    Shapes: image (H, W, 3) uint8 -> (K, h, w) float32, the short side `scaled(size, scale)`.
+    Raises: BadImage for an image so long that its windows, or their logits, are too many; before any work.
+    """
     height, width = image.shape[:2]
     short = scaled(size, scale)
     side = min(size, short)  # of a window: mmseg's shrink with an image that is smaller than they are
     factor = short / min(height, width)
     rows, columns = max(short, round(height * factor)), max(short, round(width * factor))
+    step = max(int(side * section.stride), 1)
+    num_windows = math.prod(1 + math.ceil((length - side) / step) for length in (rows, columns))
+    num_bytes, most_bytes = 4 * (len(text) + COLOURS) * rows * columns, MOST_SLID_BYTES * max(1, scale) ** 2
+    if num_windows > MOST_WINDOWS or num_bytes > most_bytes:
+        raise BadImage(
+            f"{width} x {height} pixels: too long for its width and {len(text)} names in mode slide: {num_windows:,} "
+            f"windows (at most {MOST_WINDOWS:,}) and {num_bytes / 1e9:.1f} GB (at most {most_bytes / 1e9:.1f}). Crop "
+            "it, name fewer, or take mode whole."
+        )
     pixels = torch.from_numpy(image).permute(2, 0, 1)[None].float()
     pixels = interpolate(pixels, (rows, columns), mode="bilinear", align_corners=False, antialias=True)
     total = torch.zeros(len(text), rows, columns)
     count = torch.zeros(rows, columns)
-    for top in _starts(rows, side, section.stride):
-        for left in _starts(columns, side, section.stride):
+    for top in _starts(rows, side, step):
+        for left in _starts(columns, side, step):
             window = pixels[:, :, top : top + side, left : left + side]
             logits = _logits(student, text, window)
             logits = interpolate(logits, (side, side), mode="bilinear", align_corners=False)[0]
             total[:, top : top + side, left : left + side] += logits.cpu()
             count[top : top + side, left : left + side] += 1
-    return interpolate((total / count)[None], (height, width), mode="bilinear", align_corners=False)[0]
+    return total.div_(count)
 
 
-def _starts(length: int, size: int, stride: float) -> list[int]:
+def _starts(length: int, size: int, step: int) -> list[int]:
     """Where windows begin so that they cover 0..length, the last one flush with the end."""
-    step = max(int(size * stride), 1)
     return sorted({min(start, length - size) for start in range(0, length - size + step, step)})
 
 
 def _logits(student: DenseStudent, text: Tensor, images: Tensor) -> Tensor:
-    device = next(student.parameters()).device
-    return dense_logits(student(images.to(device)).float(), text.to(device))
+    device, side = next(student.parameters()).device, images.shape[-1]
+    try:
+        dense = student(images.to(device)).float()
+    except Exception as error:
+        if isinstance(student, DenseStudent) and refused(
+            student, side
+        ):  # some encoders are built for one side
+            raise StudentError(
+                f"eval.scales: this student can't look at images of {side} x {side}, only of the side it was trained "
+                f"at ({' '.join(str(error).split())}). Leave eval.scales out."
+            ) from None
+        raise
+    return dense_logits(dense, text.to(device))
 
 
 def dense_logits(dense: Tensor, text: Tensor) -> Tensor:
@@ -163,6 +199,6 @@ def best_by_group(logits: Tensor, seen: list[int], unseen: list[int]) -> Best:
 
 
 def predicted(best: Best, gamma: float) -> Tensor:
-    """Class ids (H, W) when gamma is added to the unseen logits."""
+    """Class ids (H, W) when gamma is added to the unseen logits; at a tie the seen class, within a group the lower."""
     seen, unseen, needed = best
     return torch.where(needed < gamma, unseen, seen)

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO
 
+import psutil
 import torch
 
 from cache.files import write_text, writing
@@ -42,12 +43,17 @@ class Clock:
 
 def peak_memory_bytes() -> int:
     """The most memory held so far: allocated on the GPU if there is one, else resident in this process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status")
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_resident_bytes()
+
+
+def peak_resident_bytes(pid: int | None = None) -> int:
+    """The most memory that a process, this one or a living child, has held; of a child without /proc what it holds."""
+    status = Path(f"/proc/{pid or 'self'}/status")
     if status.is_file():  # getrusage(2) would count what the process held that started this one
         (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
         return 1024 * int(line.split()[1])
+    if pid is not None:
+        return int(psutil.Process(pid).memory_info().rss)
     unit = 1 if sys.platform == "darwin" else 1024
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 

@@ -14,10 +14,15 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from pipeline.learning.processes import cores, most_processes
+from pipeline.tracking import say
+
 AHEAD = 2  # batches made before they are asked for: one being made while one is ready
 MOST_PROCESSES = (
     8  # of the loader, unless the config says more: beyond it a data-centre GPU waits for nothing
 )
+# Of a loader process before it keeps anything, shared libraries apart: measured with torch 2.15.
+LOADER_BYTES = 0.45e9
 
 Work = TypeVar("Work")
 Made = TypeVar("Made")
@@ -68,15 +73,22 @@ def made_ahead(work: Iterable[Work], make: Callable[[Work], Made], num_ahead: in
                 piece.cancel()
 
 
-def loader_processes(wanted: int | None, num_processes: int, *, fits: bool) -> int:
+def loader_processes(
+    wanted: int | None, num_processes: int, *, fits: bool, kept_bytes: int = 0, is_main: bool = True
+) -> int:
     """How many processes make the batches of one training process; 0 stands for a thread of its own.
 
     None chooses: a thread where all views `fits` into memory, or where there is no GPU, since then the
-    student has the cores; else what the cores allow.
+    student has the cores; else what the cores allow. Never more than cores and memory allow, which is said by the
+    main one of `num_processes`; each loader holds `kept_bytes` of the cache's arrays.
     """
-    if wanted is not None:
-        return wanted
-    if fits or not torch.cuda.is_available():
-        return 0
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(0, min(MOST_PROCESSES, cores // num_processes - 1))
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", num_processes))
+    if wanted is None:
+        if fits or not torch.cuda.is_available():
+            return 0
+        return max(0, min(MOST_PROCESSES, cores() // local - 1))
+    num, reason = most_processes(wanted, LOADER_BYTES + kept_bytes, local)
+    if reason and is_main:
+        started = f"{num} {'is' if num == 1 else 'are'} started" if num else "batches are made by a thread"
+        say(f"train.workers is {wanted}; {started}: {reason}")
+    return num

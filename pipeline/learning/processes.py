@@ -1,4 +1,6 @@
-"""Several training processes on one machine: this very command, started N times.
+"""Several processes on one machine: how many it has room for, and that none outlives the one that started it.
+
+Several training processes are this very command, started N times.
 
 accelerate finds its rank, its peers and its address in the environment, as torchrun leaves them; so
 `accelerate launch` and `torchrun` work as well, on several machines too. `accelerate launch --cpu` starts
@@ -8,6 +10,7 @@ torch: the process that starts the others only waits.
 
 from __future__ import annotations
 
+import functools
 import os
 import socket
 import subprocess
@@ -15,7 +18,11 @@ import sys
 import tempfile
 import threading
 import time
-from typing import IO
+from multiprocessing.context import SpawnContext, SpawnProcess
+from pathlib import Path
+from typing import IO, Any
+
+import psutil
 
 from pipeline.config import UserError
 
@@ -47,6 +54,10 @@ def start(num: int) -> None:
 
     Raises: ProcessError for a process that a signal ended; SystemExit with the code of one that failed.
     """
+    if num > cores():
+        from pipeline.tracking import say
+
+        say(f"train.processes is {num}, and there are {cores()} cores: the processes take turns")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -116,13 +127,82 @@ def _report(rank: int, children: list[subprocess.Popen[bytes]], said: list[IO[by
 
 
 def end_with_parent() -> None:
-    """Ends this process soon after the one that started it: nobody trains on unwatched."""
-    if PARENT not in os.environ:
-        return
+    """Ends this process soon after the one that started it, however that ended: nobody works on unwatched.
 
-    def watch(parent: int) -> None:
-        while os.getppid() == parent:
+    That one is named by the environment, or else it is the launcher of several training processes.
+    """
+    if PARENT in os.environ:
+        _watch(int(os.environ[PARENT]))
+    elif is_launched() or "ACCELERATE_USE_CPU" in os.environ:  # torchrun, accelerate launch
+        _watch(os.getppid())
+
+
+@functools.cache
+def _watch(parent: int) -> None:
+    """Starts a thread that ends this process when `parent`, a process id, is gone."""
+
+    def watch() -> None:
+        is_direct = os.getppid() == parent
+        while os.getppid() == parent if is_direct else _lives(parent):
             time.sleep(POLL_S)
         os._exit(1)
 
-    threading.Thread(target=watch, args=(int(os.environ[PARENT]),), daemon=True).start()
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _lives(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+class _Watched(SpawnProcess):
+    """Of multiprocessing, spawned: in the child the watch begins before anything else is loaded."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _watched, (os.getpid(),), self.__dict__
+
+
+def _watched(parent: int) -> _Watched:
+    _watch(parent)
+    return _Watched.__new__(_Watched)
+
+
+class Watched(SpawnContext):
+    """multiprocessing's `spawn`, for DataLoader and process pools; its processes end with the one that made them."""
+
+    Process = _Watched
+
+
+def cores() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+CGROUP = Path("/sys/fs/cgroup")  # of a container, version 2
+
+
+def available_bytes() -> int:
+    """Memory that processes can still take: the machine's, or what is left of the container's share."""
+    free = int(psutil.virtual_memory().available)
+    try:
+        limit, used = ((CGROUP / f"memory.{name}").read_text().strip() for name in ("max", "current"))
+        return min(free, max(int(limit) - int(used), 0))
+    except (OSError, ValueError):  # no such group, or "max"
+        return free
+
+
+def most_processes(wanted: int, each_bytes: float, sharing: int = 1) -> tuple[int, str]:
+    """As many of `wanted` as cores and memory allow, and why not more, "" where all do.
+
+    `sharing`: how many processes on this machine ask the same.
+    """
+    most, room = max(cores() // sharing, 1), int(available_bytes() / each_bytes) // sharing
+    if wanted <= min(most, room):
+        return wanted, ""
+    shared = f" for each of {sharing} processes" if sharing > 1 else ""
+    if room < most:
+        free = f"{available_bytes() / 1e9:.1f} GB of memory free, {each_bytes / 1e9:.2f} GB for each"
+        return room, f"{free}{shared}"
+    return most, f"{cores()} core{'s' * (cores() != 1)}{shared}"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config import Eval
-from pipeline.data.base import IGNORE, DataError, DataSet, Sample
+from pipeline.data.base import IGNORE, BadImage, DataError, DataSet, Sample
 from pipeline.learning.inference import (
     Best,
     best_by_group,
@@ -102,6 +102,7 @@ class Loaded:
     image: np.ndarray  # (H, W, 3) uint8
     truth: Tensor  # (H, W) uint8
     view: Tensor  # (3, S, S) uint8, the image squashed
+    id: str = ""
 
 
 def loaded(data: DataSet, samples: Sequence[Sample], size: int) -> list[Loaded]:
@@ -114,7 +115,7 @@ def loaded(data: DataSet, samples: Sequence[Sample], size: int) -> list[Loaded]:
                 f"test image {sample.id}: no mask, and eval needs one. Give test masks in the data set."
             )
         image = data.image(sample)
-        found.append(Loaded(image, torch.from_numpy(labels), squashed(image, size)))
+        found.append(Loaded(image, torch.from_numpy(labels), squashed(image, size), sample.id))
     return found
 
 
@@ -135,7 +136,10 @@ def predictions(
         yield from zip(bests, (item.truth for item in group), strict=True)
         return
     for item in group:
-        logits = class_logits(student, text, item.image, size, section)
+        try:
+            logits = class_logits(student, text, item.image, size, section)
+        except BadImage as error:
+            raise BadImage(f"test image {item.id}: {error}") from None
         yield best_by_group(logits, seen, unseen), item.truth
 
 

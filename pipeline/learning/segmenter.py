@@ -16,26 +16,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from pipeline.config import UserError
-from pipeline.data.base import BadImage, DataError
+from pipeline.data.base import DataError
 from pipeline.data.words import key_of
 from pipeline.learning.batches import data_of
 from pipeline.learning.checkpoint import load_student, student_file
-from pipeline.learning.inference import class_logits, dense_logits, squashed
+from pipeline.learning.inference import dense_logits, slid, squashed
 from pipeline.learning.text import labelled_words, stacked, text_of_names, text_teacher
 from pipeline.ops.enlarge import strips
 from pipeline.teaching.rows import different_classes
 
 Name = tuple[str, ...]
 
-# How `slide` looks here: once, whatever the evaluation's flips and scales; their averaged softmax has no logits.
-ONE_SIGHT = {"mode": "slide", "flip": False, "scales": ()}
 NONE = 255  # the id of a pixel that is none of the names
 MOST_NAMES = 255  # ids are 8 bits, and 255 is NONE
-MOST_SLID_BYTES = 2**31  # of one image's logits in mode `slide`, which are kept at the windows' resolution
 
 # What `reject` is compared with, from the scores that decide (logits, gamma added), (K, R, W) -> (R, W), 0 to 1.
 # A text student's focal loss trains the sigmoid of each name's logit by itself, so it says the same whatever other
@@ -159,20 +155,9 @@ class Segmenter:
         return list(dense_logits(dense, text.to(device)))
 
     def _slide(self, images: Sequence[np.ndarray], text: Tensor) -> list[Tensor]:
-        size, section = self.config.teacher.image_size, self.config.eval.model_copy(update=ONE_SIGHT)
-        found = []
-        for image in images:
-            height, width = image.shape[:2]
-            scale = size / min(height, width)
-            rows, columns = max(size, round(height * scale)), max(size, round(width * scale))
-            if 4 * len(text) * rows * columns > MOST_SLID_BYTES:
-                raise BadImage(
-                    f"{width} x {height} pixels: too long for its width and {len(text)} names in mode slide. Crop it, "
-                    "name fewer, or take mode whole."
-                )
-            small = np.array(Image.fromarray(image).resize((columns, rows), Image.Resampling.BILINEAR))
-            found.append(class_logits(self.student, text, small, size, section))
-        return found
+        """One look, whatever the evaluation's flips and scales; their averaged softmax has no logits."""
+        size, section = self.config.teacher.image_size, self.config.eval
+        return [slid(self.student, text, image, size, section) for image in images]
 
     def decide(
         self,
@@ -180,21 +165,31 @@ class Segmenter:
         size: tuple[int, int],
         reject: float | None = None,
         probabilities: np.ndarray | None = None,
+        asked: Asked | None = None,
     ) -> np.ndarray:
         """The winning name of every pixel, NONE where its score (see SCORES) lies below `reject`.
+
+        At a tie the earlier name wins; with `asked` one that was trained with labels before one that wasn't, as eval
+        decides between seen and unseen.
 
         Shapes: scores (K, h, w), size (H, W) -> (H, W) uint8. The softmax of the scores over the names is written
         into `probabilities` (K, H, W), where given.
         """
-        ids = np.empty(size, np.uint8)
-        for rows, enlarged in strips(scores, size):
-            best = enlarged.max(0).indices.to(torch.uint8)  # (R, W); argmax takes three times as long
+        ids, places = np.empty(size, np.uint8), range(len(scores))
+        order = sorted(places, key=lambda name: not asked.is_trained[name]) if asked else list(places)
+        is_sorted = order == list(places)
+        names = torch.tensor(order, dtype=torch.uint8, device=scores.device)
+        for rows, enlarged in strips(scores if is_sorted else scores[order], size):
+            best = names[
+                enlarged.max(0).indices
+            ]  # (R, W), the first at a tie; argmax takes three times as long
             if reject is not None:
                 score = SCORES[self.config.student.classifier](enlarged)
                 best[score < reject] = NONE
             ids[rows] = best.cpu().numpy()
             if probabilities is not None:
-                probabilities[:, rows] = enlarged.softmax(0).cpu().numpy()
+                found = enlarged.softmax(0).cpu().numpy()
+                probabilities[:, rows] = found if is_sorted else found[np.argsort(order)]
         return ids
 
 

@@ -18,7 +18,7 @@ from pipeline.learning.objective import Learner
 from pipeline.learning.processes import is_launched
 from pipeline.learning.validation import Best
 from pipeline.models.glm import CachedNegatives, ClsBank
-from pipeline.models.student import build_student, parameter_groups
+from pipeline.models.student import build_student, check_batch, parameter_groups
 from pipeline.models.vla import VisualLanguageAdapter
 from pipeline.tracking import revision, say
 
@@ -92,10 +92,12 @@ def new_run(config: Config, accelerator: Accelerator, identity: str, cache: str 
         config.student.classifier == "learned"
     ):  # a channel a class: its table is the identity, for eval and export too
         channels, text = len(data.classes), torch.eye(len(data.classes))
+    student = build_student(config.student, channels, side=views.size)
+    check_batch(student, config.student, section.batch // accelerator.num_processes, views.size)
     vla = section.vla if config.recipe == "clip_teacher" else "original"
     seen = torch.tensor(views.taught_ids)
     learner = Learner(
-        student=build_student(config.student, channels),
+        student=student,
         vla=VisualLanguageAdapter(channels, vla),
         bank=negatives_of(views, channels),
         text_seen=text[seen],

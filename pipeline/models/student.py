@@ -5,14 +5,21 @@ Axes: B images, C = the teacher's channels, H = W = S / 4.
 
 from __future__ import annotations
 
+import difflib
 import inspect
+import re
+import textwrap
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, cast
 
 import segmentation_models_pytorch as smp
+import timm
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.functional import interpolate, pad
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -24,6 +31,21 @@ HEAD_STD = (
 )
 STRIDE = 4  # of the dense output; SegFormer's (method section 4)
 DIVISOR = 32  # of the input's sides: encoders halve it five times
+MOST_SIDE = 1024  # up to which sides that a student takes are looked for, when it doesn't take the views'
+# What makes timm's encoders take a side they weren't published for: ViT resizes its positions at every call, Swin and
+# its kin are built for a side and pad others, the rest are built for a side.
+SIDE_OPTIONS: tuple[Callable[[int], dict[str, Any]], ...] = (
+    lambda side: {"dynamic_img_size": True},
+    lambda side: {"img_size": side, "strict_img_size": False},
+    lambda side: {"img_size": side},
+)
+GIVEN = (
+    "encoder_name",
+    "encoder_weights",
+    "in_channels",
+    "classes",
+)  # no options: they follow from other keys
+MOST_SAID = 300  # characters of another library's error
 PARAMETERS_WITHOUT_DECAY = ("pos_embed", "position", "relative_position_bias_table")
 
 
@@ -87,27 +109,50 @@ ASPP_RATES = (6, 12, 18, 24)  # ASPP-L's
 OWN_ARCHS: dict[str, Any] = {"segnext": SegNext, "deeplabv2": DeepLabV2}
 
 
-def build_student(section: Student, channels: int, *, pretrained: bool = True) -> DenseStudent:
+def build_student(
+    section: Student, channels: int, *, side: int | None = None, pretrained: bool = True
+) -> DenseStudent:
     """Builds encoder and decoder by name; `pretrained=False` skips all weights (a checkpoint follows).
 
-    Raises: StudentError naming the arch, the encoder or the option that doesn't exist.
+    With `side`, that of the views in pixels, timm's encoders are built so that they take it, and others where they can.
+    Raises: StudentError naming the arch, the encoder or the option that doesn't exist, or sides that the student takes.
     """
     archs = {name.lower(): arch for name, arch in vars(smp).items() if _is_arch(arch)} | OWN_ARCHS
     if section.arch.lower() not in archs:
         raise StudentError(
             f"student.arch {section.arch!r}: want one of {', '.join(a.__name__ for a in archs.values())}."
         )
-    build = _own_net if section.arch.lower() in OWN_ARCHS else _smp_net
+    arch = archs[section.arch.lower()]
+    if arch is not SegNext:  # it names its own
+        _check_encoder(section.encoder)
+    if given := [key for key in GIVEN if key in section.options]:
+        raise StudentError(f"student.options {given[0]}: is set by the other keys of student. Leave it out.")
+    build = _own_net if arch in OWN_ARCHS.values() else _smp_net
+    known = _options_of(arch)
+    if not section.encoder.startswith(
+        ("tu-", "timm-")
+    ):  # smp drops what its own encoders and decoders don't know
+        for option in section.options.keys() - known:
+            raise _no_option(section, option, known)
+
+    def made(more: dict[str, Any], weights: bool = pretrained and section.weights is None) -> nn.Module:
+        options = more | section.options
+        return build(arch, section.model_copy(update={"options": options}), channels, weights)
+
     try:
-        net = build(archs[section.arch.lower()], section, channels, pretrained and section.weights is None)
-        if pretrained and section.weights is not None:
-            _load_encoder(net, section.weights)
+        net = made({})
     except Exception as error:  # timm, smp, the hub and torch each raise their own
-        what = " ".join(str(error).split())[:300]
-        raise StudentError(
-            f"student {section.arch} on {section.encoder!r} (weights {section.weights or section.encoder_weights!r}): "
-            f"{what}. Offline, set student.encoder_weights to null or student.weights to a file."
-        ) from None
+        raise _explained(section, arch, error, lambda: made({}, False)) from None
+    if side is not None:
+        net = _taking(net, side, section, made)
+    if pretrained and section.weights is not None:
+        try:
+            _load_encoder(net, section.weights)
+        except Exception as error:
+            raise StudentError(
+                f"student.weights {section.weights}: no weights of {section.encoder!r}: {_said(error)}. Give the "
+                "encoder's own file, or null."
+            ) from None
     head = next(
         layer
         for layer in reversed(list(cast(nn.Module, net.segmentation_head).modules()))
@@ -119,6 +164,163 @@ def build_student(section: Student, channels: int, *, pretrained: bool = True) -
     return DenseStudent(net, section.mean, section.std)
 
 
+def _check_encoder(name: str) -> None:
+    """Raises: StudentError with the nearest names that exist."""
+    own, timms = smp.encoders.get_encoder_names(), [f"tu-{model}" for model in timm.list_models()]
+    if (
+        name in own or name.startswith("timm-") or ":" in name
+    ):  # a colon: timm's models from a folder or a hub
+        return
+    if name.partition(".")[0] in timms:  # after the point, whose weights: timm names the ones that exist
+        return
+    plain = name.lower().removeprefix("tu-")
+    near = difflib.get_close_matches(plain, [*own, *timms, *(each[3:] for each in timms)], 4)
+    named = [each if each in own else f"tu-{each.removeprefix('tu-')}" for each in near]
+    nearest = f"the nearest are {', '.join(dict.fromkeys(named))}" if near else "and none is called alike"
+    raise StudentError(
+        f"student.encoder {name!r}: no such encoder; {nearest}. docs/students.md lists some, with their sizes; timm's "
+        "models go by tu-<name>."
+    )
+
+
+def _explained(section: Student, arch: Any, error: Exception, without: Callable[[], Any]) -> StudentError:
+    """Why a student can't be built, with the cure that fits; `without` builds it without weights."""
+    if isinstance(error, StudentError):
+        return error
+    if found := re.search(r"unexpected keyword argument '(\w+)'", str(error)):
+        return _no_option(section, found[1], _options_of(arch))
+    what = f"student {section.arch} on {section.encoder!r}"
+    if isinstance(error, KeyError):  # its text is the repr of what was missing
+        error = ValueError(*error.args)
+    if "Invalid pretrained tag" in str(error):
+        name = section.encoder.removeprefix("tu-").partition(".")[0]
+        tags = ", ".join(f"tu-{each}" for each in timm.list_pretrained(f"{name}.*")) or "none"
+        return StudentError(f"{what}: {_said(error)}. Published are {tags}.")
+    if "Wrong pretrained weights" in str(error):
+        return StudentError(
+            f"{what}: {_said(error)}. Set student.encoder_weights to one of them, or to null."
+        )
+    if section.encoder_weights is not None and section.weights is None:
+        try:
+            without()
+        except Exception:
+            pass  # the weights aren't what is wrong
+        else:
+            return StudentError(
+                f"{what}, weights {section.encoder_weights!r}: {_said(error)}. Offline, set student.encoder_weights "
+                "to null or student.weights to a file."
+            )
+    return StudentError(f"{what}: {_said(error)}. Change student.arch, student.encoder or student.options.")
+
+
+def _options_of(arch: Any) -> list[str]:
+    """What student.options may hold for the decoder."""
+    parameters = inspect.signature(arch).parameters.values()
+    taken = (*GIVEN, "encoder", "weights")
+    return [each.name for each in parameters if each.kind != each.VAR_KEYWORD and each.name not in taken]
+
+
+def _no_option(section: Student, option: str, known: list[str]) -> StudentError:
+    near = difflib.get_close_matches(option, known, 1)
+    return StudentError(
+        f"student.options {option}: neither {section.arch} nor {section.encoder!r} knows it"
+        + (f"; the nearest is {near[0]}" if near else "")
+        + f". {section.arch} takes {', '.join(known) or 'none'}."
+    )
+
+
+def _said(error: Exception) -> str:
+    """Another library's error on one line, cut between words, without its final stop."""
+    text = " ".join((str(error) or type(error).__name__).split()).rstrip(".")
+    return textwrap.shorten(text, MOST_SAID, placeholder=" ...")
+
+
+def _taking(
+    net: nn.Module, side: int, section: Student, made: Callable[[dict[str, Any]], nn.Module]
+) -> nn.Module:
+    """The net, or one built with the first of SIDE_OPTIONS by which it takes the side; best, another side as well."""
+    error = _refused(net, side, section)
+    other = side + DIVISOR  # of scales and windows at test time
+    if not section.encoder.startswith("tu-") or (error is None and _refused(net, other, section) is None):
+        if error is not None:
+            raise _side_error(net, side, section, error)
+        return net
+    fallback, state = (net if error is None else None), torch.get_rng_state()
+    for options in SIDE_OPTIONS:
+        torch.set_rng_state(state)
+        try:
+            found = made(options(side))
+        except Exception:  # an encoder that has no such option
+            continue
+        refused = _refused(found, side, section)
+        if refused is not None:
+            error = refused  # nearer to the point than that of a net that wasn't built for the side
+        else:
+            if _refused(found, other, section) is None:
+                return found
+            fallback = fallback or found
+    if fallback is None:
+        assert error is not None
+        raise _side_error(net, side, section, error)
+    return fallback
+
+
+def _side_error(net: nn.Module, side: int, section: Student, error: Exception) -> StudentError:
+    sides = sorted(range(DIVISOR, MOST_SIDE + 1, DIVISOR), key=lambda each: abs(each - side))
+    fitting = list(islice((str(each) for each in sides if _refused(net, each, section) is None), 3))
+    todo = (
+        f"it takes {', '.join(fitting)}, for example. Change teacher.image_size, or student.encoder"
+        if fitting
+        else f"nor of any side up to {MOST_SIDE}. Change student.encoder"
+    )
+    what = f"student {section.arch} on {section.encoder!r}: no images of {side} x {side} ({_said(error)})"
+    return StudentError(f"{what}; {todo}.")
+
+
+def _refused(net: nn.Module, side: int, section: Student) -> Exception | None:
+    return refused(DenseStudent(net, section.mean, section.std), side)
+
+
+def refused(student: DenseStudent, side: int) -> Exception | None:
+    """What a forward in evaluation raises at a side, on shapes alone."""
+    try:
+        try_shapes(student, 1, side, training=False)
+    except Exception as error:  # each net raises its own
+        return error
+    return None
+
+
+def try_shapes(student: DenseStudent, batch: int, side: int, *, training: bool) -> None:
+    """A forward on shapes alone (torch's meta device) that leaves the student as it is; raises what it raises."""
+    was_training = student.training
+    state = {name: value.detach().to("meta") for name, value in _tensors(student)}
+    student.train(training)
+    try:
+        with torch.no_grad():
+            functional_call(student, state, (torch.empty(batch, 3, side, side, device="meta"),))
+    finally:
+        student.train(was_training)
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters()
+    yield from module.named_buffers()
+
+
+def check_batch(student: DenseStudent, section: Student, batch: int, side: int) -> None:
+    """Raises: StudentError when a training step of `batch` images in one process can't be, before the first."""
+    try:
+        try_shapes(student, batch, side, training=True)
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise StudentError(
+            f"student.arch {section.arch} pools to 1 x 1, and its batch norm needs two images or more in each training "
+            f"process; train.batch leaves {batch}. Raise train.batch, lower train.processes, or take another arch "
+            "(Segformer, FPN)."
+        ) from None
+
+
 @dataclass(frozen=True)
 class StudentCost:
     """What one image costs; a multiply-add counts once here, twice as FLOP."""
@@ -127,12 +329,14 @@ class StudentCost:
     multiply_adds: float
 
 
-def cost_of(section: Student, channels: int, side: int) -> StudentCost:
+def cost_of(section: Student, channels: int, side: int, batch: int = 2) -> StudentCost:
     """Of a forward over one image of side x side, counted on shapes alone (torch's meta device).
 
-    Convolutions and matrix products count; norms, activations, pooling and resizing don't. Raises: StudentError.
+    Convolutions and matrix products count; norms, activations, pooling and resizing don't.
+    Raises: StudentError, also for a `batch` of a training process that is too small.
     """
-    student = build_student(section, channels, pretrained=False).eval()
+    student = build_student(section, channels, side=side, pretrained=False).eval()
+    check_batch(student, section, batch, side)
     parameters = sum(parameter.numel() for parameter in student.parameters())
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
@@ -171,7 +375,7 @@ def _load_encoder(net: nn.Module, path: str) -> None:
         state: dict[str, Any] = load_file(path)
     else:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        state = dict(state.get("state_dict", state))
+        state = dict(state.get("state_dict", state.get("model", state)))
     if isinstance(net, SegNext):
         state = published_names(state)
     cast(nn.Module, net.encoder).load_state_dict(state)

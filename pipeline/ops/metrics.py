@@ -25,7 +25,8 @@ class SweptConfusion:
     """The confusion matrix for each of several gammas, from one count of every image.
 
     A pixel's prediction changes once along gamma: from its best seen class to its best unseen one, at the first
-    gamma above what the unseen one lacks. So pixels are counted by truth, class and that gamma's place.
+    gamma above what the unseen one lacks; at a tie it stays with the seen one. So pixels are counted by truth,
+    class and that gamma's place.
     """
 
     def __init__(self, num_classes: int, gammas: Sequence[float], ignore: int) -> None:

@@ -12,7 +12,6 @@ Axes: H x W pixels, n + 1 scores (background first).
 from __future__ import annotations
 
 import multiprocessing
-import os
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -23,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.config import UserError
+from pipeline.learning.processes import Watched, cores
 
 # Those of CLIP-ES (method section 11), as they are in the DeepLab family.
 ROUNDS = 10  # of mean field
@@ -71,13 +71,13 @@ def refine_all(pairs: Iterable[tuple[NDArray, NDArray]], processes: int | None =
     Raises: as `refine`, and UserError when a process is killed.
     """
     required()
-    count = processes or len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else [0])
+    count = processes or cores()
     if count == 1 or multiprocessing.current_process().daemon:
         yield from (refine(image, scores) for image, scores in pairs)
         return
     waiting: deque[Future[NDArray]] = deque()
     # Not forked: this process has threads, of torch's and of decoding.
-    with ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(count, mp_context=Watched()) as pool:
         try:
             for image, scores in pairs:
                 waiting.append(pool.submit(refine, image, scores))

@@ -15,9 +15,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.config import Config, UserError
+from pipeline.learning.processes import most_processes
+from pipeline.tracking import say
 
 WINDOW_PER_WORKER = 2  # shards in flight a worker: one at work, one waiting
 RETRIES = 2
+# Of a worker: torch, open_clip and data 0.7, measured, and ViT-B/16 in float32 0.6.
+WORKER_BYTES = 1.3e9
+SERVERS = ("scheduler", "worker")  # that answer over HTTP, too
 RECOUNT_S = 1.0  # between two looks at how many workers there are: a question to the scheduler each
 
 
@@ -33,6 +38,28 @@ class EngineError(UserError):
     """The cluster can't do the work; the message says what happened and how to go on."""
 
 
+def _num_workers(wanted: int) -> int:
+    """As many as cores and memory allow, but one; fewer than wanted are told of."""
+    num, reason = most_processes(wanted, WORKER_BYTES)
+    num = max(num, 1)
+    if num < wanted:
+        say(f"--workers is {wanted}; {num} {'is' if num == 1 else 'are'} started: {reason}")
+    return num
+
+
+def _own_keys() -> Any:
+    """Keys that only this command and its workers hold: nobody else's connection is taken."""
+    from distributed.security import Security
+
+    try:
+        return Security.temporary()
+    except ImportError as error:
+        raise EngineError(
+            "--workers: the package cryptography, with which the workers are closed to other users of this machine, "
+            f"can't be loaded ({error}). Run `pip install cryptography`, or leave --workers out."
+        ) from None
+
+
 def map_shards(
     work: Callable[[int], Any], shards: Sequence[int], *, workers: int = 0, scheduler: str | None = None
 ) -> Iterator[Any]:
@@ -40,11 +67,14 @@ def map_shards(
 
     Tasks must be idempotent: dask repeats finished ones after losing a worker. At most
     WINDOW_PER_WORKER shards a worker are in flight; workers that join later are given theirs.
-    Raises: EngineError for a scheduler that can't be reached or is lost, or a shard that ends every worker.
+    Our own workers, and nobody else, reach our own scheduler (TLS with keys made for it).
+    Raises: EngineError for a scheduler that can't be reached or is lost, a shard that ends every worker, or
+    `workers` without the package cryptography.
     """
     if not workers and not scheduler:
         yield from map(work, shards)
         return
+    import dask
     from dask.distributed import Client, LocalCluster, as_completed
     from distributed.client import FutureCancelledError
     from distributed.comm import CommClosedError
@@ -52,11 +82,21 @@ def map_shards(
 
     logging.getLogger("distributed.client").setLevel(logging.CRITICAL)  # what it says is said below, once
     with ExitStack() as stack:
+        security = None
         if not scheduler:
-            cluster = LocalCluster(n_workers=workers, threads_per_worker=1, dashboard_address=None)
+            # Else any process of this machine could have the workers run its code, and read about them over HTTP.
+            security = _own_keys()
+            stack.enter_context(dask.config.set({f"distributed.{who}.http.routes": [] for who in SERVERS}))
+            cluster = LocalCluster(
+                n_workers=_num_workers(workers),
+                threads_per_worker=1,
+                dashboard_address=None,
+                security=security,
+                scheduler_kwargs={"dashboard": False},
+            )
             scheduler = stack.enter_context(cluster).scheduler_address
         try:
-            client = stack.enter_context(Client(scheduler))
+            client = stack.enter_context(Client(scheduler, security=security))
         except (OSError, ValueError) as error:  # ValueError: not an address
             raise EngineError(
                 f"--scheduler {scheduler}: can't be reached ({' '.join(str(error).split())}). Start it with `dask "

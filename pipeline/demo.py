@@ -156,7 +156,7 @@ def found(
         if path is None:
             raise UserError("Choose an image first.")
         check(reject, None)
-        asked = segmenter.ask(parsed_names(text))
+        asked = segmenter.ask(parsed_names(text, segmenter.checkpoint.classes))
         image = read_image(path)
         (scores,) = segmenter.scores([image], asked, gamma)
         ids = segmenter.decide(scores, (image.shape[0], image.shape[1]), reject or None)

@@ -33,6 +33,7 @@ from pipeline.data.prompts import prompts
 from pipeline.data.words import names_of_classes, other_names
 from pipeline.learning.batches import data_of
 from pipeline.learning.text import features_of_file
+from pipeline.looking.checked import check_labels
 from pipeline.models.teacher import Teacher
 from pipeline.ops.quantise import dequantised
 from pipeline.teaching.encode import STORAGE, axis_sizes, mean_colour, shard_blocks, teacher_of
@@ -78,6 +79,7 @@ def extract(config: Config, *, workers: int = 0, scheduler: str | None = None) -
         finish(config, "extract", manifest)
         say(f"extract: nothing to do, {len(samples)} images are cached in {path}")
         return manifest
+    check_labels(config, data, samples)
     with lock(path, "extract"):
         ledger = Ledger(path, "extract")
         check_unchanged(ledger, identity, samples, stamps)

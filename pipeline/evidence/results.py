@@ -44,7 +44,22 @@ def result_table(results: dict[str, dict[str, Any]]) -> Table:
     for name, result in results.items():
         values = ["-" if (value := result[key]) is None else f"{value:.1f}" for key in keys]
         lines.append([name, *values] if is_closed else [name, *values, f"{result['gamma']:g}"])
+    said = [_scored(result) for result in results.values()]
+    if any(said):  # somewhere classes were left out of a mean
+        heads, lines = (
+            (*heads, "classes scored"),
+            [[*line, note] for line, note in zip(lines, said, strict=True)],
+        )
     return Table("test images, percent", heads, lines)
+
+
+def _scored(result: Mapping[str, Any]) -> str:
+    """How many classes have a score, "" where all have, or an older evaluation didn't count them."""
+    groups = result.get("scored") or {}
+    if all(group["scored"] == group["classes"] for group in groups.values()):
+        return ""
+    said = [f"{g['scored']} of {g['classes']} {name}" for name, g in groups.items() if g["classes"]]
+    return ", ".join(said)
 
 
 def print_results(runs: Sequence[Path]) -> None:

@@ -117,8 +117,9 @@ def summary(matrix: Matrix, seen_ids: Sequence[int], unseen_ids: Sequence[int]) 
     """The benchmark's numbers, in percent.
 
     pAcc over all pixels; mIoU_S and mIoU_U over the classes of each group that occur in truth or
-    prediction; hIoU their harmonic mean; per_class IoU by class id. NaN means "nothing to score": an
-    absent class, or a group without any class that occurs (then hIoU is NaN too).
+    prediction; hIoU their harmonic mean; per_class IoU by class id; scored says on how much this was measured: of each
+    group its classes, how many of them have an IoU, and the pixels whose true class is in it. NaN means "nothing to
+    score": an absent class, or a group without any class that occurs (then hIoU is NaN too).
 
     Source: method section 8, CLIPTeacher eq. 13.
     """
@@ -130,4 +131,12 @@ def summary(matrix: Matrix, seen_ids: Sequence[int], unseen_ids: Sequence[int]) 
         "mIoU_U": unseen,
         "hIoU": harmonic_mean(seen, unseen),
         "per_class": {class_id: float(value) for class_id, value in enumerate(iou)},
+        "scored": {
+            group: {
+                "classes": len(ids),
+                "scored": int((~np.isnan(iou[list(ids)])).sum()),
+                "pixels": int(_counts(matrix)[list(ids)].sum()),
+            }
+            for group, ids in (("seen", seen_ids), ("unseen", unseen_ids))
+        },
     }

@@ -59,7 +59,7 @@ def cluster(config: Config, *, workers: int = 0, scheduler: str | None = None) -
         finish(config, "cluster", manifest)
         say(f"cluster: nothing to do, {manifest['num_samples']} images have pseudo labels")
         return manifest
-    labels = check_labels(config, data, samples)
+    labels = check_labels(config, data, samples, is_needed=True)
     with lock(config.cache_path, "cluster"):
         store = Store.open(config.cache_path)
         if config.cache.tokens != STREAM:

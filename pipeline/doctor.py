@@ -33,7 +33,7 @@ from pipeline.looking.forecast import (
     num_forwards,
     side_of,
 )
-from pipeline.looking.survey import Complaint, Seen, complaints, count_complaint, look
+from pipeline.looking.survey import Complaint, Seen, complaints, count_complaint, look, no_labels
 from pipeline.models.student import cost_of
 from pipeline.models.teacher import TeacherShape, shape_of
 from pipeline.ops.masks import fitted_size
@@ -78,6 +78,8 @@ def doctor(config: Config, *, dry: bool = False, most: int = SAMPLE) -> list[Com
     if num_images is not None:
         found += _disk(config, costs)
     if data:
+        if not reads_tags(config):
+            found += filter(None, [no_labels(data, seen) for seen in parts])
         found += complaints(data, parts, config.cache.max_bad)
     return found
 

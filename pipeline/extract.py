@@ -79,7 +79,7 @@ def extract(config: Config, *, workers: int = 0, scheduler: str | None = None) -
         finish(config, "extract", manifest)
         say(f"extract: nothing to do, {len(samples)} images are cached in {path}")
         return manifest
-    check_labels(config, data, samples)
+    check_labels(config, data, samples, is_needed=config.cache.tokens == STREAM)
     with lock(path, "extract"):
         ledger = Ledger(path, "extract")
         check_unchanged(ledger, identity, samples, stamps)

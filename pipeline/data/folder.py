@@ -72,6 +72,7 @@ from pipeline.data.files import (
     image_sizes,
     read_ids,
     refuse_missing,
+    values_in,
 )
 from pipeline.data.patterns import matching
 
@@ -173,7 +174,7 @@ class FolderDataSet(FileDataSet):
         """Whether an indexed mask is read by its colours: all of them are known. Raises: DataError for some."""
         assert self.colours is not None
         assert stored.palette is not None
-        used = np.unique(stored.pixels)
+        used = np.array(values_in(stored.pixels))
         codes = code_of(stored.palette)[used].tolist()
         is_ramp = (stored.palette[used] == used[:, None]).all()  # a grey for each index says nothing
         if self.read_masks == BY_COLOUR or (all(code in self.colours for code in codes) and not is_ramp):
@@ -221,6 +222,8 @@ class FolderDataSet(FileDataSet):
         return ids.astype(np.uint8)
 
     def colour_hint(self, stored: StoredMask) -> str:
+        if stored.palette is not None:
+            return f" If it is its colours that say the classes, list them as `palette` in {self.path.name}."
         flat = stored.pixels[..., :3]
         if (flat == flat[..., :1]).all():
             return " Its three channels are equal: save one of them (mode L)."

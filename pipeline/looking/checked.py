@@ -12,19 +12,26 @@ from concurrent.futures import ThreadPoolExecutor
 
 from pipeline.config import Config
 from pipeline.data.base import STAMP_THREADS, DataError, DataSet, Sample
-from pipeline.looking.survey import CERTAIN, Seen, look_at_masks, never_seen
+from pipeline.looking.survey import CERTAIN, Palettes, Seen, look_at_masks, never_seen, no_labels
 from pipeline.tracking import progress, say
 
+FEW = 16  # training masks that test masks are compared with
 MOST_SAID = 3  # of a list
 
 
-def check_labels(config: Config, data: DataSet, samples: Sequence[Sample]) -> Seen | None:
-    """Looks at the training labels; None where they are made, not read. Raises: DataError for what can't be right."""
+def check_labels(config: Config, data: DataSet, samples: Sequence[Sample], *, is_needed: bool) -> Seen | None:
+    """Looks at the training labels; None where they are made, not read. Without any they are an error where `is_needed`,
+    unless tags take their place: images may be extracted first and labelled later.
+
+    Raises: DataError for what can't be right.
+    """
     if not data.has_files:
         return None
     if reads_tags(config):
         refuse_wrong_tags(data, samples)
     seen = check_masks(data, samples, "train")
+    if is_needed and not reads_tags(config) and (complaint := no_labels(data, seen)):
+        raise DataError(f"{data.name}: {complaint}")
     if seen.num_unlabelled:
         say(unlabelled(seen))
     if missing := never_seen(data, seen):
@@ -37,6 +44,8 @@ def check_masks(data: DataSet, samples: Sequence[Sample], part: str) -> Seen:
     """Looks at the masks of a part's samples, and says what is doubtful. Raises: DataError for what can't be right."""
     with progress(f"{part} masks", len(samples)) as advance:
         seen = look_at_masks(data, samples, part, advance)
+    if part == "test":
+        seen.palettes.join(_some_palettes(data))
     if seen.wrong:
         more = f" ({len(seen.wrong)} of {seen.num_masks + len(seen.wrong)} {part} masks can't be used.)"
         raise DataError(seen.wrong[0] + (more if len(seen.wrong) > 1 else ""))
@@ -47,6 +56,14 @@ def check_masks(data: DataSet, samples: Sequence[Sample], part: str) -> Seen:
         more = f" ({len(seen.doubts)} images)" if len(seen.doubts) > 1 else ""
         say(f"in doubt: {seen.doubts[0]}{more}")
     return seen
+
+
+def _some_palettes(data: DataSet) -> Palettes:
+    """The colours of a few training masks, whose indices must mean the same; none where they aren't to be had."""
+    try:
+        return look_at_masks(data, data.samples("train")[:FEW], "train").palettes
+    except DataError:
+        return Palettes()
 
 
 def unlabelled(seen: Seen) -> str:

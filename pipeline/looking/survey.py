@@ -60,6 +60,11 @@ class Palettes:
                     said = [f"index {v}" if isinstance(v, int) else str(list(v)) for v in (other, value)]
                     self.clash = f"{where} and {file}: {what} is {said[0]} in the one, {said[1]} in the other"
 
+    def join(self, other: Palettes) -> None:
+        """Compares the colours of another part's masks."""
+        for key, (value, file) in other.first.items():
+            self.add({key: value} if isinstance(key, int) else {value: key}, file)
+
 
 @dataclass
 class Seen:
@@ -177,7 +182,7 @@ def complaints(data: DataSet, parts: Sequence[Seen], max_bad: int) -> list[Compl
                 )
             )
         found += [*filter(None, (check(data, seen) for check in LABEL_CHECKS))]
-    return found + _overlap(data, {seen.part for seen in parts})
+    return found + _across(data, parts) + _overlap(data, {seen.part for seen in parts})
 
 
 def count_complaint(kind: str, options: Mapping[str, Any], seen: Seen) -> Complaint | None:
@@ -250,10 +255,32 @@ def _permuted(data: DataSet, seen: Seen) -> Complaint | None:
     )
 
 
+def _across(data: DataSet, parts: Sequence[Seen]) -> list[Complaint]:
+    """Palettes that are alike within each part and differ between the parts."""
+    if any(seen.palettes.clash for seen in parts):
+        return []
+    both = Seen("train and test")
+    for seen in parts:
+        both.palettes.join(seen.palettes)
+    return [*filter(None, [_permuted(data, both)])]
+
+
+def no_labels(data: DataSet, seen: Seen) -> Complaint | None:
+    """No training image has a mask."""
+    if seen.part != "train" or seen.num_unlabelled < seen.num_samples:
+        return None
+    return Complaint(
+        "nothing is labelled",
+        f"none of the {seen.num_samples} training images has a mask, and training learns the names of seen classes from "
+        "labels.",
+        "Label some images, and give a pattern `masks` for the training part.",
+    )
+
+
 def _never_seen(data: DataSet, seen: Seen) -> Complaint | None:
     """Seen classes in no training mask, where all were looked at."""
     missing = never_seen(data, seen)
-    if seen.part != "train" or not missing or _off_by_one(data, seen) or _reduced_twice(data, seen):
+    if seen.part != "train" or not missing or any(check(data, seen) for check in SAYING_WHY):
         return None
     return Complaint(
         "seen classes without a training pixel",
@@ -341,6 +368,7 @@ def _no_unseen(data: DataSet, seen: Seen) -> Complaint | None:
 
 # What can't be right, so that no stage goes on with it; then what is likely to be wrong.
 CERTAIN = (_all_ignored, _black_and_white, _permuted)
+SAYING_WHY = (_black_and_white, _off_by_one, _reduced_twice)  # a class never occurs
 LABEL_CHECKS = (*CERTAIN, _off_by_one, _reduced_twice, _background_as_class, _never_seen, _no_unseen)
 
 

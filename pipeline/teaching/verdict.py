@@ -134,6 +134,7 @@ def _splinters(summary: Mapping[str, Any], section: Cluster) -> Complaint | None
 def _impure(summary: Mapping[str, Any], section: Cluster) -> Complaint | None:
     if summary["purity"] is None or summary["purity"] >= PURE:
         return None
+    known = f" of {summary['purity_tokens']:,} tokens" if "purity_tokens" in summary else ""
     how = _few_objects(summary, section) or _giant_object(summary, section)
     todo = (
         "What merges them is said above."
@@ -143,7 +144,7 @@ def _impure(summary: Mapping[str, Any], section: Cluster) -> Complaint | None:
     )
     return Complaint(
         "mixed objects",
-        f"purity {summary['purity']:.1f} %: objects mix classes (known from full labels, which training never reads).",
+        f"purity {summary['purity']:.1f} %{known}: objects mix classes (known from full labels, which training never reads).",
         todo,
     )
 

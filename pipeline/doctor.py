@@ -175,7 +175,7 @@ def _tags(data: DataSet) -> Complaint | None:
     wrong = [*filter(None, (wrong_tags(data, sample) for sample in samples.values()))]
     listed: Mapping[str, object] | None = getattr(data, "listed_tags", None)
     strange = [name for name in listed or () if name not in samples]
-    more = f"; {len(strange)} listed ids are no training image, the first {strange[0]!r}" if strange else ""
+    more = f"; listed and no training image: {len(strange)}, the first {strange[0]!r}" if strange else ""
     say(f"tags: {len(samples) - len(wrong)} of {len(samples)} training images have them{more}")
     if not wrong:
         return None
@@ -186,7 +186,7 @@ def _described(data: DataSet, seen: Seen) -> str:
     """One line on a part: counts, sizes, label ids from the most frequent on."""
     line = f"{data.name} {seen.part}: {seen.num_samples} images, {seen.num_images} looked at"
     if seen.num_unlabelled:
-        line += f", {seen.num_unlabelled} without a mask: unlabelled"
+        line += f", {seen.num_unlabelled} without a mask"
     if seen.sides:
         widths, heights = zip(*seen.sides, strict=True)
         line += f", {min(widths)} x {min(heights)} to {max(widths)} x {max(heights)} pixels"

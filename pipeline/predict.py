@@ -64,7 +64,7 @@ def predict(run: Path, pictures: Sequence[Picture], out: Path, wanted: Wanted) -
     for. A picture that can't be read is named and passed over.
     Raises: CheckpointError, UserError; at the end a UserError that counts what was passed over.
     """
-    check(wanted.reject, wanted.mode)
+    check(wanted.reject, wanted.mode, wanted.gamma)
     segmenter = Segmenter(run)
     names = wanted.names
     asked = segmenter.ask(

@@ -238,6 +238,14 @@ def stored_mask(path: str | Path) -> StoredMask:
         return StoredMask(mode, pixels.astype(np.uint8) if pixels.dtype == bool else pixels, palette)
 
 
+def read_mask(path: str | Path) -> np.ndarray:
+    """Class ids as they are stored, (H, W) integers: palette indices or grey values. Raises: DataError."""
+    stored = stored_mask(path)
+    if stored.pixels.ndim != 2:
+        raise DataError(f"{path}: mode {stored.mode}: a picture of colours; want one channel of class ids.")
+    return stored.pixels
+
+
 def values_in(pixels: np.ndarray) -> list[int]:
     """The values that occur, sorted; counted where they are bytes, since sorting the pixels takes ten times as long."""
     if pixels.dtype == np.uint8:
@@ -309,13 +317,18 @@ def refuse_repeated(ids: Sequence[str], where: str) -> None:
 
 
 def files_by_id(folder: Path, ending: str) -> dict[str, str]:
-    """id -> path of the files of a folder that end in `ending`; the id is what comes before."""
+    """id -> path of the files of a folder that end in `ending`, in any case; the id is what comes before.
+
+    Raises: DataError for two files of one id.
+    """
+    found: dict[str, str] = {}
     with os.scandir(folder) as entries:
-        return {
-            entry.name[: -len(ending)]: entry.path
-            for entry in entries
-            if entry.name.endswith(ending) and not entry.name.startswith(".")
-        }
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            if entry.name.lower().endswith(ending.lower()) and not entry.name.startswith("."):
+                other = found.setdefault(entry.name[: -len(ending)], entry.path)
+                if other != entry.path:
+                    raise DataError(f"{other} and {entry.path} have the same id; remove one.")
+    return found
 
 
 def refuse_missing(ids: Iterable[str], have: Mapping[str, str], what: str, where: object, todo: str) -> None:

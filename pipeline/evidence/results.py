@@ -44,13 +44,14 @@ def result_table(results: dict[str, dict[str, Any]]) -> Table:
     for name, result in results.items():
         values = ["-" if (value := result[key]) is None else f"{value:.1f}" for key in keys]
         lines.append([name, *values] if is_closed else [name, *values, f"{result['gamma']:g}"])
-    said = [_scored(result) for result in results.values()]
-    if any(said):  # somewhere classes were left out of a mean
-        heads, lines = (
-            (*heads, "classes scored"),
-            [[*line, note] for line, note in zip(lines, said, strict=True)],
-        )
-    return Table("test images, percent", heads, lines)
+    left_out = {name: said for name, result in results.items() if (said := _scored(result))}
+    title = "test images, percent"
+    if len(results) == 1 and left_out:
+        title += f"; {next(iter(left_out.values()))} classes scored"
+    elif left_out:  # what isn't a mean over all classes says so beside its name
+        title += "; (classes scored)"
+        lines = [[f"{name} ({left_out[name]})" if name in left_out else name, *line] for name, *line in lines]
+    return Table(title, heads, lines)
 
 
 def _scored(result: Mapping[str, Any]) -> str:
@@ -58,8 +59,7 @@ def _scored(result: Mapping[str, Any]) -> str:
     groups = result.get("scored") or {}
     if all(group["scored"] == group["classes"] for group in groups.values()):
         return ""
-    said = [f"{g['scored']} of {g['classes']} {name}" for name, g in groups.items() if g["classes"]]
-    return ", ".join(said)
+    return ", ".join(f"{g['scored']} of {g['classes']} {name}" for name, g in groups.items() if g["classes"])
 
 
 def print_results(runs: Sequence[Path]) -> None:

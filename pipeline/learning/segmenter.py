@@ -7,6 +7,7 @@ student's grid (in mode `slide` that of the windows' pixels), H x W the image.
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -219,8 +220,10 @@ class Segmenter:
 MODES = {"whole": Segmenter._whole, "slide": Segmenter._slide}
 
 
-def check(reject: float | None, mode: str | None) -> None:
-    """Raises: UserError for a threshold that isn't within 0 and 1, or an unknown mode."""
+def check(reject: float | None, mode: str | None, gamma: float | None = None) -> None:
+    """Raises: UserError for a threshold that isn't within 0 and 1, an unknown mode, or a gamma that is no number."""
+    if gamma is not None and not math.isfinite(gamma):
+        raise UserError(f"--gamma {gamma}: want a finite number.")
     if reject is not None and not 0 <= reject <= 1:
         raise UserError(f"--reject {reject}: want a score from 0, which rejects nothing, to 1.")
     if mode is not None and mode not in MODES:

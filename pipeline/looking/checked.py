@@ -20,8 +20,10 @@ MOST_SAID = 3  # of a list
 
 
 def check_labels(config: Config, data: DataSet, samples: Sequence[Sample], *, is_needed: bool) -> Seen | None:
-    """Looks at the training labels; None where they are made, not read. Without any they are an error where `is_needed`,
-    unless tags take their place: images may be extracted first and labelled later.
+    """Looks at the training labels; None where they are made, not read.
+
+    Without any they are an error where `is_needed`, unless tags take their place: images may be extracted first and
+    labelled later.
 
     Raises: DataError for what can't be right.
     """
@@ -33,7 +35,8 @@ def check_labels(config: Config, data: DataSet, samples: Sequence[Sample], *, is
     if is_needed and not reads_tags(config) and (complaint := no_labels(data, seen)):
         raise DataError(f"{data.name}: {complaint}")
     if seen.num_unlabelled:
-        say(unlabelled(seen))
+        what = "tagged" if reads_tags(config) else "unlabelled"
+        say(f"labels: {seen.num_samples} train images, {seen.num_unlabelled} without a mask: {what}")
     if missing := never_seen(data, seen):
         listed = ", ".join(map(repr, missing[:MOST_SAID])) + (", ..." if len(missing) > MOST_SAID else "")
         say(f"labels: {len(missing)} seen classes are in no training mask and can't be learned: {listed}")
@@ -64,11 +67,6 @@ def _some_palettes(data: DataSet) -> Palettes:
         return look_at_masks(data, data.samples("train")[:FEW], "train").palettes
     except DataError:
         return Palettes()
-
-
-def unlabelled(seen: Seen) -> str:
-    """How many of a part's images have no mask."""
-    return f"labels: {seen.num_samples} {seen.part} images, {seen.num_unlabelled} without a mask: unlabelled"
 
 
 def reads_tags(config: Config) -> bool:

@@ -271,8 +271,7 @@ def no_labels(data: DataSet, seen: Seen) -> Complaint | None:
         return None
     return Complaint(
         "nothing is labelled",
-        f"none of the {seen.num_samples} training images has a mask, and training learns the names of seen classes from "
-        "labels.",
+        f"none of the {seen.num_samples} training images has a mask, and names are learned from labels.",
         "Label some images, and give a pattern `masks` for the training part.",
     )
 

@@ -144,7 +144,8 @@ def _impure(summary: Mapping[str, Any], section: Cluster) -> Complaint | None:
     )
     return Complaint(
         "mixed objects",
-        f"purity {summary['purity']:.1f} %{known}: objects mix classes (known from full labels, which training never reads).",
+        f"purity {summary['purity']:.1f} %{known}: objects mix classes (known from full labels, which training never "
+        "reads).",
         todo,
     )
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from pipeline.config import Config
-from pipeline.data.base import STAMP_THREADS, DataError, DataSet, Sample
+from pipeline.data.base import IGNORE, STAMP_THREADS, DataError, DataSet, Sample
 from pipeline.looking.survey import CERTAIN, Palettes, Seen, look_at_masks, never_seen, no_labels
 from pipeline.tracking import progress, say
 
@@ -55,6 +55,12 @@ def check_masks(data: DataSet, samples: Sequence[Sample], part: str) -> Seen:
     for check in CERTAIN:
         if complaint := check(data, seen):
             raise DataError(f"{data.name}: {complaint}")
+    if len(data.classes) == 1 and seen.pixels[IGNORE]:
+        name = data.classes[0]
+        say(
+            f"in doubt: {name!r} is the only class, so each labelled pixel is right whatever is predicted. Describe "
+            "what else there is, be it `background`."
+        )
     if seen.doubts:
         more = f" ({len(seen.doubts)} images)" if len(seen.doubts) > 1 else ""
         say(f"in doubt: {seen.doubts[0]}{more}")

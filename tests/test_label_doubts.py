@@ -294,8 +294,8 @@ def test_cluster_says_what_purity_was_measured_on(tmp_path, run_cli):
         assert done.returncode == 0, done.stderr
     assert "2 of 3 seen, 1 of 1 unseen classes scored" in " ".join(done.stderr.split())
     found = json.loads((tmp_path / "runs/garden/eval/metrics.json").read_text())["scored"]
-    assert found["seen"] == {"classes": 3, "scored": 2, "pixels": 3 * 64 * 64}
-    assert found["unseen"] == {"classes": 1, "scored": 1, "pixels": 3 * 64 * 32}
+    assert found["seen"] == {"classes": 3, "occur": 2, "scored": 2, "pixels": 3 * 64 * 64}
+    assert found["unseen"] == {"classes": 1, "occur": 1, "scored": 1, "pixels": 3 * 64 * 32}
 
 
 def test_doctors_advice_ends(pairs):

@@ -57,9 +57,15 @@ def result_table(results: dict[str, dict[str, Any]]) -> Table:
 def _scored(result: Mapping[str, Any]) -> str:
     """How many classes have a score, "" where all have, or an older evaluation didn't count them."""
     groups = result.get("scored") or {}
-    if all(group["scored"] == group["classes"] for group in groups.values()):
+    if all(group["occur"] == group["classes"] for group in groups.values()):
         return ""
-    return ", ".join(f"{g['scored']} of {g['classes']} {name}" for name, g in groups.items() if g["classes"])
+    said = []
+    for name, group in groups.items():
+        if group["classes"]:
+            absent = group["scored"] - group["occur"]  # predicted where they aren't: 0 in the mean
+            more = f" ({absent} without a test pixel)" if absent else ""
+            said.append(f"{group['scored']} of {group['classes']} {name}{more}")
+    return ", ".join(said)
 
 
 def print_results(runs: Sequence[Path]) -> None:

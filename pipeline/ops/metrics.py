@@ -117,9 +117,10 @@ def summary(matrix: Matrix, seen_ids: Sequence[int], unseen_ids: Sequence[int]) 
     """The benchmark's numbers, in percent.
 
     pAcc over all pixels; mIoU_S and mIoU_U over the classes of each group that occur in truth or
-    prediction; hIoU their harmonic mean; per_class IoU by class id; scored says on how much this was measured: of each
-    group its classes, how many of them occur in truth and how many have an IoU (0 if only predicted), and the pixels
-    whose true class is in it. NaN means "nothing to score": an absent class, or a group without any class that occurs (then hIoU is NaN too).
+    prediction; hIoU their harmonic mean; per_class IoU by class id. NaN means "nothing to score": an
+    absent class, or a group without any class that occurs (then hIoU is NaN too). scored says on how
+    much this was measured: of each group its classes, how many of them occur in truth and how many have
+    an IoU (0 if only predicted), and the pixels whose true class is in it.
 
     Source: method section 8, CLIPTeacher eq. 13.
     """

@@ -223,7 +223,11 @@ def predict(
     ],
     run: Annotated[Path, typer.Option(help="a run folder or a checkpoint")] = Path("runs/demo"),
     names: Annotated[
-        str | None, typer.Option(help='class names, synonyms by |: "sofa|couch,cat"; default: the run\'s')
+        str | None,
+        typer.Option(
+            help='class names, synonyms by |: "sofa|couch,cat"; default: the run\'s. A name with a comma is one of the '
+            "run's, or in double quotes: '\"road, street\",water'"
+        ),
     ] = None,
     out: Annotated[
         Path, typer.Option(help="folder for overlays and masks; a folder's structure is kept in it")
@@ -253,11 +257,10 @@ def predict(
     """Segment any images with any class names: overlays with a legend, and indexed masks. Resumes by itself."""
     from pipeline import predict as stage
     from pipeline.data.inputs import pictures
-    from pipeline.learning.segmenter import parsed_names
+    from pipeline.tracking import say
 
-    asked = parsed_names(names) if names is not None else None
-    wanted = stage.Wanted(asked, gamma, reject, mode, probabilities)
-    found = pictures(images, sys.stdin, results=stage.RESULTS)
+    wanted = stage.Wanted(names, gamma, reject, mode, probabilities)
+    found = pictures(images, sys.stdin, results=stage.RESULTS, tell=lambda line: say(f"predict: {line}"))
     # A bar on a terminal draws what is printed above itself, and would take it from a pipe.
     paper = None if sys.stdout.isatty() else sys.stdout
     for overlay, mask in stage.predict(run, found, out, wanted):

@@ -24,13 +24,15 @@ from cache.store import SIDES, Store
 from cache.verify import NOT_NAMED, OK, read_recorded
 from pipeline.config import Config, digest, fingerprint
 from pipeline.learning.batches import data_of
+from pipeline.looking.checked import check_labels
+from pipeline.looking.survey import never_seen
 from pipeline.ops.quantise import dequantised
 from pipeline.ops.views import IGNORED
 from pipeline.teaching.engine import Job
 from pipeline.teaching.labels import make_shards, record_labels, summary_of
 from pipeline.teaching.names import object_names
 from pipeline.teaching.pseudo import cluster_tokens, device_name, num_centres, sum_of, written_arrays
-from pipeline.teaching.rows import STREAM, current_samples, samples_of, stamps_of
+from pipeline.teaching.rows import STREAM, current_samples, is_listed, samples_of, stamps_of
 from pipeline.teaching.verdict import verdict
 from pipeline.tracking import asked_of, finish, found_manifest, required_manifest, say
 
@@ -57,6 +59,7 @@ def cluster(config: Config, *, workers: int = 0, scheduler: str | None = None) -
         finish(config, "cluster", manifest | asked_of(config, "cluster"))
         say(f"cluster: nothing to do, {len(samples)} images have pseudo labels")
         return manifest
+    labels = check_labels(config, data, [s for s in samples if is_listed(s)], is_needed=True)
     with lock(config.cache_path, "cluster"):
         store = Store.open(config.cache_path)
         if config.cache.tokens != STREAM:
@@ -66,6 +69,7 @@ def cluster(config: Config, *, workers: int = 0, scheduler: str | None = None) -
         work, job = confirm_shard if config.cache.tokens == STREAM else cluster_shard, Job(config, identity)
         entries = make_shards("cluster", work, job, store, stamps, workers=workers, scheduler=scheduler)
         summary = summary_of("cluster", store, entries, summarise)
+        summary["never_seen"] = never_seen(data, labels) if labels else []
         summary["verdict"] = [str(complaint) for complaint in verdict(summary, config.cluster)]
         manifest = {
             "stage": "cluster",
@@ -158,12 +162,15 @@ def summarise(parts: list[dict[str, Any]]) -> dict[str, Any]:
         "purity": round(100 * int(total["majority"][0]) / int(total["known"][0]), 2)
         if total["known"][0]
         else None,
+        "purity_tokens": int(total["known"][0]),
     }
 
 
 def print_summary(summary: dict[str, Any]) -> None:
     """The numbers, then what they predict for training; caches from before there were verdicts have none."""
     purity = f"{summary['purity']:.1f} %" if summary["purity"] is not None else "unknown (no full labels)"
+    if summary.get("purity_tokens"):
+        purity += f" (of {summary['purity_tokens']:,} tokens with a label)"
     say(
         f"pseudo labels: {summary['views']} views, {summary['objects_per_view']} potential objects a view, "
         f"{summary['tokens_per_mask']} tokens each; ignored area {summary['coverage']:.1f} % of the image; "

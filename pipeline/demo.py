@@ -197,7 +197,7 @@ def found(
         if path is None:
             raise UserError("Choose an image first.")
         _check_asked(text, gamma, reject)
-        asked = _asked(segmenter, parsed_names(text))
+        asked = _asked(segmenter, parsed_names(text, segmenter.checkpoint.classes))
         image = _image(path)
         (scores,) = segmenter.scores([image], asked, gamma)
         ids = segmenter.decide(scores, (image.shape[0], image.shape[1]), reject or None, asked=asked)

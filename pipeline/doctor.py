@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import platform
 import shutil
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from pipeline.config import Config, ConfigError
 from pipeline.data.base import PARTS, DataError, DataSet
 from pipeline.data.classes import PUBLISHED_COUNTS
 from pipeline.learning.batches import data_of
+from pipeline.looking.checked import reads_tags, wrong_tags
 from pipeline.looking.facts import human_bytes
 from pipeline.looking.forecast import (
     FORWARDS_A_STEP,
@@ -31,7 +33,7 @@ from pipeline.looking.forecast import (
     num_forwards,
     side_of,
 )
-from pipeline.looking.survey import Complaint, Seen, complaints, count_complaint, look
+from pipeline.looking.survey import Complaint, Seen, complaints, count_complaint, look, no_labels
 from pipeline.models.student import cost_of
 from pipeline.models.teacher import TeacherShape, shape_of
 from pipeline.ops.masks import fitted_size
@@ -62,6 +64,7 @@ def doctor(config: Config, *, dry: bool = False, most: int = SAMPLE) -> list[Com
     num_images = _num_images(config, parts)
     num_classes = len(data.classes) if data else 0
     side = side_of(config, shape)
+    found += _image_size(config, shape)
     say(
         f"teacher: {config.teacher.model} at {side * shape.patch} x {side * shape.patch}, {side} x {side} tokens of "
         f"{shape.channels}, {flops_of_a_view(shape, side) / 1e9:.1f} GFLOP a view"
@@ -76,6 +79,8 @@ def doctor(config: Config, *, dry: bool = False, most: int = SAMPLE) -> list[Com
     if num_images is not None:
         found += _disk(config, costs)
     if data:
+        if not reads_tags(config):
+            found += filter(None, [no_labels(data, seen) for seen in parts])
         found += complaints(data, parts, config.cache.max_bad)
     return found
 
@@ -119,6 +124,18 @@ def _machine(config: Config, shape: TeacherShape) -> list[Complaint]:
     return found
 
 
+def _image_size(config: Config, shape: TeacherShape) -> list[Complaint]:
+    """A view's side that the teacher would refuse."""
+    size = config.teacher.image_size or shape.image_size
+    if size % shape.patch == 0:
+        return []
+    below = max(size // shape.patch, 1) * shape.patch
+    what = (
+        f"teacher.image_size {size} is no multiple of the patch of {config.teacher.model!r}, {shape.patch}."
+    )
+    return [Complaint("image size", what, f"Set it to {below} or {below + shape.patch}.")]
+
+
 def _student_weights(config: Config, dry: bool) -> list[Complaint]:
     """The student's own file of weights; where a config is only read (`dry`), said and no fault."""
     path = config.student.weights
@@ -151,12 +168,29 @@ def _looked_at(config: Config, found: list[Complaint], most: int) -> tuple[DataS
         parts.append(seen)
         found += filter(None, [count_complaint(config.data.kind, config.data.options(), seen)])
         say(_described(data, seen))
+    if reads_tags(config) and any(seen.part == "train" for seen in parts):
+        found += filter(None, [_tags(data)])
     return data, parts
+
+
+def _tags(data: DataSet) -> Complaint | None:
+    """Says how many images have labels; what is wrong with them."""
+    samples = data.by_id("train")
+    wrong = [*filter(None, (wrong_tags(data, sample) for sample in samples.values()))]
+    listed: Mapping[str, object] | None = getattr(data, "listed_tags", None)
+    strange = [name for name in listed or () if name not in samples]
+    more = f"; listed and no training image: {len(strange)}, the first {strange[0]!r}" if strange else ""
+    say(f"tags: {len(samples) - len(wrong)} of {len(samples)} training images have them{more}")
+    if not wrong:
+        return None
+    return Complaint("tags that can't be used", f"{len(wrong)} images, the first: {wrong[0]}", "")
 
 
 def _described(data: DataSet, seen: Seen) -> str:
     """One line on a part: counts, sizes, label ids from the most frequent on."""
     line = f"{data.name} {seen.part}: {seen.num_samples} images, {seen.num_images} looked at"
+    if seen.num_unlabelled:
+        line += f", {seen.num_unlabelled} without a mask"
     if seen.sides:
         widths, heights = zip(*seen.sides, strict=True)
         line += f", {min(widths)} x {min(heights)} to {max(widths)} x {max(heights)} pixels"

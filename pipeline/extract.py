@@ -44,6 +44,7 @@ from pipeline.data.prompts import prompts
 from pipeline.data.words import names_of_classes, other_names
 from pipeline.learning.batches import data_of
 from pipeline.learning.text import features_of_file
+from pipeline.looking.checked import check_labels
 from pipeline.models.teacher import Teacher
 from pipeline.ops.quantise import dequantised
 from pipeline.teaching.encode import BAD_IMAGE, STORAGE, axis_sizes, mean_colour, shard_blocks, teacher_of
@@ -110,6 +111,9 @@ def extract(
         finish(config, "extract", manifest | _asked(config))
         say(f"extract: nothing to do, {len(samples)} images are cached in {path}")
         return manifest
+    if manifest is None or manifest.get("content") != content:
+        listed = [sample for sample in samples if is_listed(sample)]
+        check_labels(config, data, listed, is_needed=config.cache.tokens == STREAM)
     with lock(path, "extract"):
         ledger = Ledger(path, "extract")
         if not cached:  # records without the arrays that they vouch for

@@ -29,7 +29,7 @@ from pipeline.data.base import BadImage, DataError, read_image
 from pipeline.data.files import file_stamp, image_sizes
 from pipeline.data.inputs import Picture
 from pipeline.learning.loading import made_ahead
-from pipeline.learning.segmenter import Asked, Name, Segmenter, check
+from pipeline.learning.segmenter import Asked, Name, Segmenter, check, parsed_names
 from pipeline.looking.overlay import painted, palette_of, shares, with_legend
 from pipeline.tracking import progress, say
 
@@ -44,7 +44,7 @@ MOST_PIXELS = 2**25  # of a batch's images together, 96 MiB decoded; one that is
 class Wanted:
     """What to find, and how. `reject` as Segmenter.decide has it; gamma and mode None: the run's."""
 
-    names: Sequence[Name] | None = None
+    names: Sequence[Name] | str | None = None  # text as parsed_names reads it
     gamma: float | None = None
     reject: float | None = None
     mode: str | None = None
@@ -68,13 +68,16 @@ def predict(run: Path, pictures: Sequence[Picture], out: Path, wanted: Wanted) -
     for. A picture that can't be read is named and passed over.
     Raises: CheckpointError, UserError; at the end a UserError that counts what was passed over.
     """
-    check(wanted.reject, wanted.mode)
+    check(wanted.reject, wanted.mode, wanted.gamma)
     segmenter = Segmenter(run)
     if wanted.names is None and (changed := segmenter.renamed()):
         say(
             f"predict: the student's own names are those it was trained with; its data set has others now: {changed}"
         )
-    asked = segmenter.ask(wanted.names)
+    names = wanted.names
+    asked = segmenter.ask(
+        parsed_names(names, segmenter.checkpoint.classes) if isinstance(names, str) else names
+    )
     recipe = _recipe(segmenter, asked, wanted)
     at = {picture: out / picture.place for picture in pictures}
     missing = {each: None for each in pictures if not _is_done(each, at[each], recipe, wanted)}  # in order
@@ -120,7 +123,7 @@ def _is_done(picture: Picture, base: Path, recipe: str, wanted: Wanted) -> bool:
     if not all(_named(base, ending).is_file() for ending in needed):
         return False
     try:
-        with Image.open(_named(base, MASK)) as mask:
+        with Image.open(_named(base, MASK), formats=["PNG"]) as mask:
             return mask.info.get(STAMP) == file_stamp(picture.path) and mask.info.get(RECIPE) == recipe
     except (
         OSError,
@@ -137,7 +140,7 @@ def _groups(pictures: Sequence[Picture], num: int) -> Iterator[list[Picture]]:
     pixels = 0
     for picture in pictures:
         try:
-            (width, height), _ = image_sizes(picture.path)
+            width, height = image_sizes(picture.path).stored
         except DataError:  # whoever loads it says why
             width = height = 0
         if group and (len(group) == num or pixels + width * height > MOST_PIXELS):

@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image
 
 from cache.files import write_atomic
-from pipeline.data.base import DataError, unknown
+from pipeline.data.base import MAX_PIXELS, DataError, unknown
 from pipeline.data.classes import COCO_CLASSES
 from pipeline.data.convert import coco_mask, context_mask, context_mask_of_runs, sbd_mask
 from pipeline.data.files import files_by_id, folder_of, read_ids, refuse_missing
@@ -56,7 +56,7 @@ def prepare(kind: str, root: Path, source: Path | None = None) -> Conversion:
         for path, make in todo.items():
             try:
                 mask = make()
-            except (DataError, KeyError, TypeError, ValueError) as error:
+            except (DataError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
                 what = str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {error}."
                 raise DataError(f"{path.name}: can't be made: {what}") from None
             write_atomic(path, _png(mask))
@@ -158,7 +158,7 @@ def _by_image(path: Path, key: str) -> tuple[list[dict[str, Any]], Mapping[Any, 
         objects: dict[Any, list[dict[str, Any]]] = defaultdict(list)
         for thing in found[key]:
             objects[thing["image_id"]].append(thing)
-        images = list(found["images"])
+        images = [_image_of(image, key) for image in found["images"]]
         if key == "annotations":
             names = {item["id"]: item["name"] for item in found["categories"]}
             for thing in found[key]:
@@ -168,11 +168,22 @@ def _by_image(path: Path, key: str) -> tuple[list[dict[str, Any]], Mapping[Any, 
                 raise unknown(f"{path}: COCO has no object", strange[0], COCO_CLASSES)
     except OSError as error:
         raise DataError(f"{path}: can't be read: {error.strerror}. Complete the download.") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{path}: not the annotations ({type(error).__name__}: {error}).") from None
     return images, objects
+
+
+def _image_of(image: Any, key: str) -> dict[str, Any]:
+    """An image's entry, if it has what a mask is made with. Raises: KeyError, TypeError, ValueError."""
+    _ = image["id" if key == "annotations" else "image_id"], Path(image["file_name"])
+    if key != "annotations":
+        _ = image["phase"]
+    sides = image["height"], image["width"]
+    if not all(type(side) is int and side > 0 for side in sides) or sides[0] * sides[1] > MAX_PIXELS:
+        raise ValueError(f"image {image['file_name']!r} of {sides[0]!r} x {sides[1]!r} pixels")
+    return image
 
 
 CONVERSIONS: dict[str, Callable[[Path, Path | None], Conversion]] = {

@@ -39,17 +39,19 @@ class Unreadable(ValueError):
         self.where, self.reason = where, reason
 
 
-def read_yaml(text_or_path: str | Path, *, where: str, keys_are_text: bool = False) -> Any:
+def read_yaml(
+    text_or_path: str | Path, *, where: str, keys_are_text: bool = False, is_text: bool = False
+) -> Any:
     """The value of a YAML text, or of the file at a Path: null, bool, int, float, str, list and dict.
 
-    `keys_are_text` keeps every key as it is written: `0001:` is "0001" and `no:` is "no".
+    `keys_are_text` keeps every key as it is written: `0001:` is "0001" and `no:` is "no"; `is_text` every scalar.
     Raises: Unreadable, for files that can't be read, too.
     """
     try:
         text = _content(text_or_path) if isinstance(text_or_path, Path) else text_or_path
         if len(text) > MAX_BYTES:
             raise ValueError(f"more than {MAX_BYTES >> 20} MiB")
-        loader = _Strict(text, keys_are_text)
+        loader = _Strict(text, keys_are_text, is_text)
         try:
             return loader.get_single_data()
         finally:
@@ -107,9 +109,9 @@ class _Strict(yaml.SafeLoader):
         if tag is not None and tag.removeprefix(TAG) in PLAIN
     }
 
-    def __init__(self, text: str, keys_are_text: bool) -> None:
+    def __init__(self, text: str, keys_are_text: bool, is_text: bool) -> None:
         super().__init__(text)
-        self.keys_are_text = keys_are_text
+        self.keys_are_text, self.is_text = keys_are_text, is_text
         self.depth = self.aliased = 0
         self.extents: dict[yaml.Node, tuple[int, int]] = {}  # of what is composed: nodes, and levels
 
@@ -147,7 +149,7 @@ class _Strict(yaml.SafeLoader):
         node = super().compose_scalar_node(anchor)
         if odd := NOT_TEXT.search(node.value):  # written as an escape
             raise ComposerError(None, None, f"U+{ord(odd[0]):04X}, which is no text", node.start_mark)
-        return node
+        return _as_text(node) if self.is_text else node
 
     def compose_mapping_node(self, anchor: Any) -> Any:
         node = super().compose_mapping_node(anchor)

@@ -194,11 +194,11 @@ def test_a_mask_with_an_orientation_is_refused(tmp_path):
     assert not isinstance(caught.value, BadImage)
 
 
-def test_a_coloured_mask_stops_cluster(tmp_path, run_cli):
+def test_a_coloured_mask_stops_extract(tmp_path, run_cli):
     garden(tmp_path / "garden", images=1)
     Image.new("RGB", (96, 64)).save(tmp_path / "garden" / "train" / "0.png")
-    assert run_cli("extract", *options(tmp_path)).returncode == 0, "the teacher reads no mask"
-    done = run_cli("cluster", *options(tmp_path))
+    done = run_cli("extract", *options(tmp_path))
+    assert not (tmp_path / "runs").exists(), "before the teacher has seen an image"
     assert is_one_line_error(done, "0.png", "mode RGB", "class ids")
 
 

@@ -173,7 +173,7 @@ def test_no_named_splits(tmp_path):
 @pytest.mark.parametrize(
     ("names", "mask_names", "part", "message"),
     [
-        (("a", "b"), ("a",), {}, "1 images have no mask: 'b'"),
+        (("a", "b"), ("c",), {}, "2 images have no mask: 'a', 'b'"),
         (("a",), ("a", "b"), {}, "1 masks have no image: 'b'"),
         (("a",), ("a",), {"images": "fotos/*.jpg"}, "train.images: no file matches 'fotos/.*jpg'"),
         (("x/a", "y/a"), ("a",), {"images": "photos/*/*.jpg"}, "have the same id 'a'; rename one"),

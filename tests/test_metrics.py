@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torchmetrics.classification import MulticlassConfusionMatrix
 
+from pipeline.evidence.results import result_table
 from pipeline.ops.metrics import harmonic_mean, iou_per_class, pixel_accuracy, summary
 
 
@@ -83,3 +84,18 @@ def test_matrices_add_up_and_perfection_is_100(truth, seed):
     perfect = confusion(truth, truth, 4)
     assert pixel_accuracy(perfect) == 1.0
     assert set(iou_per_class(perfect)[~np.isnan(iou_per_class(perfect))]) == {1.0}
+
+
+def test_on_how_much_a_score_was_measured():
+    # Class 1 is in no truth and predicted once, class 2 is nowhere: both are said.
+    scored = summary(np.array([[3, 1, 0], [0, 0, 0], [0, 0, 0]]), [0, 2], [1])["scored"]
+    assert scored["seen"] == {"classes": 2, "occur": 1, "scored": 1, "pixels": 4}
+    assert scored["unseen"] == {"classes": 1, "occur": 0, "scored": 1, "pixels": 0}
+    result = {"pAcc": 1.0, "mIoU_S": 1.0, "mIoU_U": 0.0, "hIoU": 0.0, "gamma": 1, "scored": scored}
+    title = result_table({"a": result}).title
+    assert "1 of 2 seen, 1 of 1 unseen (1 without a test pixel) classes scored" in title
+    both = result_table({"a": result, "b": result | {"scored": None}})
+    assert [line[0] for line in both.lines] == [
+        "a (1 of 2 seen, 1 of 1 unseen (1 without a test pixel))",
+        "b",
+    ]

@@ -129,8 +129,56 @@ def test_no_two_pictures_share_a_place(tmp_path, monkeypatch):
     with pytest.raises(DataError, match=r"x/a\.jpg and y/a\.jpg: .* called a\.\*"):
         pictures(["x/a.jpg", "y/a.jpg"])
     assert len(pictures(["?/a.jpg"])) == 2
-    with pytest.raises(DataError, match=r"z/A\.jpg and z/a\.png"):
-        pictures(["z"])
+    said = []
+    found = places(pictures(["z"], tell=said.append))
+    assert found == [("z/A.jpg", "A.jpg"), ("z/a.png", "a.png")], "a photograph and its mask"
+    assert "2 pictures differ from others by their endings alone" in said[0]
+    picture(tmp_path / "z/a.png.jpg")
+    found = places(pictures(["z"]))
+    assert [place for _, place in found] == ["A.jpg", "a.png", "a.png.jpg"], "nor is its place another's"
+
+
+def test_endings_brackets_and_what_is_not_read(tmp_path, monkeypatch):
+    for name in (
+        "in [2024]/a.JPG",
+        "in [2024]/b.jfif",
+        "in [2024]/c.heic",
+        "in [2024]/d.NEF",
+        "in [2024]/e.txt",
+    ):
+        picture(tmp_path / name, format="JPEG")
+    monkeypatch.chdir(tmp_path)
+    said = []
+    found = places(pictures(["in [2024]"], tell=said.append))
+    assert found == [("in [2024]/a.JPG", "a"), ("in [2024]/b.jfif", "b")]
+    assert "1 .heic, 1 .nef. Convert them" in said[0]
+    assert places(pictures(["in [2024]/*.jpg"])) == [("in [2024]/a.JPG", "a")]
+    assert places(pictures(["in [2024]/[ab].jp*"])) == [("in [2024]/a.JPG", "a")]
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "in [2024]/c.heic").rename(tmp_path / "raw/c.heic")
+    with pytest.raises(DataError, match=r"raw: no picture.* 1 \.heic can't be read here"):
+        pictures(["raw"])
+
+
+@pytest.mark.parametrize(
+    "given", ["/**/*.jpg", "..", "/", "../a/../../../../../../../../../../../../**", "*/../../**/*.jpg"]
+)
+def test_no_pattern_searches_the_whole_disk(tmp_path, monkeypatch, given):
+    (tmp_path / "a").mkdir()
+    monkeypatch.chdir(tmp_path / "a")
+    if given == "..":  # by a link
+        (tmp_path / "everything").symlink_to("/")
+    with pytest.raises(DataError, match=r"root of the disk|climbs after its wildcards"):
+        pictures([given])
+
+
+def test_links_in_a_circle(tmp_path, monkeypatch):
+    picture(tmp_path / "a/one.jpg")
+    (tmp_path / "a/up").symlink_to(tmp_path / "a")
+    (tmp_path / "a/again").symlink_to(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert places(pictures(["a"])) == [("a/one.jpg", "one")]
+    assert places(pictures(["**/*.jpg"])) == [("a/one.jpg", "a/one")]
 
 
 def test_what_is_no_picture(tmp_path, monkeypatch):
@@ -149,6 +197,46 @@ def test_what_is_no_picture(tmp_path, monkeypatch):
 
 
 # ---- names -------------------------------------------------------------------------------------
+
+
+OWN = ("road, street", "Grass", "traffic light|signal", '5" pipe')
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("road, street,water", (("road, street",), ("water",))),
+        ("ROAD,  street|way", (("ROAD, street", "way"),)),
+        ("road, streets", (("road",), ("streets",))),
+        ("traffic light|signal,water", (("traffic light|signal",), ("water",))),
+        ('"sea, lake"|pond,"a ""b"""', (("sea, lake", "pond"), ('a "b"',))),
+        ('5" pipe, 6" pipe', (('5" pipe',), ('6" pipe',))),
+        (" sofa |couch,, cat|", (("sofa", "couch"), ("cat",))),
+    ],
+)
+def test_names_that_hold_commas_and_bars(text, names):
+    assert parsed_names(text, OWN) == names
+
+
+@pytest.mark.parametrize("text", ['"a, b', '"a" b', ",", "a,A", "a,&#97;"])
+def test_names_that_are_refused(text):
+    with pytest.raises(UserError, match="--names"):
+        parsed_names(text)
+
+
+def test_gamma_that_is_no_number(run, tmp_path, run_cli):
+    photo = picture(tmp_path / "a.jpg")
+    for value in ("nan", "inf"):
+        done = run_cli("predict", photo, "--run", run, "--gamma", value, "--out", tmp_path / "out")
+        assert is_one_line_error(done, f"--gamma {value}", "finite")
+
+
+def test_a_class_of_the_run_that_holds_a_comma(tmp_path, run_cli):
+    run = made_student(tmp_path / "run")
+    photo = picture(tmp_path / "a.jpg")
+    done = run_cli("predict", photo, "--run", run, "--names", '"soil"|leaf,bloom', "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert '"names": [["soil", "leaf"], ["bloom"]]' in Image.open(tmp_path / "out/a.mask.png").info["recipe"]
 
 
 def test_names_by_hand():

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import html
 import importlib
 import inspect
+import unicodedata
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -46,6 +48,21 @@ UPRIGHT = {
 }
 
 
+# The kinds of picture that are opened, and their endings. PIL knows more: EPS would start Ghostscript, and each further
+# decoder is one more that a stranger's file can reach.
+FORMATS: dict[str, tuple[str, ...]] = {
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
+    "PNG": (".png", ".apng"),
+    "BMP": (".bmp",),
+    "TIFF": (".tif", ".tiff"),
+    "WEBP": (".webp",),
+    "GIF": (".gif",),
+    "JPEG2000": (".jp2", ".j2k", ".jpf", ".jpx", ".j2c", ".jpc"),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
+    "AVIF": (".avif", ".avifs"),
+}
+
+
 class DataError(UserError):
     """The data or its description can't be used; the message says what, where and what to do."""
 
@@ -72,16 +89,31 @@ class Sample:
     mask: str | None = None
 
 
+@dataclass(frozen=True)
+class MaskFacts:
+    """What one mask holds: pixels by label (256,), and where it is a file its raw values, colours and doubts.
+
+    `colours` are those of the indices that occur, if the mask has a palette and is read by index; `doubt` says in a
+    sentence what about the pair of image and mask can't be decided.
+    """
+
+    pixels: np.ndarray
+    raw: frozenset[int] | None = None
+    colours: Mapping[int, tuple[int, int, int]] | None = None
+    doubt: str = ""
+
+
 class DataSet(ABC):
     """Classes, split and samples; the four abstract methods say where images and labels come from.
 
-    Raises: DataError for repeated or blank class names, more than 255 of them, unknown or repeated unseen
-    names, no seen class left, or a palette of another shape than (K, 3).
+    Raises: DataError for class names that are repeated, blank or read alike by CLIP, more than 255 of them, unknown or
+    repeated unseen names, no seen class left, or a palette of another shape than (K, 3).
     """
 
     name = "data"
     ignore = IGNORE
     background: int | None = None  # the id of "background", where it is a class
+    has_files = False  # whose masks may be wrong
 
     def __init__(
         self,
@@ -95,6 +127,7 @@ class DataSet(ABC):
         self._by_id: dict[str, dict[str, Sample]] = {}
         self.classes = tuple(classes)
         check_names(f"{self.name}: classes", self.classes, self.classes)
+        _refuse_alike(f"{self.name}: classes", self.classes)
         if not 1 <= len(self.classes) <= IGNORE:
             raise DataError(
                 f"{self.name}: {len(self.classes)} classes; want 1 to 255, ids being 8 bits and 255 ignored."
@@ -140,6 +173,22 @@ class DataSet(ABC):
         """The same of the mask; where image and labels are made together, one stamp stands for both."""
         return self.stamp(sample)
 
+    def label_meaning(self) -> str:
+        """Hex digits of what turns a mask's stored pixels into class ids, beside the mask itself.
+
+        It is part of `mask_stamp` wherever it isn't the kind's usual one, which stamps of earlier versions imply.
+        """
+        return meaning_of(getattr(self, "table", None))
+
+    def files(self, part: str) -> list[str]:
+        """The files that a part is read from, sorted: images, masks, and what describes them. Raises: DataError."""
+        return []
+
+    def mask_facts(self, sample: Sample) -> MaskFacts | None:
+        """What a mask holds, None without one. Raises: DataError as `labels`."""
+        labels = self.labels(sample)
+        return None if labels is None else MaskFacts(np.bincount(labels.ravel(), minlength=256))
+
     def seen_labels(self, sample: Sample) -> np.ndarray | None:
         """What training may see: `labels` with the ids of unseen classes set to 255."""
         labels = self.labels(sample)
@@ -159,10 +208,6 @@ class DataSet(ABC):
         if labels is None:
             raise DataError(f"{self.name}: image {sample.id} has no mask to read its image-level labels off.")
         return tuple(int(i) for i in np.unique(labels) if i not in (IGNORE, self.background))
-
-    def files(self, part: str) -> list[str]:
-        """The paths of a part's images and masks and of what describes the data set; none of what is rendered."""
-        return []
 
     def stamps(self, samples: Sequence[Sample], what: str = "images") -> list[str]:
         """The stamp of each sample's image, or of its "labels"."""
@@ -185,6 +230,33 @@ class DataSet(ABC):
         if part not in self._by_id:
             self._by_id[part] = {sample.id: sample for sample in self.samples(part)}
         return self._by_id[part]
+
+
+def meaning_of(*tables: np.ndarray | None) -> str:
+    """8 hex digits over what tables of raw ids make of them, but for ids that stay as they are or aren't known."""
+    changed = [
+        {raw: int(label) for raw, label in enumerate(table) if label >= 0 and label != raw}
+        for table in tables
+        if table is not None
+    ]
+    return hashlib.blake2b(repr(changed).encode(), digest_size=4).hexdigest() if any(changed) else "0" * 8
+
+
+def key_of(word: str) -> str:
+    """What CLIP's tokenizer reads of a word: no HTML escapes, composed characters, single spaces, lower case."""
+    plain = unicodedata.normalize("NFC", html.unescape(html.unescape(word)))
+    return " ".join(plain.split()).lower()
+
+
+def _refuse_alike(where: str, names: Sequence[str]) -> None:
+    """Two names with one text feature can't be told apart by it."""
+    first: dict[str, str] = {}
+    for name in names:
+        if (other := first.setdefault(key_of(name), name)) != name:
+            raise DataError(
+                f"{where}: CLIP reads {other!r} and {name!r} alike (case and spaces don't count). Rename one, or make "
+                "them one class."
+            )
 
 
 def check_names(where: str, names: object, known: Sequence[str]) -> tuple[str, ...]:
@@ -214,14 +286,14 @@ def chosen_split(kind: str, splits: Splits, unseen: Sequence[str] | None, split:
     return splits[split]
 
 
-def read_image(path: str | Path) -> np.ndarray:
-    """Any picture that PIL knows as (H, W, 3) uint8 RGB, upright; the first frame of several.
+def read_image(path: str | Path, *, as_stored: bool = False) -> np.ndarray:
+    """A picture of one of FORMATS as (H, W, 3) uint8 RGB, upright or `as_stored`; the first frame of several.
 
     16-bit greys are scaled to 8 bits, transparency is laid on white.
     Raises: BadImage for what can't be decoded, DataError for a file that can't be read.
     """
     with opened(path, BadImage) as image:
-        turn = UPRIGHT.get(orientation(image))
+        turn = None if as_stored else UPRIGHT.get(orientation(image))
         rgb = _as_rgb(image)
         return np.array(rgb if turn is None else rgb.transpose(turn))
 
@@ -248,11 +320,17 @@ def orientation(image: Image.Image) -> int:
     return value if value in UPRIGHT else 1
 
 
+def formats() -> list[str]:
+    """Those of FORMATS that this PIL can read."""
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
 @contextmanager
 def opened(path: str | Path, wrong: type[DataError]) -> Iterator[Image.Image]:
     """An open picture. Wrong content becomes the error `wrong`, what the file system says a DataError."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=formats()) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise wrong(
                     f"{image.width} x {image.height} pixels, and more than {MAX_PIXELS} are not read: it may be a "
@@ -275,7 +353,11 @@ def _reason(path: str | Path, error: Exception) -> str:
     if isinstance(error, Image.UnidentifiedImageError):
         with open(path, "rb") as file:
             head = file.read(16)
-        return f"not a picture that PIL knows, it begins with {head!r}" if head else "the file is empty"
+        return (
+            f"not a picture of a kind that is read ({', '.join(FORMATS)}), it begins with {head!r}"
+            if head
+            else "the file is empty"
+        )
     return f"can't be decoded: {' '.join(str(error).split()) or type(error).__name__}"
 
 

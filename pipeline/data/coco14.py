@@ -101,19 +101,19 @@ class Coco14(FileDataSet):
         path = self._json(part)
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
-            names = {item["id"]: item["name"] for item in found["categories"]}
-            pairs = {(item["image_id"], names[item["category_id"]]) for item in found["annotations"]}
+            names = {item["id"]: str(item["name"]) for item in found["categories"]}
+            pairs = {(int(item["image_id"]), names[item["category_id"]]) for item in found["annotations"]}
         except OSError as error:
             todo = "Complete the download, or set data.tags to masks."
             raise DataError(f"{path}: the images' labels can't be read: {error.strerror}. {todo}") from None
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise DataError(f"{path}: not COCO's instances ({type(error).__name__}: {error}).") from None
         strange = sorted({name for _, name in pairs} - set(COCO_CLASSES))
         if strange:
             raise unknown(f"{path}: coco14 has no class", strange[0], COCO_CLASSES)
         labels: dict[int, list[int]] = {}
         for image, name in pairs:
-            labels.setdefault(int(image), []).append(self.classes.index(name))
+            labels.setdefault(image, []).append(self.classes.index(name))
         return {image: tuple(sorted(ids)) for image, ids in labels.items()}
 
     def _json(self, part: str) -> Path:
@@ -124,6 +124,13 @@ class Coco14(FileDataSet):
         if self.tags_from == "masks":
             return super().mask_stamp(sample)
         return f"{super().mask_stamp(sample)} {self.tags(sample)}"
+
+    def description_files(self, part: str) -> list[Path]:
+        chosen = self.lists[part]
+        return [
+            *([self.root / chosen] if chosen else []),
+            *([self._json(part)] if self.tags_from == "json" else []),
+        ]
 
     def label_hint(self, raw: set[int]) -> str:
         return f" {GAPS}." if max(raw) <= 90 else " Are these masks of another data set?"

@@ -7,6 +7,7 @@ root/ImageSets/SegmentationContext/{train,val}.txt
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from pipeline.data.base import Sample, chosen_split
 from pipeline.data.classes import (
@@ -18,6 +19,8 @@ from pipeline.data.classes import (
 )
 from pipeline.data.files import FileDataSet, raw_table, root_of
 from pipeline.data.voc import listed_samples
+
+LISTS = {"train": "train", "test": "val"}
 
 
 class Context(FileDataSet):
@@ -50,9 +53,11 @@ class Context(FileDataSet):
         self.table = raw_table(len(self.classes), shift=1 - first, ignored=(255,) if background else (0, 255))
         self.root = root_of(root, "context")
 
+    def description_files(self, part: str) -> list[Path]:
+        return [self.root / "ImageSets" / "SegmentationContext" / f"{LISTS[part]}.txt"]
+
     def list_samples(self, part: str) -> list[Sample]:
-        lists = self.root / "ImageSets" / "SegmentationContext"
-        names = {"train": "train", "test": "val"}[part]
+        lists, names = self.root / "ImageSets" / "SegmentationContext", LISTS[part]
         return listed_samples(self.root, lists, names, ("SegmentationClassContext",))
 
     def label_hint(self, raw: set[int]) -> str:

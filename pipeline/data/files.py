@@ -7,10 +7,12 @@ import os
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from pipeline.data.base import (
     IGNORE,
@@ -18,7 +20,9 @@ from pipeline.data.base import (
     BadImage,
     DataError,
     DataSet,
+    MaskFacts,
     Sample,
+    meaning_of,
     opened,
     orientation,
     read_image,
@@ -32,10 +36,11 @@ STAMP_BYTES = 16 * 1024  # read from each end of a file for its stamp
 class FileDataSet(DataSet):
     """Images and indexed masks in files. A subclass lists its samples and says what raw ids mean.
 
-    `table` (256,) int16 maps raw ids of a mask to class ids, 255 or INVALID; `limit` keeps the first N
+    `table` (256 or more,) int16 maps raw ids of a mask to class ids, 255 or INVALID; `limit` keeps the first N
     samples of each part, for tries.
     """
 
+    has_files = True
     table: np.ndarray
 
     def __init__(self, *, limit: int | None = None, **described: Any) -> None:
@@ -73,38 +78,106 @@ class FileDataSet(DataSet):
         return read_image(sample.image)
 
     def labels(self, sample: Sample) -> np.ndarray | None:
+        found = self._read(sample)
+        return None if found is None else found[1]
+
+    def mask_facts(self, sample: Sample) -> MaskFacts | None:
+        found = self._read(sample)
+        if found is None:
+            return None
+        stored, labels, doubt = found
+        raw, colours = None, None
+        if stored.pixels.ndim == 2:
+            raw = frozenset(values_in(stored.pixels))
+            colours = None if stored.palette is None else _colours_of(stored.palette, raw)
+        return MaskFacts(np.bincount(labels.ravel(), minlength=256), raw, colours, doubt)
+
+    def _read(self, sample: Sample) -> tuple[StoredMask, np.ndarray, str] | None:
+        """A sample's mask as stored, its labels, and what can't be decided about the pair. Raises: DataError."""
         if sample.mask is None:
             return None
-        raw = read_mask(sample.mask)
-        self._check_size(sample, raw.shape[1], raw.shape[0])
-        inside = np.clip(raw, 0, 255)  # (H, W)
-        ids = self.table_of(sample)[inside]  # (H, W)
-        strange = np.unique(raw[(ids == INVALID) | (inside != raw)]).tolist()
-        if strange:
+        stored = stored_mask(sample.mask)
+        doubt = self._check_size(sample, stored.pixels.shape[1], stored.pixels.shape[0])
+        return stored, self.labels_of(sample, stored), doubt
+
+    def labels_of(self, sample: Sample, stored: StoredMask) -> np.ndarray:
+        """(H, W) uint8 class ids and 255 of a mask as it is stored. Raises: DataError."""
+        if stored.pixels.ndim != 2:
+            raise DataError(
+                f"{sample.mask}: mode {stored.mode}: a picture of colours. A mask has one channel, whose values are "
+                f"class ids.{self.colour_hint(stored)}"
+            )
+        raw, table = stored.pixels, self.table_of(sample)
+        inside = np.clip(raw, 0, len(table) - 1)  # (H, W)
+        ids = table[inside]  # (H, W)
+        if (is_strange := (ids == INVALID) | (inside != raw)).any():
+            strange = np.unique(raw[is_strange]).tolist()
             listed = ", ".join(map(str, strange[:5])) + (", ..." if len(strange) > 5 else "")
             raise DataError(
                 f"{sample.mask}: label id {listed} is none of {self.name}'s {len(self.classes)} classes, "
                 f"nor ignored.{self.label_hint(set(strange))}"
+                f"{'' if stored.palette is None else self.colour_hint(stored)}"
             )
         return ids.astype(np.uint8)
 
-    def _check_size(self, sample: Sample, width: int, height: int) -> None:
-        stored, upright = image_sizes(sample.image)
-        if (width, height) == upright:
-            return
+    def colour_hint(self, stored: StoredMask) -> str:
+        """What to do about a mask that is a picture of colours, or whose indices have colours and can't be read."""
+        return ""
+
+    def _check_size(self, sample: Sample, width: int, height: int) -> str:
+        """Compares a mask's size with its image's; returns the doubt that is left where an EXIF tag turns the image
+        and the mask fits it either way."""
+        sizes = image_sizes(sample.image)
+        if (width, height) == self.size_read(sizes):
+            fits_both = sizes.turn != 1 and (width, height) == sizes.stored == sizes.upright
+            return self.turned_doubt(sample, sizes.turn) if fits_both else ""
         hint = "Image and mask must belong to the same picture; resize masks with nearest neighbour only."
-        if (width, height) == stored:
-            hint = "It fits the image before its EXIF rotation: turn the mask too, or remove that EXIF tag."
+        if (width, height) in (sizes.stored, sizes.upright):
+            hint = self.turned_hint(sizes)
+        shown = self.size_read(sizes)
         raise DataError(
             f"{sample.mask}: the mask is {width} x {height} pixels, its image {sample.image} is "
-            f"{upright[0]} x {upright[1]}. {hint}"
+            f"{shown[0]} x {shown[1]}. {hint}"
+        )
+
+    def size_read(self, sizes: Sizes) -> tuple[int, int]:
+        """(width, height) of the image as `image` reads it."""
+        return sizes.upright
+
+    def turned_hint(self, sizes: Sizes) -> str:
+        """What to do where the mask fits the image turned the other way."""
+        return "It fits the image before its EXIF rotation: turn the mask too, or remove that EXIF tag."
+
+    def turned_doubt(self, sample: Sample, turn: int) -> str:
+        """A sentence on a mask that fits a turned image either way; or raises DataError."""
+        return (
+            f"{sample.image}: has an EXIF orientation of {turn} and is turned upright, and whether {sample.mask} was "
+            "drawn on the upright picture can't be seen by its size: look at the overlay of one."
         )
 
     def stamp(self, sample: Sample) -> str:
         return file_stamp(sample.image)
 
+    def label_meaning(self) -> str:
+        return meaning_of(*getattr(self, "tables", (getattr(self, "table", None),)))
+
+    def usual_meaning(self) -> str:
+        """The meaning that a stamp doesn't state: here any, since the options it follows from are in fingerprints."""
+        return self.label_meaning()
+
     def mask_stamp(self, sample: Sample) -> str:
-        return "no mask" if sample.mask is None else file_stamp(sample.mask)
+        if sample.mask is None:
+            return "no mask"
+        meaning = self.label_meaning()
+        return file_stamp(sample.mask) + ("" if meaning == self.usual_meaning() else f" {meaning}")
+
+    def files(self, part: str) -> list[str]:
+        found = {path for sample in self.samples(part) for path in (sample.image, sample.mask) if path}
+        return sorted(found | {str(path) for path in self.description_files(part)})
+
+    def description_files(self, part: str) -> list[Path]:
+        """What a part is described by beside its images and masks, if it is there: lists, tags, the description."""
+        return []
 
 
 def file_stamp(path: str | Path) -> str:
@@ -126,17 +199,30 @@ def file_stamp(path: str | Path) -> str:
     return f"{size}-{digest.hexdigest()}"
 
 
-def read_mask(path: str | Path) -> np.ndarray:
-    """Class ids as they are stored, (H, W) integers: palette indices or grey values. Raises: DataError.
+@dataclass(frozen=True)
+class StoredMask:
+    """A mask as its file has it: (H, W) integers, or (H, W, 3 or 4) uint8 colours.
+
+    `palette` (256, 3) uint8 has the colours of indices.
+    """
+
+    mode: str
+    pixels: np.ndarray
+    palette: np.ndarray | None = None
+
+
+def stored_mask(path: str | Path) -> StoredMask:
+    """A mask as it is stored: palette indices, grey values, or colours. Raises: DataError.
 
     An orientation tag is refused: whether the pixels were turned before it was copied here, nobody can tell.
     """
     with opened(path, DataError) as image:
-        if image.format == "JPEG":
+        if image.format in ("JPEG", "MPO"):
             raise DataError("a JPEG mask; its compression changes ids. Save masks as PNG")
-        if image.mode not in {"L", "P", "1", "I", "I;16", "I;16B"}:
+        if image.mode not in {"L", "P", "1", "I", "I;16", "I;16B", "RGB", "RGBA"}:
             raise DataError(
-                f"mode {image.mode}: a picture of colours. A mask has one channel, whose values are class ids"
+                f"mode {image.mode}: no kind of mask. A mask has one channel, whose values are class ids, or colours "
+                "(mode RGB) that `palette` names"
             )
         if any(str(tile[3]) in {"L;2", "L;4"} for tile in getattr(image, "tile", ())):
             raise DataError(
@@ -147,15 +233,52 @@ def read_mask(path: str | Path) -> np.ndarray:
                 f"an EXIF orientation of {orientation(image)}; labels are read as stored. Save the mask upright, "
                 "as its image is shown, without that tag"
             )
-        pixels = np.array(image)
-        return pixels.astype(np.uint8) if pixels.dtype == bool else pixels
+        pixels, mode = np.array(image), image.mode
+        palette = _palette_of(image) if mode == "P" else None
+        return StoredMask(mode, pixels.astype(np.uint8) if pixels.dtype == bool else pixels, palette)
 
 
-def image_sizes(path: str | Path) -> tuple[tuple[int, int], tuple[int, int]]:
-    """(width, height) as stored and upright, from the header. Raises: BadImage, DataError."""
+def read_mask(path: str | Path) -> np.ndarray:
+    """Class ids as they are stored, (H, W) integers: palette indices or grey values. Raises: DataError."""
+    stored = stored_mask(path)
+    if stored.pixels.ndim != 2:
+        raise DataError(f"{path}: mode {stored.mode}: a picture of colours; want one channel of class ids.")
+    return stored.pixels
+
+
+def values_in(pixels: np.ndarray) -> list[int]:
+    """The values that occur, sorted; counted where they are bytes, since sorting the pixels takes ten times as long."""
+    if pixels.dtype == np.uint8:
+        return np.flatnonzero(np.bincount(pixels.ravel(), minlength=256)).tolist()
+    return np.unique(pixels).tolist()
+
+
+def _colours_of(palette: np.ndarray, used: Iterable[int]) -> dict[int, tuple[int, int, int]] | None:
+    """The colours of the indices that occur; None where each is its own grey, which says nothing."""
+    found = {i: (int(palette[i, 0]), int(palette[i, 1]), int(palette[i, 2])) for i in used}
+    return None if all(colour == (i, i, i) for i, colour in found.items()) else found
+
+
+def _palette_of(image: Image.Image) -> np.ndarray:
+    """(256, 3) uint8; entries that the file lacks are black."""
+    found = np.array(image.getpalette("RGB") or [], np.uint8).reshape(-1, 3)[:256]
+    return np.concatenate([found, np.zeros((256 - len(found), 3), np.uint8)])
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """(width, height) of a picture as stored and upright, and its EXIF orientation, 1 to 8."""
+
+    stored: tuple[int, int]
+    upright: tuple[int, int]
+    turn: int
+
+
+def image_sizes(path: str | Path) -> Sizes:
+    """The sizes of a picture, from its header. Raises: BadImage, DataError."""
     with opened(path, BadImage) as image:
-        width, height = image.size
-        return (width, height), (height, width) if orientation(image) >= 5 else (width, height)
+        (width, height), turn = image.size, orientation(image)
+        return Sizes((width, height), (height, width) if turn >= 5 else (width, height), turn)
 
 
 def folder_of(path: Path, todo: str) -> Path:
@@ -194,13 +317,18 @@ def refuse_repeated(ids: Sequence[str], where: str) -> None:
 
 
 def files_by_id(folder: Path, ending: str) -> dict[str, str]:
-    """id -> path of the files of a folder that end in `ending`; the id is what comes before."""
+    """id -> path of the files of a folder that end in `ending`, in any case; the id is what comes before.
+
+    Raises: DataError for two files of one id.
+    """
+    found: dict[str, str] = {}
     with os.scandir(folder) as entries:
-        return {
-            entry.name[: -len(ending)]: entry.path
-            for entry in entries
-            if entry.name.endswith(ending) and not entry.name.startswith(".")
-        }
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            if entry.name.lower().endswith(ending.lower()) and not entry.name.startswith("."):
+                other = found.setdefault(entry.name[: -len(ending)], entry.path)
+                if other != entry.path:
+                    raise DataError(f"{other} and {entry.path} have the same id; remove one.")
+    return found
 
 
 def refuse_missing(ids: Iterable[str], have: Mapping[str, str], what: str, where: object, todo: str) -> None:

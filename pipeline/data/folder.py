@@ -7,17 +7,24 @@
     train: {images: "train/*.jpg", masks: "train_masks/*.png"}   # masks may be left out
     test: {images: "test/*.jpg", masks: "test_masks/*_ids.png", mask_suffix: _ids, list: test.txt}
     tags: tags.yaml               # `id: [apple, pear]`, which classes an image holds; left out: its mask says so
+    exif: upright                 # how images with an EXIF orientation are read; as_stored: as their masks were drawn
 
 Globs and lists are relative to the yaml's folder; image and mask are paired by the file name without
 its ending (and without `mask_suffix`), which is the sample's id, in Unicode's composed form (NFC), for
-some systems decompose names when copying. A list names the ids to take, one a line. Raw ids of the masks
-are positions in `classes`; with `reduce_zero_label: true` raw 0 has no label and the classes are 1, 2, ...
-`palette` gives each class a colour, [r, g, b] of 0-255.
+some systems decompose names when copying. A list names the ids to take, one a line. A training image without a mask
+is unlabelled.
+
+What a mask's pixels mean. Raw ids are positions in `classes`; with `reduce_zero_label: true` raw 0 has no label and the
+classes are 1, 2, ... `values: {0: sky, 255: apple, 7: ignore}` says it of single raw ids; a class that it names has no
+others. `palette` gives each class a colour, [r, g, b] of 0-255, to draw it with; and masks that are pictures of these
+colours (RGB, or indexed and all of their colours in it) are read by colour, whatever their indices are. Beside it
+`ignore` may be a colour, or a list of them; what is transparent has no label. `read_masks: by_index` or `by_colour`
+says it where both would do.
 """
 
 from __future__ import annotations
 
-import glob
+import hashlib
 import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,21 +32,55 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.data.base import IGNORE, PARTS, DataError, Sample, check_names, unknown
-from pipeline.data.classes import BACKGROUND
-from pipeline.data.files import FileDataSet, raw_table, read_ids, refuse_missing, root_of
-from pipeline.reading import Unreadable, read_yaml
-
-KEYS = (
-    *("name", "classes", "unseen", "seen", "ignore", "reduce_zero_label", "palette", "train", "test"),
-    "tags",
+from pipeline.data.base import (
+    IGNORE,
+    PARTS,
+    BadImage,
+    DataError,
+    MaskFacts,
+    Sample,
+    check_names,
+    opened,
+    read_image,
 )
-PART_KEYS = ("images", "masks", "mask_suffix", "list")
+from pipeline.data.classes import BACKGROUND
+from pipeline.data.colours import code_of, known_colours, label_of_code, rgb
+from pipeline.data.description import (
+    AS_STORED,
+    BY_COLOUR,
+    BY_INDEX,
+    UPRIGHT,
+    ignored_colours,
+    is_reduced,
+    one_of,
+    palette_of,
+    part_of,
+    read_description,
+    read_tags,
+    table_of_ids,
+    tags_path,
+    unseen_of,
+    values_of,
+    yaml_path,
+)
+from pipeline.data.files import (
+    INVALID,
+    FileDataSet,
+    Sizes,
+    StoredMask,
+    file_stamp,
+    image_sizes,
+    read_ids,
+    refuse_missing,
+    values_in,
+)
+from pipeline.data.patterns import matching
 
 
 class FolderDataSet(FileDataSet):
     """The data set that a dataset.yaml describes; `root` is that file or the folder that holds it.
 
+    `stated` are the keys that stand there: what is stated is no longer doubted.
     Raises: DataError for a description that doesn't fit (naming the nearest valid key or class), a pattern
     without files, or files that don't pair up.
     """
@@ -54,8 +95,8 @@ class FolderDataSet(FileDataSet):
         unseen: Sequence[str] | None = None,
         split: str | None = None,
     ) -> None:
-        self.path = _yaml_path(root)
-        described = _read_yaml(self.path)
+        self.path = yaml_path(root)
+        described = read_description(self.path)
         if split is not None:
             raise DataError(
                 f"data.split is {split!r}, but a folder has no named splits; use unseen in {self.path}."
@@ -67,18 +108,192 @@ class FolderDataSet(FileDataSet):
             limit=limit,
             name=str(described.get("name") or self.path.parent.name),
             classes=classes,
-            unseen=_unseen(self.path, classes, described) if unseen is None else unseen,
-            palette=_palette(self.path, described.get("palette"), len(classes)),
+            unseen=unseen_of(self.path, classes, described) if unseen is None else unseen,
+            palette=palette_of(self.path, described.get("palette"), len(classes)),
         )
-        self.parts = {part: _part(self.path, part, described[part]) for part in PARTS if described.get(part)}
+        self.parts = {
+            part: part_of(self.path, part, described[part]) for part in PARTS if described.get(part)
+        }
         if not self.parts:
             raise DataError(
                 f"{self.path}: neither train nor test is described; give at least `train: {{images: ...}}`."
             )
+        self.stated = frozenset(key for key, value in described.items() if value is not None)
         self.background = classes.index(BACKGROUND) if BACKGROUND in classes else None
-        self.listed_tags = _tags(self.path, described.get("tags"), classes)
-        self.reduce_zero_label = _reduced(self.path, described.get("reduce_zero_label", False))
-        self.table = _table(self.path, classes, described.get("ignore", IGNORE), self.reduce_zero_label)
+        self.tags_path = tags_path(self.path, described.get("tags"))
+        self.listed_tags = None if self.tags_path is None else read_tags(self.tags_path, classes)
+        self.reduce_zero_label = is_reduced(self.path, described.get("reduce_zero_label", False))
+        self.exif = one_of(self.path, "exif", described.get("exif"), (UPRIGHT, AS_STORED)) or UPRIGHT
+        self._read_masks_by(described)
+
+    def _read_masks_by(self, described: Mapping[str, Any]) -> None:
+        """What turns pixels into class ids: `table` for raw ids, `colours` (code -> class) where there is a palette."""
+        path, classes = self.path, self.classes
+        self.read_masks = one_of(path, "read_masks", described.get("read_masks"), (BY_COLOUR, BY_INDEX))
+        ignored = described.get("ignore", IGNORE)
+        colours = ignored_colours(path, ignored) if isinstance(ignored, list) else []
+        if colours:
+            ignored = IGNORE
+        values = values_of(path, classes, described.get("values"))
+        self.raw_meaning = {
+            "reduced": self.reduce_zero_label,
+            "ignored": ignored,
+            "values": sorted(values.items()),
+        }
+        self.table = table_of_ids(
+            path, classes, ignored, self.reduce_zero_label, values, is_stated="ignore" in described
+        )
+        self.colours: dict[int, int] | None = None
+        if "palette" in self.stated and self.read_masks != BY_INDEX:
+            self.colours = known_colours(
+                path, self.palette, colours, classes, is_wanted=self.read_masks == BY_COLOUR
+            )
+        if self.colours is None and (colours or self.read_masks == BY_COLOUR):
+            raise DataError(
+                f"{path}: colours of masks are named, but no palette that has one for each class."
+            )
+
+    # --- what a mask means ---
+
+    def labels_of(self, sample: Sample, stored: StoredMask) -> np.ndarray:
+        if self.colours is None:
+            return super().labels_of(sample, stored)
+        if stored.pixels.ndim == 3:
+            return self._of_colours(sample, stored.pixels)
+        if stored.palette is not None and self._is_by_colour(sample, stored):
+            codes = code_of(stored.palette)
+            table = np.array([self.colours.get(int(code), INVALID) for code in codes], np.int16)
+            return self._checked_colours(sample, table[stored.pixels], codes[stored.pixels])
+        if stored.palette is None and self.read_masks == BY_COLOUR:
+            raise DataError(
+                f"{sample.mask}: has no colours (mode {stored.mode}), and read_masks is {BY_COLOUR}."
+            )
+        return super().labels_of(sample, stored)
+
+    def _is_by_colour(self, sample: Sample, stored: StoredMask) -> bool:
+        """Whether an indexed mask is read by its colours: all of them are known. Raises: DataError for some."""
+        assert self.colours is not None
+        assert stored.palette is not None
+        used = np.array(values_in(stored.pixels))
+        codes = code_of(stored.palette)[used].tolist()
+        is_ramp = (stored.palette[used] == used[:, None]).all()  # a grey for each index says nothing
+        if self.read_masks == BY_COLOUR or (all(code in self.colours for code in codes) and not is_ramp):
+            return True
+        wrong = [i for i, code in zip(used.tolist(), codes, strict=True) if self._disagrees(i, code)]
+        if wrong and not is_ramp:
+            code = int(code_of(stored.palette)[wrong[0]])
+            strange = next(code for code in codes if code not in self.colours)
+            raise DataError(
+                f"{sample.mask}: index {wrong[0]} has the colour {rgb(code)}, which is another class's in `palette`, "
+                f"and {rgb(strange)} is in no class. List it as `ignore`, or set `read_masks: by_index` in "
+                f"{self.path.name} if colours don't count."
+            )
+        return False
+
+    def _disagrees(self, index: int, code: int) -> bool:
+        assert self.colours is not None
+        return code in self.colours and (index >= len(self.table) or self.colours[code] != self.table[index])
+
+    def _of_colours(self, sample: Sample, pixels: np.ndarray) -> np.ndarray:
+        """Labels of a picture of colours, (H, W, 3 or 4) uint8 -> (H, W) uint8; what is transparent has none."""
+        assert self.colours is not None
+        codes = code_of(pixels[..., :3])
+        ids = label_of_code(tuple(self.colours.items()))[codes]
+        if pixels.shape[2] == 4:
+            alpha = pixels[..., 3]
+            if ((alpha > 0) & (alpha < 255)).any():
+                raise DataError(
+                    f"{sample.mask}: half transparent pixels; want each opaque, or without a label."
+                )
+            ids = np.where(alpha == 0, np.int16(IGNORE), ids)
+        return self._checked_colours(sample, ids, codes)
+
+    def _checked_colours(self, sample: Sample, ids: np.ndarray, codes: np.ndarray) -> np.ndarray:
+        is_strange = ids == INVALID
+        if is_strange.any():
+            found, num = np.unique(codes[is_strange], return_counts=True)
+            most = found[np.argmax(num)]
+            more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+            raise DataError(
+                f"{sample.mask}: colour {rgb(int(most))}{more} is no class's in `palette` ({is_strange.sum():,} "
+                f"pixels). Correct `palette` in {self.path.name}, or list colours without a label there: "
+                f"`ignore: [{rgb(int(most))}]`. Masks must not be smoothed or compressed with loss."
+            )
+        return ids.astype(np.uint8)
+
+    def colour_hint(self, stored: StoredMask) -> str:
+        if stored.palette is not None:
+            return f" If it is its colours that say the classes, list them as `palette` in {self.path.name}."
+        flat = stored.pixels[..., :3]
+        if (flat == flat[..., :1]).all():
+            return " Its three channels are equal: save one of them (mode L)."
+        return f" If each class has a colour, list them as `palette` in {self.path.name}, [r, g, b] a class."
+
+    def mask_facts(self, sample: Sample) -> MaskFacts | None:
+        found = super().mask_facts(sample)
+        if found is None or (self.colours is None and self.read_masks is None):
+            return found
+        is_raw = self.read_masks == BY_INDEX
+        return MaskFacts(
+            found.pixels, found.raw if is_raw or found.colours is None else None, None, found.doubt
+        )
+
+    def label_meaning(self) -> str:
+        return _digest(self.raw_meaning, self.colours)
+
+    def usual_meaning(self) -> str:
+        return _digest({"reduced": False, "ignored": IGNORE, "values": []}, None)
+
+    def mask_stamp(self, sample: Sample) -> str:
+        """Of all that labels come from: the mask, what its pixels mean, and the image's tags where they are listed."""
+        stamp = "no mask" if sample.mask is None else file_stamp(sample.mask) + self._meant(sample.mask)
+        return stamp if self.listed_tags is None else f"{stamp} {self.listed_tags.get(sample.id)}"
+
+    def _meant(self, mask: str) -> str:
+        """What a mask's stamp says of its meaning, "" for the usual one: colours matter to a mask that has some."""
+        colours = self.colours
+        if colours is not None:
+            try:
+                with opened(mask, DataError) as image:
+                    colours = colours if image.mode in ("P", "RGB", "RGBA") else None
+            except DataError:  # whoever reads it says what is wrong
+                pass
+        meaning = _digest(self.raw_meaning, colours)
+        return "" if meaning == self.usual_meaning() else f" {meaning}"
+
+    # --- how an image is read ---
+
+    def image(self, sample: Sample) -> np.ndarray:
+        return read_image(sample.image, as_stored=self.exif == AS_STORED)
+
+    def stamp(self, sample: Sample) -> str:
+        stamp = super().stamp(sample)
+        if self.exif != AS_STORED:
+            return stamp
+        try:
+            return stamp if image_sizes(sample.image).turn == 1 else f"{stamp} as stored"
+        except BadImage:
+            return stamp
+
+    def size_read(self, sizes: Sizes) -> tuple[int, int]:
+        return sizes.stored if self.exif == AS_STORED else sizes.upright
+
+    def turned_hint(self, sizes: Sizes) -> str:
+        if self.exif == AS_STORED:
+            return f"It fits the image turned upright by its EXIF tag: take `exif: as_stored` out of {self.path.name}."
+        return (
+            "It fits the image before its EXIF rotation: if all masks were drawn like that, set `exif: as_stored` in "
+            f"{self.path.name}; or turn the mask too."
+        )
+
+    def turned_doubt(self, sample: Sample, turn: int) -> str:
+        if "exif" in self.stated:
+            return ""
+        raise DataError(
+            f"{sample.image}: has an EXIF orientation of {turn}, and the size of {sample.mask} fits it turned or not. "
+            f"Set `exif: as_stored` in {self.path.name} if masks were drawn on the pixels as stored, or "
+            "`exif: upright` if on the picture as viewers show it."
+        )
 
     def label_hint(self, raw: set[int]) -> str:
         num = len(self.classes)
@@ -92,12 +307,15 @@ class FolderDataSet(FileDataSet):
                 f"the classes start at 1, set `reduce_zero_label: true` in {self.path.name}; if background "
                 "is a class, list it first."
             )
+        if self.colours is None and len(raw) == 1 and num == 2 and raw != {IGNORE}:
+            return f" If {min(raw)} means {self.classes[1]!r}, set `values: {{{min(raw)}: 1}}` in {self.path.name}."
         if raw == {IGNORE}:
             return (
                 f" 255 is the usual value for pixels without a label: set `ignore: 255` in {self.path.name}."
             )
         return (
-            f" List the missing classes in {self.path.name}, or give the id of unlabelled pixels as `ignore`."
+            f" List the missing classes in {self.path.name}, say what ids mean by `values: {{{min(raw)}: ...}}`, "
+            "or give the id of unlabelled pixels as `ignore`."
         )
 
     def tags(self, sample: Sample) -> tuple[int, ...]:
@@ -109,9 +327,13 @@ class FolderDataSet(FileDataSet):
             )
         return self.listed_tags[sample.id]
 
-    def mask_stamp(self, sample: Sample) -> str:
-        stamp = super().mask_stamp(sample)
-        return stamp if self.listed_tags is None else f"{stamp} {self.listed_tags.get(sample.id)}"
+    def description_files(self, part: str) -> list[Path]:
+        named = self.parts.get(part, {}).get("list")
+        return [
+            self.path,
+            *([self.path.parent / named] if named else []),
+            *([self.tags_path] if self.tags_path else []),
+        ]
 
     def list_samples(self, part: str) -> list[Sample]:
         if part not in self.parts:
@@ -129,23 +351,41 @@ class FolderDataSet(FileDataSet):
         ids = sorted(images)
         if described.get("list"):
             listed = read_ids(self.path.parent / described["list"], f"It is named in {self.path}.")
-            ids = [unicodedata.normalize("NFC", i) for i in listed]
-            refuse_missing(
-                ids, images, "listed ids have no image", where, "Correct the list or the pattern of images."
-            )
+            ids = self._ids_of(listed, images, where)
         if masks is None:
             return [Sample(i, images[i]) for i in ids]
         todo = "Names must agree without their endings; is mask_suffix right?"
-        refuse_missing(ids, masks, "images have no mask", where, todo)
+        if part == "test" or not any(i in masks for i in ids):
+            refuse_missing(ids, masks, "images have no mask", where, todo)
         if not described.get("list"):
             refuse_missing(masks, images, "masks have no image", where, todo)
-        return [Sample(i, images[i], masks[i]) for i in ids]
+        return [Sample(i, images[i], masks.get(i)) for i in ids]
+
+    def _ids_of(self, listed: Sequence[str], images: Mapping[str, str], where: str) -> list[str]:
+        """The ids of a list's lines: ids, or the names of images, alone or with their folders as in the pattern."""
+        folder = self.path.parent
+        by_name: dict[str, str] = {}
+        for i, path in images.items():
+            below = str(Path(path).relative_to(folder)) if Path(path).is_relative_to(folder) else path
+            for name in (Path(path).name, below):
+                by_name[unicodedata.normalize("NFC", name)] = i
+        lines = [unicodedata.normalize("NFC", line) for line in listed]
+        ids = [line if line in images else by_name.get(line, line) for line in lines]
+        todo = "Correct the list or the pattern of images."
+        strange = next((i for i in ids if i not in images), "")
+        if any(word in images or word in by_name for word in strange.split()):
+            todo = "Give one id, or the name of one image, a line: masks are found by the pattern `masks`."
+        refuse_missing(ids, images, "listed ids have no image", where, todo)
+        if len(set(ids)) < len(ids):
+            twice = next(i for place, i in enumerate(ids) if i in ids[:place])
+            raise DataError(f"{where}: the list names {twice!r} twice; list each sample once.")
+        return ids
 
     def _matching(self, where: str, key: str, pattern: str, suffix: str) -> dict[str, str]:
         """id -> path of what a pattern matches, ids being unique."""
         folder = self.path.parent
         found: dict[str, str] = {}
-        for name in sorted(glob.glob(pattern, root_dir=folder, recursive=True)):
+        for name in matching(pattern, folder, f"{where}.{key}: {pattern!r}"):
             path = folder / name
             if not path.is_file():
                 continue
@@ -166,117 +406,14 @@ class FolderDataSet(FileDataSet):
                 )
             found[stem] = str(path)
         if not found:
-            raise DataError(f"{where}.{key}: no file matches {pattern!r} in {folder}. Correct the pattern.")
+            braces = " Braces are not read: * and mask_suffix do." if "{" in pattern else ""
+            raise DataError(
+                f"{where}.{key}: no file matches {pattern!r} in {folder}. Correct the pattern.{braces}"
+            )
         return found
 
 
-def _yaml_path(root: object) -> Path:
-    if isinstance(root, str | Path) and str(root).endswith((".yaml", ".yml")):
-        path = Path(root).expanduser()
-    else:
-        path = root_of(root, "folder") / "dataset.yaml"
-    if not path.is_file():
-        raise DataError(f"{path}: no such file. It describes your images: classes, unseen, train and test.")
-    return path
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        described = read_yaml(path, where=str(path))
-    except Unreadable as error:
-        raise DataError(str(error)) from None
-    if not isinstance(described, dict):
-        raise DataError(f"{path}: want a mapping with {', '.join(KEYS)}; found {type(described).__name__}.")
-    for key in described:
-        if key not in KEYS:
-            raise unknown(f"{path}: unknown key", key, KEYS)
-    return described
-
-
-def _part(path: Path, part: str, described: object) -> dict[str, str]:
-    if not isinstance(described, dict):
-        raise DataError(
-            f"{path}: {part} is {described!r}; want a mapping such as {{images: 'photos/*.jpg', masks: ...}}."
-        )
-    for key, value in described.items():
-        if key not in PART_KEYS:
-            raise unknown(f"{path}: unknown key in {part}:", key, PART_KEYS)
-        if value is not None and not isinstance(value, str):
-            raise DataError(f"{path}: {part}.{key} is {value!r}; want text.")
-    if not described.get("images"):
-        raise DataError(f"{path}: {part}.images is missing; give a pattern such as 'photos/*.jpg'.")
-    return described
-
-
-def _unseen(path: Path, classes: tuple[str, ...], described: Mapping[str, Any]) -> tuple[str, ...]:
-    """The unseen names from `unseen`, `seen` or both, which must then divide the classes."""
-    given = {
-        key: check_names(f"{path}: {key}", described[key], classes)
-        for key in ("seen", "unseen")
-        if described.get(key)
-    }
-    if "seen" not in given:
-        return given.get("unseen", ())
-    rest = tuple(name for name in classes if name not in given["seen"])
-    if "unseen" not in given:
-        return rest
-    both = sorted(set(given["seen"]) & set(given["unseen"]))
-    if both:
-        raise DataError(f"{path}: {both[0]!r} is both seen and unseen; take it out of one list.")
-    neither = sorted(set(rest) - set(given["unseen"]))
-    if neither:
-        raise DataError(
-            f"{path}: {neither[0]!r} is neither seen nor unseen; leave one of the lists out, or add it."
-        )
-    return given["unseen"]
-
-
-def _tags(path: Path, named: object, classes: tuple[str, ...]) -> dict[str, tuple[int, ...]] | None:
-    """The class ids of each image by the list that `tags` names; None without one."""
-    if named is None:
-        return None
-    if not isinstance(named, str):
-        raise DataError(f"{path}: tags is {named!r}; want the name of a YAML file, `id: [class, ...]`.")
-    where = path.parent / named
-    try:
-        listed = read_yaml(where, where=str(where), keys_are_text=True)
-    except Unreadable as error:
-        raise DataError(str(error)) from None
-    if not isinstance(listed, dict):
-        raise DataError(f"{where}: want `id: [class, ...]` for every image; found {type(listed).__name__}.")
-    return {
-        unicodedata.normalize("NFC", str(key)): tuple(
-            classes.index(name) for name in check_names(f"{where}: {key}", names or [], classes)
-        )
-        for key, names in listed.items()
-    }
-
-
-def _palette(path: Path, palette: object, num: int) -> np.ndarray | None:
-    if palette is None:
-        return None
-    try:
-        colours = np.array(palette)
-    except ValueError:  # rows of different lengths
-        colours = np.zeros(0)
-    if colours.shape != (num, 3) or colours.dtype.kind != "i" or colours.min() < 0 or colours.max() > 255:
-        raise DataError(
-            f"{path}: palette: want {num} colours, one a class, each [r, g, b] of whole numbers 0-255."
-        )
-    return colours.astype(np.uint8)
-
-
-def _reduced(path: Path, value: object) -> bool:
-    if not isinstance(value, bool):
-        raise DataError(f"{path}: reduce_zero_label is {value!r}; want true or false.")
-    return value
-
-
-def _table(path: Path, classes: tuple[str, ...], ignore: object, reduced: bool) -> np.ndarray:
-    shift = 1 if reduced else 0
-    if not isinstance(ignore, int) or isinstance(ignore, bool) or not 0 <= ignore <= 255:
-        raise DataError(f"{path}: ignore is {ignore!r}; want the raw id of unlabelled pixels, 0 to 255.")
-    if shift <= ignore < shift + len(classes):
-        hint = " If the classes start at 1, set reduce_zero_label: true instead." if ignore == 0 else ""
-        raise DataError(f"{path}: ignore: {ignore} is the id of class {classes[ignore - shift]!r}.{hint}")
-    return raw_table(len(classes), shift=shift, ignored=(ignore, 0) if reduced else (ignore,))
+def _digest(raw: Mapping[str, Any], colours: Mapping[int, int] | None) -> str:
+    """8 hex digits of what the pixels of masks mean."""
+    said = repr((sorted(raw.items()), sorted(colours.items()) if colours else None))
+    return hashlib.blake2b(said.encode(), digest_size=4).hexdigest()

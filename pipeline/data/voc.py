@@ -107,9 +107,7 @@ class Voc(FileDataSet):
         self.lists = {"train": train_list, "test": test_list}
 
     def list_samples(self, part: str) -> list[Sample]:
-        lists, names = self.root / "ImageSets" / "Segmentation", self.lists[part]
-        if names == TRAIN_AUG and not (lists / f"{TRAIN_AUG}.txt").is_file():
-            names = next((name for name in SAME_LIST if (lists / f"{name}.txt").is_file()), names)
+        lists, names = self.root / "ImageSets" / "Segmentation", self._list_names(part)
         return listed_samples(self.root, lists, names, ("SegmentationClass", "SegmentationClassAug"))
 
     def tags(self, sample: Sample) -> tuple[int, ...]:
@@ -126,6 +124,20 @@ class Voc(FileDataSet):
         path = self._annotation(sample)
         has_xml = self.tags_from == "xml" and path.is_file()
         return super().mask_stamp(sample) + (f" {file_stamp(path)}" if has_xml else "")
+
+    def description_files(self, part: str) -> list[Path]:
+        lists = self.root / "ImageSets" / "Segmentation"
+        found = [lists / f"{name}.txt" for name in self._list_names(part).split("+")]
+        if self.tags_from == "xml":
+            found += [path for sample in self.samples(part) if (path := self._annotation(sample)).is_file()]
+        return found
+
+    def _list_names(self, part: str) -> str:
+        """The lists of a part: those given, or another name of the usual one's file."""
+        lists, names = self.root / "ImageSets" / "Segmentation", self.lists[part]
+        if names == TRAIN_AUG and not (lists / f"{TRAIN_AUG}.txt").is_file():
+            names = next((name for name in SAME_LIST if (lists / f"{name}.txt").is_file()), names)
+        return names
 
     def _annotation(self, sample: Sample) -> Path:
         return self.root / "Annotations" / f"{sample.id}.xml"

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from pipeline.data.base import DataError, unknown
+from pipeline.data.base import DataError, key_of, unknown
 from pipeline.data.classes import COCO_STUFF_CLASSES
+
+__all__ = ["key_of"]  # beside what is defined here, for those who read words
 
 # Synonym fusion: what stands in the sentence instead of the class's own name.
 SYNONYMS: dict[str, dict[str, str]] = {
@@ -30,11 +32,6 @@ BACKGROUNDS: dict[str, tuple[str, ...]] = {
 }
 
 SEVERAL = "best"  # which of a class's several names counts at test time: said in metrics.json, once it was their mean
-
-
-def key_of(word: str) -> str:
-    """What CLIP's tokenizer reads of a word: lower case, single spaces."""
-    return " ".join(word.split()).casefold()
 
 
 def fused_name(synonyms: str | Mapping[str, str], class_name: str) -> str:

@@ -55,7 +55,28 @@ def result_table(results: dict[str, dict[str, Any]]) -> Table:
     for name, result in results.items():
         values = ["-" if (value := result[key]) is None else f"{value:.1f}" for key in keys]
         lines.append([name, *values] if is_closed else [name, *values, f"{result['gamma']:g}"])
-    return Table("test images, percent", heads, lines)
+    left_out = {name: said for name, result in results.items() if (said := _scored(result))}
+    title = "test images, percent"
+    if len(results) == 1 and left_out:
+        title += f"; {next(iter(left_out.values()))} classes scored"
+    elif left_out:  # what isn't a mean over all classes says so beside its name
+        title += "; (classes scored)"
+        lines = [[f"{name} ({left_out[name]})" if name in left_out else name, *line] for name, *line in lines]
+    return Table(title, heads, lines)
+
+
+def _scored(result: Mapping[str, Any]) -> str:
+    """How many classes have a score, "" where all have, or an older evaluation didn't count them."""
+    groups = result.get("scored") or {}
+    if all(group["occur"] == group["classes"] for group in groups.values()):
+        return ""
+    said = []
+    for name, group in groups.items():
+        if group["classes"]:
+            absent = group["scored"] - group["occur"]  # predicted where they aren't: 0 in the mean
+            more = f" ({absent} without a test pixel)" if absent else ""
+            said.append(f"{group['scored']} of {group['classes']} {name}{more}")
+    return ", ".join(said)
 
 
 def print_results(runs: Sequence[Path]) -> None:

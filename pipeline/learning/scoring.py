@@ -25,6 +25,7 @@ from pipeline.learning.inference import (
     squashed,
 )
 from pipeline.learning.loading import made_ahead
+from pipeline.looking.checked import check_masks
 from pipeline.looking.extremes import Extreme, worst_and_best
 from pipeline.models.student import DenseStudent
 from pipeline.ops import metrics
@@ -46,7 +47,10 @@ class Scored:
         self.scores: list[float] = []  # each image's own mean IoU, 0..1, NaN without a labelled pixel
 
     def count_all(self) -> None:
-        """Raises: DataError for an image without a mask."""
+        """Raises: DataError for an image without a mask, and for masks that can't be right."""
+        bare = next((sample for sample in self.samples if sample.mask is None), None)
+        if self.data.has_files and bare is None:
+            check_masks(self.data, self.samples, "test")
         groups = batched(self.samples, self.section.batch)
         with progress("eval", len(self.samples)) as advance:
             for group in made_ahead(groups, lambda group: loaded(self.data, group, self.size)):
@@ -69,6 +73,7 @@ class Scored:
         }
         chosen = summaries[section.gamma]
         return summary_of(chosen) | {
+            "scored": chosen["scored"],
             "per_class": {data.classes[i]: rounded(v) for i, v in chosen["per_class"].items()},
             "gamma": section.gamma,
             "gamma_sweep": {str(g): summary_of(s) for g, s in summaries.items()},

@@ -7,6 +7,8 @@ student's grid (in mode `slide` that of the windows' pixels), H x W the image.
 
 from __future__ import annotations
 
+import math
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,6 +33,8 @@ from pipeline.teaching.rows import different_classes
 Name = tuple[str, ...]
 
 NONE = 255  # the id of a pixel that is none of the names
+QUOTED = r'"(?:[^"]|"")*"'  # as in CSV
+MOST_SHOWN = 200  # characters of a list of names in an error
 MOST_NAMES = 255  # ids are 8 bits, and 255 is NONE
 
 # What `reject` is compared with, from the scores that decide (logits, gamma added), (K, R, W) -> (R, W), 0 to 1.
@@ -42,23 +46,52 @@ SCORES = {
 }
 
 
-def parsed_names(text: str) -> tuple[Name, ...]:
+def parsed_names(text: str, own: Sequence[str] = ()) -> tuple[Name, ...]:
     """Names separated by commas, synonyms by bars: "sofa|couch,cat" -> (("sofa", "couch"), ("cat",)).
 
+    What holds a comma or a bar itself is one of `own`, the run's classes, as it stands there, or is put in double
+    quotes, a double quote within them doubled.
     Raises: UserError when there is none, more than 255, or one word twice (case doesn't count).
     """
-    groups = [[" ".join(word.split()) for word in group.split("|")] for group in text.split(",")]
-    names = tuple(tuple(word for word in group if word) for group in groups if any(group))
+    names = tuple(name for name in _split(text, own) if name)
     repeated = [
         word for word, num in Counter(key_of(word) for name in names for word in name).items() if num > 1
     ]
     if repeated or not 1 <= len(names) <= MOST_NAMES:
         what = f"{repeated[0]!r} stands there twice" if repeated else f"{len(names)} names"
-        raise UserError(
-            f"--names {text!r}: {what}; want 1 to {MOST_NAMES} different names, separated by commas, "
-            "synonyms of one by |."
-        )
+        raise _wrong_names(text, what)
     return names
+
+
+def _wrong_names(text: str, what: str) -> UserError:
+    shown = text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."
+    return UserError(
+        f"--names {shown!r}: {what}; want 1 to {MOST_NAMES} different names, separated by commas, "
+        "synonyms of one by |, a name that holds one of these in double quotes."
+    )
+
+
+def _split(text: str, own: Sequence[str]) -> list[Name]:
+    """The words of each name, blank ones left out, at the commas and bars that are outside quotes and own names."""
+    special = sorted((name for name in own if set(name) & set(',|"')), key=len, reverse=True)
+    whole = [r"\s+".join(map(re.escape, name.split())) for name in special]
+    word = re.compile(rf"\s*({'|'.join([*whole, QUOTED])}|[^,|]*)\s*([,|]|$)", re.IGNORECASE)
+    names: list[list[str]] = [[]]
+    place, ended = 0, False
+    while not ended:
+        found = word.match(text, place)
+        assert found is not None  # the last alternative fits anything up to a comma, a bar or the end
+        said = found[1]
+        if re.fullmatch(QUOTED, said) and not any(re.fullmatch(name, said, re.IGNORECASE) for name in whole):
+            said = said[1:-1].replace('""', '"')
+        elif said.startswith('"') and not any(re.fullmatch(name, said, re.IGNORECASE) for name in whole):
+            raise _wrong_names(text, "a double quote is not closed, or something follows it")
+        if said := " ".join(said.split()):
+            names[-1].append(said)
+        if found[2] == ",":
+            names.append([])
+        place, ended = found.end(), not found[2]
+    return [tuple(name) for name in names]
 
 
 @dataclass(frozen=True)
@@ -196,8 +229,10 @@ class Segmenter:
 MODES = {"whole": Segmenter._whole, "slide": Segmenter._slide}
 
 
-def check(reject: float | None, mode: str | None) -> None:
-    """Raises: UserError for a threshold that isn't within 0 and 1, or an unknown mode."""
+def check(reject: float | None, mode: str | None, gamma: float | None = None) -> None:
+    """Raises: UserError for a threshold that isn't within 0 and 1, an unknown mode, or a gamma that is no number."""
+    if gamma is not None and not math.isfinite(gamma):
+        raise UserError(f"--gamma {gamma}: want a finite number.")
     if reject is not None and not 0 <= reject <= 1:
         raise UserError(f"--reject {reject}: want a score from 0, which rejects nothing, to 1.")
     if mode is not None and mode not in MODES:

@@ -119,7 +119,9 @@ def summary(matrix: Matrix, seen_ids: Sequence[int], unseen_ids: Sequence[int]) 
 
     pAcc over all pixels; mIoU_S and mIoU_U over the classes of each group that occur in truth or
     prediction; hIoU their harmonic mean; per_class IoU by class id. NaN means "nothing to score": an
-    absent class, or a group without any class that occurs (then hIoU is NaN too).
+    absent class, or a group without any class that occurs (then hIoU is NaN too). scored says on how
+    much this was measured: of each group its classes, how many of them occur in truth and how many have
+    an IoU (0 if only predicted), and the pixels whose true class is in it.
 
     Source: method section 8, CLIPTeacher eq. 13.
     """
@@ -131,4 +133,13 @@ def summary(matrix: Matrix, seen_ids: Sequence[int], unseen_ids: Sequence[int]) 
         "mIoU_U": unseen,
         "hIoU": harmonic_mean(seen, unseen),
         "per_class": {class_id: float(value) for class_id, value in enumerate(iou)},
+        "scored": {
+            group: {
+                "classes": len(ids),
+                "occur": int((_counts(matrix)[list(ids)].sum(1) > 0).sum()),
+                "scored": int((~np.isnan(iou[list(ids)])).sum()),
+                "pixels": int(_counts(matrix)[list(ids)].sum()),
+            }
+            for group, ids in (("seen", seen_ids), ("unseen", unseen_ids))
+        },
     }

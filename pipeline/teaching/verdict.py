@@ -19,6 +19,7 @@ MOST_LARGEST = (
 )
 THIN = 5.0  # percent of the image that is ignored: the demo's split 24, one rare class unseen 2.1
 PURE = 95.0  # percent: sane 96.4 to 99.2, lambda 0.5 gives 93.2, tokens of another image 90.9
+MOST_NAMED = 3  # of a list of classes
 ENOUGH_WINDOWS = 3  # a side, on the finest scale: 3 alone is sane (2.5 objects), 1 is not
 
 
@@ -39,7 +40,8 @@ def verdict(summary: Mapping[str, Any], section: Cluster) -> list[Complaint]:
     if not summary["views"]:
         return []
     area = _no_area(summary)
-    return [*filter(None, (area, *(() if area else (check(summary, section) for check in CHECKS))))]
+    checks = () if area else (check(summary, section) for check in CHECKS)
+    return [*filter(None, (area, _never_seen(summary), *checks))]
 
 
 def _no_area(summary: Mapping[str, Any]) -> Complaint | None:
@@ -50,6 +52,18 @@ def _no_area(summary: Mapping[str, Any]) -> Complaint | None:
         "no ignored area",
         f"every pixel of {summary['views']} views has a seen label, so there is nothing to find.",
         "Are data.unseen (or data.split) and the ignored id what you meant?",
+    )
+
+
+def _never_seen(summary: Mapping[str, Any]) -> Complaint | None:
+    """Seen classes that no training mask holds."""
+    names = summary.get("never_seen") or []
+    if not names:
+        return None
+    return Complaint(
+        "seen classes without a training pixel",
+        f"{', '.join(map(repr, names[:MOST_NAMED]))}{', ...' if len(names) > MOST_NAMED else ''} ({len(names)}).",
+        "They can't be learned: list them as unseen, or take them out of the classes.",
     )
 
 
@@ -120,6 +134,7 @@ def _splinters(summary: Mapping[str, Any], section: Cluster) -> Complaint | None
 def _impure(summary: Mapping[str, Any], section: Cluster) -> Complaint | None:
     if summary["purity"] is None or summary["purity"] >= PURE:
         return None
+    known = f" of {summary['purity_tokens']:,} tokens" if "purity_tokens" in summary else ""
     how = _few_objects(summary, section) or _giant_object(summary, section)
     todo = (
         "What merges them is said above."
@@ -129,7 +144,8 @@ def _impure(summary: Mapping[str, Any], section: Cluster) -> Complaint | None:
     )
     return Complaint(
         "mixed objects",
-        f"purity {summary['purity']:.1f} %: objects mix classes (known from full labels, which training never reads).",
+        f"purity {summary['purity']:.1f} %{known}: objects mix classes (known from full labels, which training never "
+        "reads).",
         todo,
     )
 

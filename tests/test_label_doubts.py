@@ -100,7 +100,7 @@ def test_descriptions_that_contradict_themselves(tmp_path, changes, message):
 
 def test_a_key_that_stands_twice(tmp_path):
     (tmp_path / "dataset.yaml").write_text("classes: [a]\nclasses: [b]\ntrain: {images: x}\n")
-    with pytest.raises(DataError, match="'classes' stands there twice"):
+    with pytest.raises(DataError, match="'classes' is given twice"):
         open_data_set("folder", root=str(tmp_path))
 
 
@@ -421,7 +421,7 @@ def test_ids_of_tags_are_text(pairs, tmp_path):
     assert data.tags(samples["0008"]) == (1,)
     assert data.tags(samples["0010"]) == ()
     (tmp_path / "tags.yaml").write_text("0001: [leaf]\n0001: [bloom]\n")
-    with pytest.raises(DataError, match="'0001' stands there twice"):
+    with pytest.raises(DataError, match="'0001' is given twice"):
         described(tmp_path, tags="tags.yaml")
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from pipeline.config import Config
-from pipeline.data.base import IGNORE, STAMP_THREADS, DataError, DataSet, Sample
+from pipeline.data.base import IGNORE, STAMP_THREADS, BadImage, DataError, DataSet, Sample
 from pipeline.looking.survey import CERTAIN, Palettes, Seen, look_at_masks, never_seen, no_labels
 from pipeline.tracking import progress, say
 
@@ -84,6 +84,8 @@ def wrong_tags(data: DataSet, sample: Sample) -> str:
     """What is wrong with an image's labels, "" if nothing."""
     try:
         tags = data.tags(sample)
+    except BadImage:
+        return ""  # the image itself is broken, and extraction leaves it out
     except DataError as error:
         return str(error)
     strange = [tag for tag in tags if not 0 <= tag < len(data.classes) or tag == data.background]

@@ -134,6 +134,9 @@ def extract(
         store = _open_store(config, data, identity, samples)
         is_text_alone = manifest is not None and manifest.get("content") == content
         entries = {s: entry for s, entry in ledger.entries_of(identity).items() if entry.keys() >= KEPT}
+        for shard in [s for s, entry in entries.items() if not _has_files(store, s, entry)]:
+            remove(ledger.path(shard))  # it vouches for what is gone: all of it is made again
+            del entries[shard]
         todo = [s for s in range(store.num_shards) if not _is_whole(store, s, entries.get(s))]
         codes = _other_codes(store, entries, samples, todo)
         # From here on what is made again is not complete; labels stay complete where their tokens do.
@@ -214,8 +217,11 @@ def _renewed(manifest: dict[str, Any], data: DataSet) -> str:
 
 def _is_whole(store: Store, shard: int, entry: dict[str, Any] | None) -> bool:
     """Whether a shard's record speaks of all its rows, and the files that it vouches for are there."""
-    if entry is None or entry["rows"] != span(store.rows(shard)):
-        return False
+    return entry is not None and entry["rows"] == span(store.rows(shard)) and _has_files(store, shard, entry)
+
+
+def _has_files(store: Store, shard: int, entry: Mapping[str, Any]) -> bool:
+    """Whether the files that a record vouches for are there; whether they are sound is asked where they are read."""
     return all(store.size_bytes(name, shard) for name in entry["digests"])
 
 

@@ -2,6 +2,7 @@
 
     python -m bench.kills                        50 kills of each stage, some minutes
     python -m bench.kills --kills 4 --seed 1
+    python -m bench.kills --stage predict        one alone; also prepare, report and snakemake (bench/command_kills.py)
 
 A round starts a stage on a small run, kills it after a random time, starts it again, and so on, until
 one start lives to its end. The process killed is a real one that runs `cli.py`; it is forked off a
@@ -30,6 +31,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from rich.console import Console
 from rich.table import Table
 
+from bench import command_kills
 from bench.small_run import ROOT, content_digest, forkserver, rows_missing, small_arguments, small_config
 from cache.errors import CacheError, MissingCache
 from cache.ledger import Ledger
@@ -39,6 +41,7 @@ from cache.verify import verify
 from pipeline.config import Config
 
 STAGES = ("extract", "cluster")
+COMMANDS = ("predict", "prepare", "report", "snakemake")
 MOST_SHOWN = 20  # faults listed
 IN_FLIGHT = 1  # shards that a run in one process works on at a time
 
@@ -245,15 +248,27 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=50, help="of each stage")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--stage", choices=STAGES, help="only this one")
+    parser.add_argument("--stage", choices=(*STAGES, *COMMANDS), help="only this one")
     chosen = parser.parse_args(arguments)
-    began, counts = time.monotonic(), {}
+    began, counts, others = time.monotonic(), {}, {}
     with tempfile.TemporaryDirectory() as folder:
-        for stage in [chosen.stage] if chosen.stage else STAGES:
-            counts[stage] = kill_stage(stage, chosen.kills, chosen.seed, Path(folder) / stage)
+        for stage in [chosen.stage] if chosen.stage else (*STAGES, *COMMANDS):
+            where = Path(folder) / stage
+            if stage in STAGES:
+                counts[stage] = kill_stage(stage, chosen.kills, chosen.seed, where)
+            elif stage == "snakemake":
+                others[stage] = command_kills.kill_snakemake(chosen.kills, chosen.seed, where)
+            else:
+                others[stage] = command_kills.kill_command(stage, chosen.kills, chosen.seed, where)
     out = Console(highlight=False, soft_wrap=True)
-    out.print(table_of(counts))
-    faults = [fault for count in counts.values() for fault in count.faults]
+    if counts:
+        out.print(table_of(counts))
+    for name, count in others.items():
+        out.print(
+            f"{name}: {count.kills} kills in {count.rounds} rounds ({count.usual_s:.1f} s uninterrupted), "
+            f"{count.half_done} of them half done, {len(count.faults)} lost, changed or left"
+        )
+    faults = [fault for count in (*counts.values(), *others.values()) for fault in count.faults]
     for fault in faults[:MOST_SHOWN]:
         out.print(fault, markup=False)
     out.print(

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from bench import faults, kills
+from bench import command_kills, faults, kills
 from cache.ledger import Ledger
 
 
@@ -14,6 +14,13 @@ def test_nothing_is_lost_by_kills(stage, tmp_path):
     assert count.kills == 2
     assert count.rounds >= 1
     assert count.most_in_flight <= kills.IN_FLIGHT
+
+
+@pytest.mark.parametrize("command", ["predict", "prepare", "report"])
+def test_nothing_is_lost_by_kills_of_a_command(command, tmp_path):
+    count = command_kills.kill_command(command, 2, 0, tmp_path)
+    assert count.faults == []
+    assert count.kills == 2
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@
 # Outputs are the small manifests that a stage writes last; the Zarr folder and its ledger are not
 # declared, since Snakemake deletes declared outputs before a rerun, and the resume state with them.
 # Our profile, profiles/default, resumes what was killed.
+import os
 import re
 import shlex
 import sys
@@ -76,7 +77,8 @@ if said := announced(RUN, sys.argv, TABLE, quick=QUICK):
 # `set` is Snakemake's own, which a prefix replaces.
 # Every word is quoted: paths may hold blanks, quotes and what a shell would run.
 PYTHON = "python" if workflow.deployment_settings.deployment_method else shlex.quote(sys.executable)  # conda brings its own
-PREFIX = f'set -euo pipefail; cli() ( stage=$1; shift; {PYTHON} cli.py $stage --config {shlex.quote(CONFIG)} {SETS} "$@" ); '
+# A job ends with the Snakemake that started it, however that ends (pipeline/learning/processes.py).
+PREFIX = f'set -euo pipefail; export CLIPTEACHER_PARENT={os.getpid()}; cli() ( stage=$1; shift; {PYTHON} cli.py $stage --config {shlex.quote(CONFIG)} {SETS} "$@" ); '
 shell.prefix(PREFIX.replace("{", "{{").replace("}", "}}"))
 
 

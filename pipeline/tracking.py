@@ -190,22 +190,24 @@ def _refuse_other_config(
         return
     said = difference(dict(manifest.get(keys) or {}), asked(config, stage))
     command = "extract" if stage == "text" else stage
-    why = said or _difference_above(config, stage) or "another version of this program made it"
+    above, said_above = ("", "") if said else _difference_above(config, stage)
+    why = said or said_above or "another version of this program made it"
+    first = above or command  # the stage to begin with: those below it would say the same
     alone = ": it renews the text features alone" if stage == "text" else ""
     elsewhere = "" if alone or stage == "train" else ", or point cache.path elsewhere"
     raise StaleCache(
-        f"{path}: {command} was run with another config: {why}. Run `cli.py {command}` again{alone}{elsewhere}."
+        f"{path}: {command} was run with another config: {why}. Run `cli.py {first}` again{alone}{elsewhere}."
     )
 
 
-def _difference_above(config: Config, stage: str) -> str:
-    """The same of the stages above, the nearest first."""
+def _difference_above(config: Config, stage: str) -> tuple[str, str]:
+    """The nearest stage above that was asked for something else, and what; two empty texts without one."""
     above = LABELS_FROM[config.recipe] if stage == "train" else STAGES[stage][1]
     if above is None:
-        return ""
+        return "", ""
     made = read_manifest(manifest_path(config, above), SHAPES[above]) or {}
     said = difference(made.get("asked") or {}, asked(config, above)) if made else ""
-    return said or _difference_above(config, above)
+    return (above, said) if said else _difference_above(config, above)
 
 
 def save_config(config: Config) -> None:

@@ -4,6 +4,7 @@ import os
 import sys
 
 import dask
+import distributed  # noqa: F401  (its defaults first: a key set before it is known takes all of them along)
 import pytest
 
 from bench import workers as bench

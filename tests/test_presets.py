@@ -74,12 +74,13 @@ def planned(monkeypatch, capsys, tmp_path):
     """Job counts of `snakemake -n`, in this process: starting one a preset would take a minute."""
     from snakemake.cli import main
 
-    def plan(name, *targets, **settings):
+    def plan(name, *targets, snakefile="Snakefile", **settings):
         monkeypatch.chdir(ROOT)
         settings |= {"set": f"runs={tmp_path} cache.path={tmp_path}/cache"}
         config = [f"{key}={value}" for key, value in settings.items()]
+        words = ["-n", "--cores", "1", "--configfile", f"config/{name}.yaml", "--config", *config]
         with pytest.raises(SystemExit) as stopped:
-            main([*targets, "-n", "--cores", "1", "--configfile", f"config/{name}.yaml", "--config", *config])
+            main(["-s", snakefile, *targets, *words])
         said = "".join(capsys.readouterr())
         assert stopped.value.code == 0, said
         return dict(re.findall(r"^(\w+) +(\d+)$", said, re.MULTILINE))
@@ -99,4 +100,4 @@ def test_snakemake_plans_every_stage(name, planned):
 def test_snakemake_plans_a_transfer(name, row, planned, tmp_path):
     target = f"{tmp_path}/{row}/eval-on-{name}/metrics.json"
     wanted = dict.fromkeys(("extract", "cluster", "train", "eval_on"), "1") | {"total": "4"}
-    assert planned(row, target, on=name) == wanted
+    assert planned(row, target, snakefile="evidence/Snakefile", on=name) == wanted

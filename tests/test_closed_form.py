@@ -7,7 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.learning.objective import LOSSES
+from pipeline.config import Train
+from pipeline.learning.objective import LOSSES, Learner, closed_set_terms, loss_terms
+from pipeline.models.glm import ClsBank
+from pipeline.models.vla import VisualLanguageAdapter
 from pipeline.ops import closed_form, losses
 from pipeline.ops.losses import IGNORE, competing
 
@@ -198,3 +201,52 @@ def test_nothing_is_kept_but_the_logits():
         closed_form.focal_and_dice(x, ids)
     large = {t.data_ptr() for t in kept if t.numel() >= x.numel()}
     assert large == {x.data_ptr()}
+
+
+@FORMATS
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"potentials": "image"},
+        {"nel": "seen", "potential_ce": False},
+        {"loss_grid": "full", "glm": "mean"},
+        {"potential": False, "generate": False, "glm": "off"},
+    ],
+    ids=str,
+)
+def test_the_objective_is_the_same_text_for_both(layout, changes):
+    """Every term, and the gradients of their sum at the student's features and the adapter's weights."""
+    channels, generator = 16, torch.Generator().manual_seed(5)
+    labels = torch.randint(0, SEEN + 1, (B, 16, 16), generator=generator)
+    batch = {
+        "labels": labels.where(labels < SEEN, 255).to(torch.uint8),
+        "pseudo": torch.randint(0, 4, (B, 4, 4), generator=generator).to(torch.uint8),
+        "cls": draw(B, channels, seed=6).float(),
+        "sample": torch.arange(B),
+    }
+    vla = VisualLanguageAdapter(channels)
+    found = []
+    for name in LOSSES:
+        text = torch.nn.functional.normalize(draw(SEEN, channels, seed=7).float(), dim=1)
+        learner = Learner(None, vla, ClsBank(2, B, channels), text, torch.arange(SEEN))
+        dense = laid_out(draw(B, channels, 8, 8), torch.float32, layout).requires_grad_()
+        terms, counts = loss_terms(Train(losses=name, **changes), learner, dense, batch)
+        leaves = [dense, *vla.parameters()]
+        gradients = torch.autograd.grad(sum(terms.values()), leaves, materialize_grads=True)
+        terms = {name: value.detach() for name, value in terms.items()}
+        found.append(({name: float(value) for name, value in (terms | counts).items()}, gradients))
+    (one, gradients), (other, expected) = found
+    assert one == pytest.approx(other, rel=1e-4)
+    for gradient, wanted in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(gradient, wanted, atol=1e-5, rtol=1e-3)
+
+
+def test_the_closed_set_objective_is_the_same_text_for_both():
+    labels = torch.tensor([[[0, 4], [255, 4]]], dtype=torch.uint8)
+    learner = Learner(None, torch.nn.Identity(), ClsBank(0, 1, C), draw(2, C).float(), torch.tensor([0, 4]))
+    dense = draw(1, C, 2, 2, seed=3).float()
+    plain, fused = (
+        closed_set_terms(Train(losses=name), learner, dense, {"labels": labels})[0]["ce"] for name in LOSSES
+    )
+    torch.testing.assert_close(plain, fused)

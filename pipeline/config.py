@@ -335,6 +335,7 @@ class Train(Section):
         description="started by `cli.py train`; null: one, or as many as a launcher has started",
     )
     compile: bool = Field(False, description="torch.compile of the student")
+    losses: Literal["fused", "plain"] = Field("fused", description="plain: autograd's gradients, slower")
     validation: Validate = Field(default_factory=Validate, alias="validate")
     tracker: str = Field("tensorboard", description="any of accelerate's, or none")
     pictures_every: int = Field(0, ge=0, description="iterations between pictures in the tracker; 0: none")
@@ -508,7 +509,7 @@ NOT_CONTENT = {
 } | {
     f"train.{key}"
     for key in (
-        *("workers", "views_in_memory_gb", "threads", "log_every", "keep", "compile", "tracker"),
+        *("workers", "views_in_memory_gb", "threads", "log_every", "keep", "compile", "losses", "tracker"),
         "pictures_every",
     )
 }

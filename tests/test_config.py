@@ -37,6 +37,7 @@ def changed(key: str, value: object) -> list[str]:
         ("data.unseen", "[bee]", ["cluster", "cams", "train", "eval", "report"]),
         ("cams.sinkhorn", 2, ["cams"]),
         ("train.workers", 3, []),
+        ("train.losses", "plain", []),
         ("teacher.device", "cpu", []),
         ("cache.path", "/tmp/x", []),
         ("name", "other", []),

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from pipeline.models.glm import CachedNegatives, ClsBank, of_length, pooled
+from pipeline.models.glm import CachedNegatives, ClsBank, of_length
 from pipeline.models.vla import VARIANTS, VisualLanguageAdapter
-from pipeline.ops.losses import generate_loss
+from pipeline.ops.losses import generate_loss, pooled
 
 # --- pooling -------------------------------------------------------------------------------------
 

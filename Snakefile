@@ -28,6 +28,7 @@ from pipeline.snakefile import (
 with mistakes_end_it():
     # The run's YAML is read by us, strictly, and not by Snakemake, whose `config` we leave alone.
     CONFIG = one_config_file(workflow.overwrite_configfiles)
+    # Where evidence/Snakefile includes this one, its KNOWN says which other options there are.
     OPTIONS = options(workflow.config_settings.config_args, globals().get("KNOWN", ("set",)))
     SETTINGS = split_settings(OPTIONS.get("set", ""))
     RUN = load(CONFIG, SETTINGS)

@@ -32,7 +32,7 @@ def visited(tmp_path_factory):
     """Files by stage: those on an image's way, and those with the config."""
     arrays, configs = defaultdict[str, set[str]](set), defaultdict[str, set[str]](set)
     config, ours = small_config(tmp_path_factory.mktemp("way"), *SETTINGS), f"{ROOT}/"
-    stage = ""
+    now = ""
 
     def look(frame: FrameType, event: str, value: Any) -> None:
         path = frame.f_code.co_filename
@@ -40,11 +40,12 @@ def visited(tmp_path_factory):
             return
         for found in (*frame.f_locals.values(), value):
             if isinstance(found, np.ndarray | torch.Tensor):
-                arrays[stage].add(path.removeprefix(ours))
+                arrays[now].add(path.removeprefix(ours))
             elif isinstance(found, Config) and event == "call":
-                configs[stage].add(path.removeprefix(ours))
+                configs[now].add(path.removeprefix(ours))
 
-    for stage, run in STAGES.items():
+    for name, run in STAGES.items():
+        now = name
         threading.setprofile(look)
         sys.setprofile(look)
         try:

@@ -5,9 +5,10 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from pipeline.config import Cluster, Config, config_fingerprint, load
+from pipeline.config import Cluster, Config, load
 from pipeline.ops.kmeans import lloyd
 from pipeline.ops.kmeans_euclidean import lloyd_euclidean
+from pipeline.running.identity import config_fingerprint
 from pipeline.teaching.pseudo import pseudo_labels
 
 

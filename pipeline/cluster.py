@@ -31,7 +31,7 @@ from pipeline.ops.views import IGNORED
 from pipeline.teaching.engine import Job
 from pipeline.teaching.labels import make_shards, record_labels, summary_of
 from pipeline.teaching.names import object_names
-from pipeline.teaching.pseudo import cluster_tokens, device_name, num_centres, sum_of, written_arrays
+from pipeline.teaching.pseudo import backend_of, cluster_tokens, num_centres, sum_of, written_arrays
 from pipeline.teaching.rows import STREAM, current_samples, is_listed, samples_of, stamps_of
 from pipeline.teaching.verdict import verdict
 from pipeline.tracking import asked_of, finish, found_manifest, required_manifest, say
@@ -65,7 +65,8 @@ def cluster(config: Config, *, workers: int = 0, scheduler: str | None = None) -
         if config.cache.tokens != STREAM:
             centres = {"K_c": num_centres(config.cluster, store.sizes["h"])}
             store.add_arrays(written_arrays(config.cluster), centres, replace=True)
-        say(f"cluster: {config.cluster.backend} on {device_name(config.cluster)}")
+        backend = backend_of(config.cluster)
+        say(f"cluster: {backend.name} on {backend.device}")
         work, job = confirm_shard if config.cache.tokens == STREAM else cluster_shard, Job(config, identity)
         entries = make_shards("cluster", work, job, store, stamps, workers=workers, scheduler=scheduler)
         summary = summary_of("cluster", store, entries, summarise)
@@ -80,8 +81,8 @@ def cluster(config: Config, *, workers: int = 0, scheduler: str | None = None) -
             "upstream": above["fingerprint"],
             "num_samples": store.num_samples,
             "num_shards": store.num_shards,
-            "backend": config.cluster.backend,
-            "device": device_name(config.cluster),
+            "backend": backend.name,
+            "device": backend.device,
             "summary": summary,
             "digests": digest([entry["digests"] for entry in entries]),
         }

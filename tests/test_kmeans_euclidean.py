@@ -1,5 +1,7 @@
 """Euclidean K-means: where it parts from the spherical one, by hand; against a plain loop; in clustering."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -7,8 +9,9 @@ from torch.nn.functional import normalize
 
 from pipeline.config import Cluster, Config, config_fingerprint, load
 from pipeline.ops.kmeans import lloyd
-from pipeline.ops.kmeans_euclidean import lloyd_euclidean
 from pipeline.teaching.pseudo import pseudo_labels
+
+lloyd_euclidean = partial(lloyd, distance="euclidean")
 
 
 def at(*degrees):

@@ -26,9 +26,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from pipeline.config import Student, UserError
 from pipeline.models.segnext import SegNext, published_names
 
-HEAD_STD = (
-    0.01  # mmseg's init of its last layer; a longer R makes GLM's attention (eq. 1) a spike from the start
-)
+# mmseg's init of its last layer; a longer R makes GLM's attention (eq. 1) a spike from the start.
+HEAD_STD = 0.01
 STRIDE = 4  # of the dense output; SegFormer's (method section 4)
 DIVISOR = 32  # of the input's sides: encoders halve it five times
 MOST_SIDE = 1024  # up to which sides that a student takes are looked for, when it doesn't take the views'
@@ -105,8 +104,7 @@ class DeepLabV2(nn.Module):
 
 
 ASPP_RATES = (6, 12, 18, 24)  # ASPP-L's
-# What segmentation_models_pytorch lacks.
-OWN_ARCHS: dict[str, Any] = {"segnext": SegNext, "deeplabv2": DeepLabV2}
+OWN_ARCHS: tuple[Any, ...] = (SegNext, DeepLabV2)  # what segmentation_models_pytorch lacks
 
 
 def build_student(
@@ -117,7 +115,11 @@ def build_student(
     With `side`, that of the views in pixels, timm's encoders are built so that they take it, and others where they can.
     Raises: StudentError naming the arch, the encoder or the option that doesn't exist, or sides that the student takes.
     """
-    archs = {name.lower(): arch for name, arch in vars(smp).items() if _is_arch(arch)} | OWN_ARCHS
+    archs = {
+        name.lower(): arch
+        for name, arch in (vars(smp) | {own.__name__: own for own in OWN_ARCHS}).items()
+        if isinstance(arch, type) and issubclass(arch, (smp.base.SegmentationModel, *OWN_ARCHS))
+    }
     if section.arch.lower() not in archs:
         raise StudentError(
             f"student.arch {section.arch!r}: want one of {', '.join(a.__name__ for a in archs.values())}."
@@ -127,17 +129,15 @@ def build_student(
         _check_encoder(section.encoder)
     if given := [key for key in GIVEN if key in section.options]:
         raise StudentError(f"student.options {given[0]}: is set by the other keys of student. Leave it out.")
-    build = _own_net if arch in OWN_ARCHS.values() else _smp_net
     known = _options_of(arch)
-    if not section.encoder.startswith(
-        ("tu-", "timm-")
-    ):  # smp drops what its own encoders and decoders don't know
+    # smp drops what its own encoders and decoders don't know.
+    if not section.encoder.startswith(("tu-", "timm-")):
         for option in section.options.keys() - known:
             raise _no_option(section, option, known)
 
     def made(more: dict[str, Any], weights: bool = pretrained and section.weights is None) -> nn.Module:
         options = more | section.options
-        return build(arch, section.model_copy(update={"options": options}), channels, weights)
+        return _net(arch, section.model_copy(update={"options": options}), channels, weights)
 
     try:
         net = made({})
@@ -167,9 +167,7 @@ def build_student(
 def _check_encoder(name: str) -> None:
     """Raises: StudentError with the nearest names that exist."""
     own, timms = smp.encoders.get_encoder_names(), [f"tu-{model}" for model in timm.list_models()]
-    if (
-        name in own or name.startswith("timm-") or ":" in name
-    ):  # a colon: timm's models from a folder or a hub
+    if name in own or name.startswith("timm-") or ":" in name:  # timm's models from a folder or a hub
         return
     if name.partition(".")[0] in timms:  # after the point, whose weights: timm names the ones that exist
         return
@@ -185,8 +183,8 @@ def _check_encoder(name: str) -> None:
 
 def _explained(section: Student, arch: Any, error: Exception, without: Callable[[], Any]) -> StudentError:
     """Why a student can't be built, with the cure that fits; `without` builds it without weights."""
-    if isinstance(error, StudentError):
-        return error
+    if isinstance(error, UserError):
+        return StudentError(str(error))
     if found := re.search(r"unexpected keyword argument '(\w+)'", str(error)):
         return _no_option(section, found[1], _options_of(arch))
     what = f"student {section.arch} on {section.encoder!r}"
@@ -344,29 +342,13 @@ def cost_of(section: Student, channels: int, side: int, batch: int = 2) -> Stude
     return StudentCost(parameters, counter.get_total_flops() / 2)
 
 
-def _smp_net(arch: Any, section: Student, channels: int, pretrained: bool) -> nn.Module:
-    options: dict[str, Any] = dict(section.options)
+def _net(arch: Any, section: Student, channels: int, pretrained: bool) -> nn.Module:
+    weights, options = section.encoder_weights if pretrained else None, dict(section.options)
+    if arch in OWN_ARCHS:
+        return arch(section.encoder, channels, weights, **options)
     if "upsampling" in inspect.signature(arch).parameters:
         options.setdefault("upsampling", 1)  # leave the logits on the decoder's own grid
-    return smp.create_model(
-        section.arch,
-        encoder_name=section.encoder,
-        encoder_weights=section.encoder_weights if pretrained else None,
-        classes=channels,
-        **options,
-    )
-
-
-def _own_net(arch: Any, section: Student, channels: int, pretrained: bool) -> nn.Module:
-    if arch is DeepLabV2:
-        return arch(
-            section.encoder, channels, section.encoder_weights if pretrained else None, **section.options
-        )
-    if pretrained and section.encoder_weights is not None:
-        raise StudentError(
-            f"no weights of {section.encoder!r} can be downloaded by name; put the published file into student.weights"
-        )
-    return arch(section.encoder, channels, **section.options)
+    return smp.create_model(section.arch, section.encoder, weights, classes=channels, **options)
 
 
 def _load_encoder(net: nn.Module, path: str) -> None:
@@ -379,10 +361,6 @@ def _load_encoder(net: nn.Module, path: str) -> None:
     if isinstance(net, SegNext):
         state = published_names(state)
     cast(nn.Module, net.encoder).load_state_dict(state)
-
-
-def _is_arch(found: Any) -> bool:
-    return isinstance(found, type) and issubclass(found, smp.base.SegmentationModel)
 
 
 def parameter_groups(

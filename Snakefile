@@ -77,7 +77,7 @@ if said := announced(RUN, sys.argv, TABLE, quick=QUICK):
 # `set` is Snakemake's own, which a prefix replaces.
 # Every word is quoted: paths may hold blanks, quotes and what a shell would run.
 PYTHON = "python" if workflow.deployment_settings.deployment_method else shlex.quote(sys.executable)  # conda brings its own
-# A job ends with the Snakemake that started it, however that ends (pipeline/learning/processes.py).
+# A job ends with the Snakemake that started it, however that ends (pipeline/running/processes.py).
 PREFIX = f'set -euo pipefail; export CLIPTEACHER_PARENT={os.getpid()}; cli() ( stage=$1; shift; {PYTHON} cli.py $stage --config {shlex.quote(CONFIG)} {SETS} "$@" ); '
 shell.prefix(PREFIX.replace("{", "{{").replace("}", "}}"))
 

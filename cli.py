@@ -62,7 +62,7 @@ def _echo(text: object, **options: Any) -> None:
 
 def _load(config: Path, settings: list[str], log: Path | None = None):
     from pipeline.config import load
-    from pipeline.tracking import log_to
+    from pipeline.running.console import log_to
 
     if log:
         log_to(log)
@@ -94,7 +94,7 @@ def extract(
 
         take_over(like, settings)
     from pipeline import extract as stage
-    from pipeline.tracking import say
+    from pipeline.running.console import say
 
     stage.extract(settings, workers=workers, scheduler=scheduler, renew=renew)
     if audit:
@@ -172,7 +172,7 @@ def train(
     ] = False,
 ) -> None:
     """Train the student from the cache: GLM, VLA, cross-entropy, focal and dice. Resumes by itself."""
-    from pipeline.learning import processes
+    from pipeline.running import processes
 
     settings = _load(config, set_, log if processes.is_main() else None)
     if (settings.train.processes or 1) > 1 and not dry_run and not processes.is_launched():
@@ -257,7 +257,7 @@ def predict(
     """Segment any images with any class names: overlays with a legend, and indexed masks. Resumes by itself."""
     from pipeline import predict as stage
     from pipeline.data.inputs import pictures
-    from pipeline.tracking import say
+    from pipeline.running.console import say
 
     wanted = stage.Wanted(names, gamma, reject, mode, probabilities)
     found = pictures(images, sys.stdin, results=stage.RESULTS, tell=lambda line: say(f"predict: {line}"))
@@ -334,7 +334,7 @@ def report(
         stage.report(settings)
         return
     from pipeline import report as stage
-    from pipeline.tracking import log_to
+    from pipeline.running.console import log_to
 
     if set_ or config != DEFAULT:
         raise stage.UserError(
@@ -361,7 +361,7 @@ def figures(
         stage.draw_figures(settings, out)
         return
     from pipeline import report as stage
-    from pipeline.tracking import log_to
+    from pipeline.running.console import log_to
 
     if set_ or config != DEFAULT:
         raise stage.UserError(
@@ -506,7 +506,7 @@ def _other_than_demo(config: Path) -> str:
 def main() -> None:
     from cache.errors import CacheError
     from pipeline.config import UserError
-    from pipeline.learning.processes import end_with_parent
+    from pipeline.running.processes import end_with_parent
 
     end_with_parent()
     try:

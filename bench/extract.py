@@ -27,8 +27,8 @@ from cache.ledger import Ledger
 from cache.schema import SHARD
 from pipeline import extract as stage
 from pipeline.config import Config, fingerprint, load
+from pipeline.data.base import data_of
 from pipeline.data.demo import render_scene
-from pipeline.learning.batches import data_of
 from pipeline.models.teacher import Teacher
 from pipeline.ops.views import replay_image
 from pipeline.teaching.encode import mean_colour, teacher_of
@@ -84,7 +84,7 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp())
     try:
         config = config_of(folder, chosen)
-        data = data_of(config)
+        data = data_of(config.data)
         identity = fingerprint(config, "extract", None, {})
         stage._open_store(config, data, identity, data.samples("train"))
         teacher = teacher_of(config.teacher)

@@ -186,10 +186,10 @@ class Damaged:
 def command(stage: str, arguments: list[str]) -> tuple[int, str]:
     """`cli.py STAGE` in this process: exit code, and what it said on stderr."""
     import cli
-    from pipeline.learning import batches
+    from pipeline.data import base
 
     sys.argv, said, code = ["cli.py", stage, *arguments], io.StringIO(), 0
-    batches._data.cache_clear()
+    base._data.cache_clear()
     with contextlib.redirect_stderr(said), contextlib.chdir(ROOT):
         try:
             cli.main()

@@ -26,14 +26,15 @@ import torch
 
 from pipeline import cluster, evaluate, extract, train
 from pipeline.config import Config, load
-from pipeline.data.base import KINDS, Sample
+from pipeline.data.base import KINDS, Sample, data_of
 from pipeline.data.demo import DemoDataSet
 from pipeline.evidence.results import read_metrics
 from pipeline.learning import training
-from pipeline.learning.batches import CachedViews, Place, data_of, training_batches
+from pipeline.learning.batches import CachedViews, Place, training_batches
 from pipeline.ops.views import view_of
+from pipeline.running.console import say
+from pipeline.running.provenance import provenance
 from pipeline.teaching.encode import shard_blocks, teacher_of
-from pipeline.tracking import provenance, say
 
 CONFIG = Path("config/demo.yaml")
 SEEDS = (0, 1, 2)
@@ -144,7 +145,7 @@ def run_one(name: str, seed: int, chosen: argparse.Namespace) -> None:
     training.CachedViews = CachedViews
     if way.own_flips:
         other = cached("flipped", chosen)
-        flipped = CachedViews(other, data_of(other))
+        flipped = CachedViews(other, data_of(other.data))
         training.CachedViews = type("_OwnFlips", (OwnFlips,), {"flipped": flipped})
     train.train(config)
     evaluate.evaluate(config)
@@ -154,7 +155,7 @@ def seconds(chosen: argparse.Namespace) -> tuple[float, float]:
     """Seconds of a view in stage one (teacher, clustering, writing left out) and of a training step."""
     config = config_of("timing", "views", chosen, "train.views=1", "train.tracker=none")
     one_view = config_of("timing", "views", chosen, "views.num=1")
-    data, teacher = data_of(config), teacher_of(config.teacher)
+    data, teacher = data_of(config.data), teacher_of(config.teacher)
     samples = data.samples("train")[:TRIALS]
 
     def stage_one() -> None:
@@ -183,7 +184,7 @@ def forwards(way: Way, config: Config, images: int) -> int:
 def write(chosen: argparse.Namespace) -> None:
     """The table and the plot of what has been run."""
     config = config_of("cache-views", "views", chosen)
-    images = len(data_of(config).samples("train"))
+    images = len(data_of(config.data).samples("train"))
     view_s, step_s = seconds(chosen)
     rows, points = [], []
     order = ("v1", "v2", "v4", "v8", "v16", "online", "v1-flips", "int8")

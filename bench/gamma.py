@@ -20,12 +20,11 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 
 from pipeline import cluster, extract, train
 from pipeline.config import load
-from pipeline.data.base import open_data_set
-from pipeline.learning.batches import data_of
+from pipeline.data.base import data_of, open_data_set
 from pipeline.learning.checkpoint import load_student
 from pipeline.learning.inference import best_by_group, class_logits, predicted
 from pipeline.ops import metrics
-from pipeline.tracking import progress
+from pipeline.running.console import progress
 
 IGNORE, NO_CANDIDATE = 255, -1e9
 
@@ -47,7 +46,7 @@ def main() -> None:
     extract.extract(config)
     cluster.cluster(config)
     manifest = train.train(config)
-    data = data_of(config)
+    data = data_of(config.data)
     student, checkpoint = load_student(config.run_path / "train" / manifest["student"])
     ids = {name: index for index, name in enumerate(data.classes)}
     seen, held = list(data.seen_ids), [ids[name] for name in held_out]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywhere: python bench/x.py
 
-from pipeline.tracking import provenance
+from pipeline.running.provenance import provenance
 
 Sides = dict[str, Callable[[], object]]
 

@@ -456,9 +456,9 @@ def command(stage: str, config: Path, settings: Sequence[str] = ()) -> Said:
     from accelerate.state import AcceleratorState
 
     import cli
-    from pipeline.learning import batches
+    from pipeline.data import base
 
-    batches._data.cache_clear()
+    base._data.cache_clear()
     AcceleratorState._reset_state(reset_partial_state=True)
     sys.argv = ["cli.py", stage, "--config", str(config), *(w for s in settings for w in ("--set", s))]
     said, code = io.StringIO(), 0

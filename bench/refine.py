@@ -20,14 +20,14 @@ from torch import Tensor
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from cache.store import Store
-from pipeline.learning.batches import data_of
+from pipeline.data.base import data_of
 from pipeline.looking.facts import done_shards
 from pipeline.looking.tagged import Tagged
 from pipeline.ops import metrics, pamr
 from pipeline.ops.masks import class_scores
+from pipeline.running.manifests import run_config
 from pipeline.teaching import crf
 from pipeline.teaching.seeds import POWERS
-from pipeline.tracking import run_config
 
 IGNORE = 255
 REFINED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--sure", type=float, default=0.95, help="a score from which a pixel counts as sure")
     chosen = parser.parse_args()
     config = run_config(chosen.run)
-    data, store = data_of(config), Store.open(config.cache_path)
+    data, store = data_of(config.data), Store.open(config.cache_path)
     done = done_shards(config, "cams")
     usable = [
         row

@@ -22,7 +22,7 @@ from interleaved import heading
 
 from pipeline.config import Student
 from pipeline.models.student import DenseStudent, build_student, cost_of
-from pipeline.tracking import provenance
+from pipeline.running.provenance import provenance
 
 ROOT = Path(__file__).resolve().parents[1]
 SIDE, CHANNELS, CLASSES = 512, 512, 150  # CLIP ViT-B/16's joint space; ADE20K, of which costs are published

@@ -16,11 +16,11 @@ import numpy as np
 from cache.store import Store
 from pipeline.cluster import summarise, token_reader
 from pipeline.config import Config, from_mapping
-from pipeline.learning.batches import data_of
+from pipeline.data.base import data_of
+from pipeline.running.manifests import run_config
+from pipeline.running.rows import samples_of
 from pipeline.teaching.pseudo import cluster_tokens
-from pipeline.teaching.rows import samples_of
 from pipeline.teaching.verdict import signs, verdict
-from pipeline.tracking import run_config
 
 OTHERS = "tokens of another image"
 SETTINGS = {
@@ -34,7 +34,7 @@ SETTINGS = {
 
 def summary_of(config: Config, cache: str, *, shuffled: bool = False) -> dict:
     """As `cluster` sums up, without writing; shuffled gives each image the tokens of its neighbour."""
-    data, store, parts = data_of(config), Store.open(cache), []
+    data, store, parts = data_of(config.data), Store.open(cache), []
     shape, size = (store.sizes["h"], store.sizes["C"]), store.attributes["teacher"]["image_size"]
     for shard in range(store.num_shards):
         blocks = {name: store.read_shard(name, shard) for name in ("view", "status", "tokens")}

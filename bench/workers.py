@@ -38,7 +38,7 @@ from cache.store import Store
 from pipeline.cluster import cluster
 from pipeline.config import Config
 from pipeline.extract import extract
-from pipeline.teaching.engine import EngineError
+from pipeline.running.engine import EngineError
 
 HOST = "127.0.0.1"
 STAGES: dict[str, Callable[..., object]] = {"extract": extract, "cluster": cluster}

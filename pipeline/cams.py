@@ -26,19 +26,20 @@ from cache.ledger import lock, refuse_if_locked
 from cache.store import Store
 from cache.verify import OK, read_recorded
 from pipeline.config import Cams, Config, ConfigError, digest, fingerprint
-from pipeline.data.base import DataSet, Sample
+from pipeline.data.base import DataSet, Sample, data_of
 from pipeline.data.words import background_names, fused_name
-from pipeline.learning.batches import FULL_CONFIDENCE, data_of, refuse_unseen
+from pipeline.learning.batches import FULL_CONFIDENCE, refuse_unseen
 from pipeline.ops import pamr
 from pipeline.ops.masks import class_scores, fitted_size
+from pipeline.running.console import say
+from pipeline.running.engine import Job
+from pipeline.running.labels import checked_tags, make_shards, record_labels, summary_of
+from pipeline.running.manifests import asked_of, finish, found_manifest, required_manifest
+from pipeline.running.rows import current_samples, samples_of, stamps_of
 from pipeline.teaching import crf
 from pipeline.teaching.encode import DECODE_THREADS
-from pipeline.teaching.engine import Job
-from pipeline.teaching.labels import checked_tags, make_shards, record_labels, summary_of
 from pipeline.teaching.maps import explained_maps, explained_teacher, fitted, text_features
-from pipeline.teaching.rows import current_samples, samples_of, stamps_of
 from pipeline.teaching.seeds import add_refined, add_seeds, new_stats, summarise
-from pipeline.tracking import asked_of, finish, found_manifest, required_manifest, say
 
 NO_CLASS = 255  # in cam_class: no further class in this image
 
@@ -48,7 +49,7 @@ def cams(config: Config, *, workers: int = 0, scheduler: str | None = None) -> d
 
     Raises: MissingCache, StaleCache, CorruptShard, DataError, ConfigError (a data set without a background class).
     """
-    data = data_of(config)  # what is wrong with it is said before what is stale
+    data = data_of(config.data)  # what is wrong with it is said before what is stale
     above = required_manifest(config, "extract")
     manifest = found_manifest(config, "cams")
     if manifest is None:
@@ -115,7 +116,7 @@ def _axis_sizes(config: Config, data: DataSet) -> dict[str, int]:
 def cams_shard(job: Job, shard: int, *, tick: Any = None) -> int:
     """Makes, writes and records the CAMs of one shard; returns its row count."""
     began, config = time.time(), job.config
-    data, store = data_of(config), Store.open(config.cache_path)
+    data, store = data_of(config.data), Store.open(config.cache_path)
     rows = store.rows(shard)
     samples = samples_of(data, store, rows)
     made = read_recorded(store, shard, {"extract": store.fact(str, "fingerprint")}, ("status",))

@@ -23,18 +23,19 @@ from cache.schema import ARRAYS
 from cache.store import SIDES, Store
 from cache.verify import NOT_NAMED, OK, read_recorded
 from pipeline.config import Config, digest, fingerprint
-from pipeline.learning.batches import data_of
-from pipeline.looking.checked import check_labels
-from pipeline.looking.survey import never_seen
+from pipeline.data.base import data_of
+from pipeline.data.survey import never_seen
 from pipeline.ops.quantise import dequantised
 from pipeline.ops.views import IGNORED
-from pipeline.teaching.engine import Job
-from pipeline.teaching.labels import make_shards, record_labels, summary_of
+from pipeline.running.checked import check_labels
+from pipeline.running.console import say
+from pipeline.running.engine import Job
+from pipeline.running.labels import make_shards, record_labels, summary_of
+from pipeline.running.manifests import asked_of, finish, found_manifest, required_manifest
+from pipeline.running.rows import STREAM, current_samples, is_listed, samples_of, stamps_of
 from pipeline.teaching.names import object_names
 from pipeline.teaching.pseudo import backend_of, cluster_tokens, num_centres, sum_of, written_arrays
-from pipeline.teaching.rows import STREAM, current_samples, is_listed, samples_of, stamps_of
 from pipeline.teaching.verdict import verdict
-from pipeline.tracking import asked_of, finish, found_manifest, required_manifest, say
 
 
 def cluster(config: Config, *, workers: int = 0, scheduler: str | None = None) -> dict[str, Any]:
@@ -42,7 +43,7 @@ def cluster(config: Config, *, workers: int = 0, scheduler: str | None = None) -
 
     Raises: MissingCache, StaleCache, CorruptShard, DataError, ConfigError.
     """
-    data = data_of(config)  # what is wrong with it is said before what is stale
+    data = data_of(config.data)  # what is wrong with it is said before what is stale
     above = required_manifest(config, "extract")
     manifest = found_manifest(config, "cluster")
     if manifest is None:
@@ -94,7 +95,7 @@ def cluster(config: Config, *, workers: int = 0, scheduler: str | None = None) -
 def cluster_shard(job: Job, shard: int, *, tick: Any = None) -> int:
     """Makes, writes and records the pseudo labels of one shard; returns its row count."""
     began, config = time.time(), job.config
-    data, store = data_of(config), Store.open(config.cache_path)
+    data, store = data_of(config.data), Store.open(config.cache_path)
     rows = store.rows(shard)
     samples = samples_of(data, store, rows)
     made = read_recorded(store, shard, {"extract": store.fact(str, "fingerprint")})

@@ -27,7 +27,7 @@ from pipeline.data.base import MAX_PIXELS, DataError, read_image
 from pipeline.learning.segmenter import NONE, Asked, Name, Segmenter, check, parsed_names
 from pipeline.looking.overlay import Share, painted, shares
 from pipeline.looking.visitors import ANY, Door, is_loopback, is_own, listening, uploads
-from pipeline.tracking import say
+from pipeline.running.console import say
 
 KEEP_S = 3600  # uploads are removed when they are this old
 MOST_UPLOADED = "100mb"

@@ -18,10 +18,9 @@ import torch
 from rich.table import Table
 
 from pipeline.config import Config, ConfigError
-from pipeline.data.base import PARTS, DataError, DataSet
+from pipeline.data.base import PARTS, DataError, DataSet, data_of
 from pipeline.data.classes import PUBLISHED_COUNTS
-from pipeline.learning.batches import data_of
-from pipeline.looking.checked import reads_tags, wrong_tags
+from pipeline.data.survey import Complaint, Seen, complaints, count_complaint, look, no_labels
 from pipeline.looking.facts import human_bytes
 from pipeline.looking.forecast import (
     FORWARDS_A_STEP,
@@ -33,13 +32,14 @@ from pipeline.looking.forecast import (
     num_forwards,
     side_of,
 )
-from pipeline.looking.survey import Complaint, Seen, complaints, count_complaint, look, no_labels
 from pipeline.models.student import cost_of
 from pipeline.models.teacher import TeacherShape, shape_of
 from pipeline.ops.masks import fitted_size
-from pipeline.teaching.devices import device_of
+from pipeline.running.checked import reads_tags, wrong_tags
+from pipeline.running.console import say
+from pipeline.running.devices import device_of
+from pipeline.running.provenance import provenance
 from pipeline.teaching.encode import STORAGE
-from pipeline.tracking import provenance, say
 
 SAMPLE = 64  # images and masks of each part that are opened
 SPARE = 1.02  # of the forecast: estimates and file system blocks
@@ -154,7 +154,7 @@ def _student_weights(config: Config, dry: bool) -> list[Complaint]:
 def _looked_at(config: Config, found: list[Complaint], most: int) -> tuple[DataSet | None, list[Seen]]:
     """The data set, and what a sample of each part holds; what can't be opened or listed goes into `found`."""
     try:
-        data = data_of(config)
+        data = data_of(config.data)
     except DataError as error:
         found.append(Complaint("no data set", str(error), "Without it: --dry."))
         return None, []

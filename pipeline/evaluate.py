@@ -27,18 +27,19 @@ from torch import Tensor
 from cache.errors import CacheError, StaleCache
 from cache.files import whole_file, write_text
 from pipeline.config import LABELS_FROM, Config, UserError, config_fingerprint, fingerprint
-from pipeline.data.base import DataError, DataSet
+from pipeline.data.base import DataError, DataSet, data_of
 from pipeline.data.words import SEVERAL, key_of, names_of_classes
 from pipeline.evidence.results import read_metrics, result_table
-from pipeline.learning.batches import data_of
 from pipeline.learning.checkpoint import Checkpoint, load_student
 from pipeline.learning.scoring import Scored, rounded
 from pipeline.learning.text import features_of_file, labelled_words, text_of_names
 from pipeline.looking.confusion import confusion_picture
 from pipeline.looking.extremes import save_extremes
 from pipeline.ops import metrics
-from pipeline.teaching.rows import check_current, different_classes
-from pipeline.tracking import found_manifest, provenance, required_manifest, say
+from pipeline.running.console import say
+from pipeline.running.manifests import found_manifest, required_manifest
+from pipeline.running.provenance import provenance
+from pipeline.running.rows import check_current, different_classes
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def evaluate(config: Config) -> dict[str, Any]:
 
     Raises: MissingCache, StaleCache, DataError (a test image without a mask).
     """
-    data = data_of(config)  # what is wrong with it is said before what is stale
+    data = data_of(config.data)  # what is wrong with it is said before what is stale
     above = required_manifest(config, "train")
     check_student(config, data, above)
     facts = {"test": data.identity("test")}
@@ -117,7 +118,7 @@ def evaluate_on(config: Config, other: Config) -> dict[str, Any]:
             f"--on {other.name}: the student of {config.name!r} has learned its classes and knows no others. "
             "Train with student.classifier text to evaluate it on another data set."
         )
-    data, text = data_of(other), other.text
+    data, text = data_of(other.data), other.text
     above = required_manifest(config, "train")
     named = names_of_classes(data.classes, text.synonyms)
     several = SEVERAL if text.features is None else None

@@ -23,7 +23,7 @@ from cache.files import whole_file, write_atomic
 from pipeline.config import UserError
 from pipeline.learning.checkpoint import Checkpoint, load_student, student_file
 from pipeline.models.student import DenseStudent
-from pipeline.tracking import say
+from pipeline.running.console import say
 
 STRIDE = 32  # of the deepest encoder stage: sides are multiples of it
 SHOWN, OTHER = (

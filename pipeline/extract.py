@@ -39,18 +39,17 @@ from pipeline.config import (
     fingerprint,
     version,
 )
-from pipeline.data.base import DataError, DataSet, Sample
+from pipeline.data.base import DataError, DataSet, Sample, data_of
 from pipeline.data.prompts import prompts
 from pipeline.data.words import names_of_classes, other_names
-from pipeline.learning.batches import data_of
 from pipeline.learning.text import features_of_file
-from pipeline.looking.checked import check_labels
 from pipeline.models.teacher import Teacher
 from pipeline.ops.quantise import dequantised
-from pipeline.teaching.encode import BAD_IMAGE, STORAGE, axis_sizes, mean_colour, shard_blocks, teacher_of
-from pipeline.teaching.engine import Job, map_shards
-from pipeline.teaching.pseudo import cluster_tokens, num_centres, sum_of, written_arrays
-from pipeline.teaching.rows import (
+from pipeline.running.checked import check_labels
+from pipeline.running.console import progress, say
+from pipeline.running.engine import Job, map_shards
+from pipeline.running.manifests import asked_of, finish, found_manifest, record_shard, reopen, save_config
+from pipeline.running.rows import (
     NOT_LISTED,
     STREAM,
     changed_rows,
@@ -63,16 +62,8 @@ from pipeline.teaching.rows import (
     samples_of,
     span,
 )
-from pipeline.tracking import (
-    asked_of,
-    finish,
-    found_manifest,
-    progress,
-    record_shard,
-    reopen,
-    save_config,
-    say,
-)
+from pipeline.teaching.encode import BAD_IMAGE, STORAGE, axis_sizes, mean_colour, shard_blocks, teacher_of
+from pipeline.teaching.pseudo import cluster_tokens, num_centres, sum_of, written_arrays
 
 # An audit fails below this cosine. int8 alone costs about 3e-5, bfloat16 on another machine 1e-4.
 AUDIT_COSINE = 0.999
@@ -91,7 +82,7 @@ def extract(
     `renew` makes the shards again whose images have changed, which are an error otherwise.
     Raises: DataError, TeacherError, CacheError (each one line that says what to do).
     """
-    data, path = data_of(config), config.cache_path
+    data, path = data_of(config.data), config.cache_path
     manifest = found_manifest(config, "extract")
     if manifest is None:
         refuse_if_locked(path)  # below every image is looked at
@@ -268,7 +259,7 @@ def extract_shard(job: Job, shard: int, *, tick: Any = None) -> dict[str, Any]:
     Raises: CorruptShard when what it should keep isn't what was recorded.
     """
     began, config = time.time(), job.config
-    data, teacher, store = data_of(config), teacher_of(config.teacher), Store.open(config.cache_path)
+    data, teacher, store = data_of(config.data), teacher_of(config.teacher), Store.open(config.cache_path)
     rows = store.rows(shard)
     samples = samples_of(data, store, rows)
     old, parts = _recorded_rows(job, store, shard)
@@ -328,7 +319,7 @@ def audit(config: Config, count: int) -> str:
     Kept tokens are compared with the teacher's in float16, so the line shows what int8 costs.
     Raises: CorruptShard when a vector's cosine is below AUDIT_COSINE, DataError for an image that can't be read now.
     """
-    data, teacher, store = data_of(config), teacher_of(config.teacher), Store.open(config.cache_path)
+    data, teacher, store = data_of(config.data), teacher_of(config.teacher), Store.open(config.cache_path)
     good = np.flatnonzero(store.read_rows("status", np.arange(store.num_samples)) == OK)
     if not len(good):
         raise DataError(f"{config.cache_path}: no image of it could be used, so there is nothing to compare.")

@@ -31,7 +31,7 @@ from pipeline.data.inputs import Picture
 from pipeline.learning.loading import made_ahead
 from pipeline.learning.segmenter import Asked, Name, Segmenter, check, parsed_names
 from pipeline.looking.overlay import painted, palette_of, shares, with_legend
-from pipeline.tracking import progress, say
+from pipeline.running.console import progress, say
 
 MASK, OVERLAY, PROBABILITIES = ".mask.png", ".overlay.png", ".probabilities.npy"
 STAMP, RECIPE = "made from", "recipe"  # a mask's own words: its image's stamp, and how it was made

@@ -27,7 +27,7 @@ from pipeline.data.base import MAX_PIXELS, DataError, unknown
 from pipeline.data.classes import COCO_CLASSES
 from pipeline.data.convert import coco_mask, context_mask, context_mask_of_runs, sbd_mask
 from pipeline.data.files import files_by_id, folder_of, read_ids, refuse_missing
-from pipeline.tracking import progress, say
+from pipeline.running.console import progress, say
 
 PARTS = ("train", "val")
 

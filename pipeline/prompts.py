@@ -26,15 +26,15 @@ from cache.files import whole_file, write_text
 from cache.store import Store
 from cache.verify import OK, check_whole, read_recorded
 from pipeline.config import Config
-from pipeline.data.base import DataError, DataSet
+from pipeline.data.base import DataError, DataSet, data_of
 from pipeline.data.prompts import templates
 from pipeline.data.words import background_names, fused_name
-from pipeline.learning.batches import data_of
 from pipeline.ops.quantise import dequantised
 from pipeline.ops.sharpness import sharpness
+from pipeline.running.console import progress, say
+from pipeline.running.manifests import required_manifest, save_config
+from pipeline.running.rows import current_samples
 from pipeline.teaching.maps import explained_teacher
-from pipeline.teaching.rows import current_samples
-from pipeline.tracking import progress, required_manifest, save_config, say
 
 SHOWN = 10  # templates in the printed table
 WHOLE = 0  # the view that is the whole image
@@ -45,7 +45,7 @@ def select_prompt(config: Config, candidates: Sequence[str]) -> str:
 
     Raises: MissingCache, StaleCache, CorruptShard, DataError (a template without braces, no image with two classes).
     """
-    data = data_of(config)
+    data = data_of(config.data)
     above = required_manifest(config, "extract")
     chosen = templates(candidates[0] if len(candidates) == 1 else candidates)
     chosen = tuple(dict.fromkeys((*chosen, config.cams.template)))

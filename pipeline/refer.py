@@ -19,8 +19,8 @@ from torch.nn.functional import interpolate
 from cache.files import whole_file
 from pipeline.config import Config, UserError
 from pipeline.data.base import BadImage, read_image
+from pipeline.running.console import say
 from pipeline.teaching.maps import explained_maps, explained_teacher, fitted, text_features
-from pipeline.tracking import say
 
 OPACITY = 0.6  # of the hottest place; a map of 0 leaves the picture as it is
 COLOURS = "viridis"  # even steps for every eye, in grey too

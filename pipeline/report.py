@@ -25,9 +25,8 @@ from cache.errors import MissingCache, StaleCache
 from cache.files import write_atomic
 from cache.store import Store
 from pipeline.config import LABELS_FROM, Config, UserError, config_fingerprint
-from pipeline.data.base import DataError, DataSet
+from pipeline.data.base import DataError, DataSet, data_of
 from pipeline.evidence.results import stale
-from pipeline.learning.batches import data_of
 from pipeline.learning.checkpoint import CheckpointError, load_student, student_file
 from pipeline.looking import charts, facts
 from pipeline.looking.clustered import Clustered
@@ -50,9 +49,10 @@ from pipeline.looking.panels import sheet
 from pipeline.looking.shard import shard_tree
 from pipeline.looking.tagged import Tagged
 from pipeline.looking.tree import cache_tree
-from pipeline.teaching.rows import check_classes
+from pipeline.running.console import say
+from pipeline.running.manifests import run_config
+from pipeline.running.rows import check_classes
 from pipeline.terminal import Terminal
-from pipeline.tracking import run_config, say
 
 LABELS = {"clip_teacher": "Pseudo labels", "clip_es": "CAMs"}
 LABEL_MAPS = {"clip_teacher": "pseudo label maps", "clip_es": "masks"}
@@ -77,7 +77,7 @@ def report(config: Config) -> Path:
     if mark := stale(config.run_path, metrics):
         raise StaleCache(f"{path}:{mark}. Run `cli.py eval` again.")
     if Store.is_at(config.cache_path):
-        check_classes(data_of(config), Store.open(config.cache_path))
+        check_classes(data_of(config.data), Store.open(config.cache_path))
     student_file(config.run_path)
     page = config.run_path / "report" / "index.html"
     _write_page(page, [Run(config, metrics)], Selection(limit=config.report.images))
@@ -122,7 +122,7 @@ def _evaluated(config: Config) -> dict[str, Any]:
 
 
 def _refuse_other_data(first: Config, other: Config) -> None:
-    one, two = data_of(first), data_of(other)
+    one, two = data_of(first.data), data_of(other.data)
     for what, a, b in (
         ("classes", one.classes, two.classes),
         ("unseen classes", one.unseen, two.unseen),
@@ -144,7 +144,7 @@ def draw_figures(config: Config, out: Path | None = None) -> list[Path]:
         raise UserError(
             f"figures are of recipe clip_teacher, {config.name} is {config.recipe}: use `cli.py report`."
         )
-    store, data, labelled = Store.open(config.cache_path), data_of(config), _labelled(config)
+    store, data, labelled = Store.open(config.cache_path), data_of(config.data), _labelled(config)
     check_classes(data, store)
     if not labelled:
         raise MissingCache(f"{config.cache_path}: no pseudo labels yet. Run `cli.py cluster` first.")
@@ -191,7 +191,7 @@ def inspect(
         return
     tree = cache_tree(config, store, metrics)
     try:
-        data = data_of(config)
+        data = data_of(config.data)
     except DataError:
         out.print(tree)  # a cache can be looked into where its images are not
         raise
@@ -304,7 +304,7 @@ def _pupils(runs: Sequence[Run]) -> list[Pupil]:
 def _write_page(path: Path, runs: Sequence[Run], chosen: Selection) -> None:
     """The page of one run, or of several side by side; training images and figures are the first one's."""
     config, pupils = runs[0].config, _pupils(runs)
-    store, data = Store.open(config.cache_path), data_of(config)
+    store, data = Store.open(config.cache_path), data_of(config.data)
     cards, about = _cards(store, data, chosen, runs, pupils)
     drawn, is_spread = [], chosen.image is None and chosen.class_id is None
     if config.recipe == "clip_teacher" and is_spread:

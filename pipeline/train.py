@@ -31,14 +31,13 @@ from torch import Tensor
 
 from cache.ledger import reading, write_manifest
 from pipeline.config import LABELS_FROM, Config, fingerprint, version
-from pipeline.learning.batches import CachedViews, data_of, training_batches
+from pipeline.data.base import data_of
+from pipeline.learning.batches import CachedViews, training_batches
 from pipeline.learning.checkpoint import BEST, LAST, ended, save_checkpoint, save_student
 from pipeline.learning.claims import claim, training_in
 from pipeline.learning.journal import Clock, Curve, note, peak_memory_bytes, peak_resident_bytes
 from pipeline.learning.memory import Forecast, views_to_keep
 from pipeline.learning.objective import OBJECTIVES
-from pipeline.learning.pictures import pictures, show
-from pipeline.learning.processes import LOST_S, end_with_parent
 from pipeline.learning.training import (
     Run,
     TrainError,
@@ -51,17 +50,11 @@ from pipeline.learning.training import (
     state_of,
 )
 from pipeline.learning.validation import seen_miou
-from pipeline.teaching.rows import check_current
-from pipeline.tracking import (
-    asked_of,
-    console,
-    found_manifest,
-    manifest_path,
-    progress,
-    required_manifest,
-    save_config,
-    say,
-)
+from pipeline.looking.pictures import pictures, show
+from pipeline.running.console import console, progress, say
+from pipeline.running.manifests import asked_of, found_manifest, manifest_path, required_manifest, save_config
+from pipeline.running.processes import LOST_S, end_with_parent
+from pipeline.running.rows import check_current
 
 TRIAL_ITERATIONS = 10  # of a dry run
 # What torch.distributed says when a peer is gone: gloo, NCCL and the store have no error class in common.
@@ -77,7 +70,7 @@ def train(config: Config) -> dict[str, Any]:
     finite, a process that is gone, a batch that doesn't divide, a tracker that isn't there), RunBusy.
     """
     end_with_parent()
-    data = data_of(config)  # what is wrong with it is said before what is stale
+    data = data_of(config.data)  # what is wrong with it is said before what is stale
     above = required_manifest(config, LABELS_FROM[config.recipe])
     extracted = required_manifest(config, "extract")
     facts = {"classes": data.classes, "unseen": data.unseen, "text": extracted["text"]}

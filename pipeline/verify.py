@@ -11,10 +11,10 @@ from cache.store import Store
 from cache.verify import Finding
 from cache.verify import verify as verify_cache
 from pipeline.config import LABELS_FROM, Config, asked, config_fingerprint, difference
-from pipeline.data.base import DataError
-from pipeline.learning.batches import data_of
-from pipeline.teaching.rows import check_current, current_samples
-from pipeline.tracking import found_manifest, progress, say
+from pipeline.data.base import DataError, data_of
+from pipeline.running.console import progress, say
+from pipeline.running.manifests import found_manifest
+from pipeline.running.rows import check_current, current_samples
 
 
 def verify(config: Config) -> list[Finding]:
@@ -51,7 +51,7 @@ def _changes(config: Config, manifests: Mapping[str, Mapping[str, Any]]) -> list
     """What of the data set is no longer what the cache was made from; said where the data set can't be opened."""
     stage = LABELS_FROM[config.recipe]
     try:
-        data = data_of(config)
+        data = data_of(config.data)
         store = Store.open(config.cache_path)
         current_samples(config, data, store)
         if stage in manifests:

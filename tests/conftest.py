@@ -80,13 +80,13 @@ class Said:
 def run_cli(capsys, monkeypatch):
     """Runs cli.py as a user would, in this process (starting torch takes seconds) but with nothing remembered."""
     import cli
-    from pipeline.learning import batches
+    from pipeline.data import base
     from pipeline.teaching import encode
 
     def run(*arguments: object) -> Said:
         monkeypatch.chdir(ROOT)
         monkeypatch.setattr(sys, "argv", ["cli.py", *map(str, arguments)])
-        batches._data.cache_clear()
+        base._data.cache_clear()
         encode.teacher_of.cache_clear()
         forget_accelerator()
         capsys.readouterr()

@@ -72,9 +72,9 @@ def test_what_is_written(made):
     assert (shape == 16).all()  # scenes of 128 pixels
     assert (cam[:, :, 16:] == 0).all()
     assert (cam[:, :, :, 16:] == 0).all()
-    from pipeline.learning.batches import data_of
+    from pipeline.data.base import data_of
 
-    data = data_of(config)
+    data = data_of(config.data)
     assert (data.background, data.classes[0], data.classes[1]) == (0, "background", "tomato")
     for row, sample in enumerate(data.samples("train")):
         tags = [int(i) for i in np.unique(data.labels(sample)) if i]
@@ -93,10 +93,10 @@ def test_what_is_written(made):
 
 def test_a_row_does_not_depend_on_its_neighbours(made):
     """Maps of one image alone are those of its batch, in float16's precision."""
-    from pipeline.learning.batches import data_of
+    from pipeline.data.base import data_of
 
     config, _ = made
-    data, section = data_of(config), config.cams
+    data, section = data_of(config.data), config.cams
     teacher = explained_teacher(config.teacher, section)
     words = text_features(config.teacher, section, _words(section, data))
     sample = data.samples("train")[5]
@@ -231,7 +231,8 @@ def test_own_size():
 @pytest.mark.parametrize("refine", ["pamr", pytest.param("crf", marks=pytest.mark.crf)])
 def test_masks_at_pixels(few, tmp_path, refine):
     """They follow colours, so they are better seeds than maps of 16 x 16; training reads them."""
-    from pipeline.learning.batches import CachedViews, data_of
+    from pipeline.data.base import data_of
+    from pipeline.learning.batches import CachedViews
 
     config = copy_of(few, tmp_path)
     section = config.cams.model_copy(update={"refine": refine, "power": 2.0})
@@ -243,7 +244,7 @@ def test_masks_at_pixels(few, tmp_path, refine):
     assert mask.shape == confidence.shape == (12, 128, 128)
     assert confidence.max() <= 200
     assert verify(config) == []
-    views = CachedViews(config, data_of(config))
+    views = CachedViews(config, data_of(config.data))
     labels = views.whole(3)["labels"].numpy()
     assert np.array_equal(labels, np.where(confidence[3] >= 190, mask[3], 255))  # train.confidence 0.95
 
@@ -253,9 +254,9 @@ def test_masks_at_pixels(few, tmp_path, refine):
 
 def test_free_text_finds_the_thing_it_names(made, run_cli, tmp_path):
     """Scenes with one thing: its map is twice as hot on the thing as beside it, in most (chance: next to none)."""
-    from pipeline.learning.batches import data_of
+    from pipeline.data.base import data_of
 
-    data, hotter = data_of(made[0]), []
+    data, hotter = data_of(made[0].data), []
     scenes = [s for s in data.samples("train") if len(data.tags(s)) == 1][:12]
     for sample in scenes:
         image, name = tmp_path / f"{sample.id}.png", data.classes[data.tags(sample)[0]]

@@ -11,10 +11,10 @@ from torch.nn.functional import cross_entropy
 from cache.store import Store
 from pipeline.cams import cams
 from pipeline.config import ConfigError, Train, load
-from pipeline.data.base import DataError
+from pipeline.data.base import DataError, data_of
 from pipeline.evaluate import evaluate
 from pipeline.extract import extract
-from pipeline.learning.batches import CachedViews, data_of
+from pipeline.learning.batches import CachedViews
 from pipeline.learning.checkpoint import load_student
 from pipeline.learning.objective import Learner, closed_set_terms
 from pipeline.ops.masks import mask_and_confidence
@@ -52,7 +52,7 @@ def tagged(tmp_path_factory):
 
 def test_labels_are_the_cams_that_are_sure(tagged):
     config = tagged("labels")
-    views, data = CachedViews(config, data_of(config)), data_of(config)
+    views, data = CachedViews(config, data_of(config.data)), data_of(config.data)
     store = Store.open(config.cache_path)
     item = views.whole(7)
     classes = [int(i) for i in store.read_rows("cam_class", [7])[0] if i != 255]
@@ -65,7 +65,9 @@ def test_labels_are_the_cams_that_are_sure(tagged):
     none = CachedViews(tagged("labels", "train.confidence=1"), data).whole(7)["labels"]
     assert set(none.unique().tolist()) <= {0, 255}  # only where every map is exactly 0 is background sure
     with pytest.raises(DataError, match=r"data\.unseen names bee"):
-        CachedViews(tagged("labels", "data.unseen=[bee]"), data_of(tagged("labels", "data.unseen=[bee]")))
+        CachedViews(
+            tagged("labels", "data.unseen=[bee]"), data_of(tagged("labels", "data.unseen=[bee]").data)
+        )
 
 
 def test_the_loss_is_cross_entropy_on_labelled_pixels():
@@ -127,10 +129,10 @@ def test_a_learned_classifier_is_for_closed_sets(tagged):
 def test_image_labels_are_all_that_training_reads(tagged, monkeypatch):
     """With the masks' pixels shuffled, which keeps every image's tags, not one label changes."""
     config = tagged("blind")
-    before = [CachedViews(config, data_of(config)).whole(row)["labels"] for row in (0, 40)]
+    before = [CachedViews(config, data_of(config.data)).whole(row)["labels"] for row in (0, 40)]
     from pipeline.data.demo import DemoDataSet
 
     original = DemoDataSet.labels
     monkeypatch.setattr(DemoDataSet, "labels", lambda self, sample: np.roll(original(self, sample), 50, 1))
-    after = [CachedViews(config, data_of(config)).whole(row)["labels"] for row in (0, 40)]
+    after = [CachedViews(config, data_of(config.data)).whole(row)["labels"] for row in (0, 40)]
     assert all(torch.equal(one, two) for one, two in zip(before, after, strict=True))

@@ -11,9 +11,8 @@ from bench import workers as bench
 from bench.small_run import forkserver, small_arguments, small_config
 from pipeline.cluster import cluster
 from pipeline.extract import extract
-from pipeline.learning import processes
-from pipeline.teaching import engine
-from pipeline.teaching.engine import EngineError, map_shards
+from pipeline.running import engine, processes
+from pipeline.running.engine import EngineError, map_shards
 from tests.conftest import ROOT, is_one_line_error
 
 SETTINGS = ("views.num=1",)  # five shards

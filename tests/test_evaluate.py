@@ -15,8 +15,8 @@ from torch.nn.functional import interpolate
 from pipeline.config import config_fingerprint, load
 from pipeline.learning.checkpoint import Checkpoint, load_student, save_student
 from pipeline.learning.inference import squashed
+from pipeline.learning.scoring import worst_and_best
 from pipeline.looking.confusion import confused_pairs, confusion_picture, row_shares
-from pipeline.looking.extremes import worst_and_best
 from pipeline.looking.gallery import scores_of
 from pipeline.models.student import build_student
 from pipeline.models.teacher import Teacher

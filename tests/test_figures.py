@@ -12,7 +12,7 @@ from torch import nn
 from cache.errors import MissingCache
 from cache.store import Store
 from pipeline.config import UserError
-from pipeline.learning.batches import data_of
+from pipeline.data.base import data_of
 from pipeline.looking.figures import MAX_BYTES, attention, figures, fitted_png, telling_rows
 from pipeline.looking.gallery import Pupil
 from pipeline.looking.quality import coverage, majorities
@@ -107,7 +107,7 @@ def test_rows_with_several_objects_are_chosen(run):
 
 def test_single_centres_of_a_real_cache(cached_demo, tiny):
     config = tiny(f"cache.path={cached_demo}")
-    drawn = {f.name: f for f in figures(Store.open(cached_demo), data_of(config), {0, 1}, None)}
+    drawn = {f.name: f for f in figures(Store.open(cached_demo), data_of(config.data), {0, 1}, None)}
     assert set(drawn) == {"centres", "clusters"}
     assert "purity by hidden class" in drawn["clusters"].caption
     picture = np.asarray(Image.open(io.BytesIO(drawn["centres"].png)).convert("RGB"))

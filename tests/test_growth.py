@@ -10,10 +10,11 @@ from cache.errors import CorruptShard, StaleCache
 from cache.store import Store
 from pipeline import extract as stage
 from pipeline.cluster import cluster
+from pipeline.data import base
 from pipeline.data.demo import CLASSES, render_scene
 from pipeline.extract import extract
 from pipeline.learning import batches
-from pipeline.teaching.rows import in_row_order, is_listed
+from pipeline.running.rows import in_row_order, is_listed
 from pipeline.train import train
 from pipeline.verify import verify
 from tests.conftest import ROOT, TINY
@@ -89,7 +90,7 @@ def garden(tmp_path, tiny):
     )
 
     def config(*settings):
-        batches._data.cache_clear()  # a new process would read the folder again
+        base._data.cache_clear()  # a new process would read the folder again
         raw = tiny(*settings).model_dump(mode="json", by_alias=True)
         raw["data"] = {"kind": "folder", "root": str(folder)}
         from pipeline.config import from_mapping
@@ -121,7 +122,7 @@ def test_new_names_between_old_ones_come_after_them(garden, seen_by_the_teacher)
     cluster(grown)
     assert seen_by_the_teacher == ["a", "c", "e"]
     # A reader finds the image that a row was made from: row 3 is "a", the first of the listed ones.
-    views = batches.CachedViews(grown, batches.data_of(grown))
+    views = batches.CachedViews(grown, base.data_of(grown.data))
     assert [sample.id for sample in views.samples] == store.samples
     train(grown)
 
@@ -232,7 +233,7 @@ def test_a_growth_that_was_killed_makes_the_new_rows_only(garden, seen_by_the_te
 
 
 def test_row_order_by_hand(garden):
-    data = batches.data_of(garden[1]())
+    data = base.data_of(garden[1]().data)
     assert [s.id for s in in_row_order(data, [])] == ["b", "d", "f"]
     assert [s.id for s in in_row_order(data, ["f", "b"])] == ["f", "b", "d"]
     gone = in_row_order(data, ["b", "z", "y"])

@@ -8,7 +8,7 @@ import yaml
 from PIL import Image
 
 from pipeline.data.base import BadImage, DataError, open_data_set, read_image
-from pipeline.looking.survey import complaints, look, look_at_masks, never_seen
+from pipeline.data.survey import complaints, look, look_at_masks, never_seen
 from pipeline.teaching.verdict import verdict
 from tests.conftest import is_one_line_error
 from tests.test_verdict import HEALTHY

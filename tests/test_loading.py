@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch.utils.data import default_collate
 
-from pipeline.learning import processes
-from pipeline.learning.batches import CachedViews, Plan, _Batches, data_of, training_batches
+from pipeline.data.base import data_of
+from pipeline.learning.batches import CachedViews, Plan, _Batches, training_batches
 from pipeline.learning.loading import Kept, loader_processes, made_ahead
+from pipeline.running import processes
 
 
 def test_kept_until_the_room_is_taken():
@@ -63,7 +64,7 @@ def test_batches_are_the_same_from_memory(cached_demo, tiny):
     settings = (f"cache.path={cached_demo}", "train.photometric=true")
     num = 2 * 70 // 4
     views = {
-        gb: CachedViews(config, data_of(config))
+        gb: CachedViews(config, data_of(config.data))
         for gb in (0, 20 * 4 * 128**2 / 1e9, 1)
         for config in [tiny(*settings, f"train.views_in_memory_gb={gb}")]
     }
@@ -88,7 +89,7 @@ def test_batches_are_the_same_from_processes(cached_demo, tiny, monkeypatch):
         batches[workers] = [
             list(training_batches(views, start=3, stop=8, process=process, num_processes=2))
             for process in (0, 1)
-            for views in [CachedViews(config, data_of(config))]
+            for views in [CachedViews(config, data_of(config.data))]
         ]
     for made, wanted in zip(batches[2], batches[0], strict=True):
         assert len(made) == len(wanted) == 5

@@ -7,9 +7,9 @@ import torch
 from cache.store import Store
 from pipeline.cluster import cluster
 from pipeline.config import config_fingerprint
-from pipeline.data.base import open_data_set
+from pipeline.data.base import data_of, open_data_set
 from pipeline.extract import extract
-from pipeline.learning.batches import CachedViews, Place, data_of
+from pipeline.learning.batches import CachedViews, Place
 from pipeline.ops.masks import named_labels
 from pipeline.teaching.names import UNNAMED, named, on_tokens
 from pipeline.train import train
@@ -58,7 +58,7 @@ def tagged(tmp_path_factory):
 
 
 def test_a_cache_with_names(tagged):
-    data, store = data_of(tagged), Store.open(tagged.cache_path)
+    data, store = data_of(tagged.data), Store.open(tagged.cache_path)
     pseudo, names = (store.read_rows(name, np.arange(70)) for name in ("pseudo", "named"))
     num_named = num_right = 0
     for row, sample in enumerate(data.samples("train")):
@@ -78,7 +78,7 @@ def test_a_cache_with_names(tagged):
 
 
 def test_training_is_told_the_tagged_classes(tagged):
-    views = CachedViews(tagged, data_of(tagged))
+    views = CachedViews(tagged, data_of(tagged.data))
     unseen = set(views.data.unseen_ids)
     item = [views[Place(row, 0, 0, 0)] for row in range(20)]
     taught = {int(label) for each in item for label in each["labels"].unique()} & unseen

@@ -169,11 +169,11 @@ def test_resumed_training_is_the_uninterrupted_one(finished, tmp_path, run_cli):
 
 def test_backends_agree_on_the_pseudo_labels(finished, tiny):
     """FAISS and torch on the cached tokens of a real teacher: the same fused label nearly everywhere."""
-    from pipeline.learning.batches import data_of
+    from pipeline.data.base import data_of
     from pipeline.teaching.pseudo import pseudo_labels, token_states
 
     config = tiny()
-    store, data = Store.open(finished[0] / "demo" / "cache"), data_of(config)
+    store, data = Store.open(finished[0] / "demo" / "cache"), data_of(config.data)
     same = total = 0
     for row in range(0, 70, 7):
         tokens = torch.from_numpy(store.read_rows("tokens", [row])[0]).float()

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.config import UserError, load
-from pipeline.learning import processes
 from pipeline.learning.batches import Plan, _Batches, training_batches
 from pipeline.models.glm import of_length, pooled
 from pipeline.ops import losses
+from pipeline.running import processes
 from tests.conftest import ROOT, TINY, is_one_line_error
 
 SETTINGS = (
@@ -227,7 +227,7 @@ def test_processes_end_with_the_one_that_started_them(tmp_path):
     child = tmp_path / "child.py"
     child.write_text(
         f"import os, sys, time; sys.path.insert(0, {str(ROOT)!r})\n"
-        "from pipeline.learning import processes\n"
+        "from pipeline.running import processes\n"
         "if not processes.is_launched(): processes.start(2)\n"
         "processes.end_with_parent()\n"
         f"open({str(tmp_path)!r} + '/' + os.environ['RANK'], 'w').write(str(os.getpid()))\n"

@@ -12,8 +12,8 @@ from torch.nn.functional import normalize
 
 from cache.store import Store
 from pipeline.config import config_fingerprint, load
+from pipeline.data.base import data_of
 from pipeline.extract import extract
-from pipeline.learning.batches import data_of
 from pipeline.models.teacher import Teacher
 from pipeline.ops.sharpness import sharpness
 from pipeline.prompts import select_prompt
@@ -95,7 +95,7 @@ def test_the_command(extracted, run_cli):
         [*asked, "a clean origami {}."]
     ), "the config's own too"
     assert found["winner"] == found["ranking"][0]["template"]
-    data = data_of(extracted)
+    data = data_of(extracted.data)
     several = sum(len(data.tags(sample)) > 1 for sample in data.samples("train"))
     assert (found["images"], found["with several classes"]) == (12, several)
     assert f'cams: {{template: "{found["winner"]}"}}' in done.stderr

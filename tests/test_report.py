@@ -16,14 +16,14 @@ from cache.errors import MissingCache, StaleCache
 from cache.ledger import write_manifest
 from cache.store import Store
 from pipeline.config import UserError, config_fingerprint, load
-from pipeline.learning.batches import data_of
+from pipeline.data.base import data_of
 from pipeline.learning.checkpoint import Checkpoint, save_student
 from pipeline.looking import charts, facts, gallery, panels
 from pipeline.looking.page import render
 from pipeline.models.student import build_student
 from pipeline.ops.views import draw_views
 from pipeline.report import inspect, report
-from pipeline.tracking import manifest_path, record_shard, save_config
+from pipeline.running.manifests import manifest_path, record_shard, save_config
 
 ROOT = Path(__file__).parents[1]
 TRAIN, TEST, SIZE, SIDE, CHANNELS = 66, 5, 64, 8, 8  # 66 images are two shards
@@ -159,7 +159,7 @@ def pseudo_of(row: int, view: int) -> np.ndarray:
 
 def make_cache(config, *, clustered=(0, 1)):
     """Extracts by hand, so that no teacher is needed, and clusters the shards named."""
-    data = data_of(config)
+    data = data_of(config.data)
     ids = [sample.id for sample in data.samples("train")]
     sizes = {"N": TRAIN, "V": 2, "C": CHANNELS, "h": SIDE, "w": SIDE, "K": len(data.classes)}
     teacher = {
@@ -212,7 +212,7 @@ def make_cache(config, *, clustered=(0, 1)):
 
 def make_training(config):
     """An untrained student, a loss curve and the metrics of an evaluation."""
-    data, folder = data_of(config), config.run_path / "train"
+    data, folder = data_of(config.data), config.run_path / "train"
     folder.mkdir(parents=True)
     torch.manual_seed(0)
     text = torch.eye(len(data.classes), CHANNELS)
@@ -231,7 +231,7 @@ def make_training(config):
 
 
 def make_metrics(config, *, hiou):
-    data = data_of(config)
+    data = data_of(config.data)
     scores = {"pAcc": 61.25, "mIoU_S": 48.0, "mIoU_U": None, "hIoU": hiou}
     metrics = {
         **scores,
@@ -346,7 +346,7 @@ def test_images_with_potential_objects_come_first(run):
 
 
 def test_names_can_not_break_out_of_the_page(run, monkeypatch):
-    data = data_of(run)
+    data = data_of(run.data)
     monkeypatch.setattr(data, "classes", ("</script><i>", *data.classes[1:]))
     html = render([facts.Run(run)], Store.open(run.cache_path), data, [], about=["<u>"])
     assert "</script><i>" not in html
@@ -430,7 +430,7 @@ def test_inspect_one_image_shows_all_its_views(run):
 
 
 def test_inspect_one_class_shows_only_images_that_hold_it(run):
-    data = data_of(run)
+    data = data_of(run.data)
     inspect(run.run_path, class_name="bee")
     page = Page(run.run_path / "inspect" / "index.html")
     assert page.parts

@@ -10,13 +10,13 @@ from cache.errors import MissingCache
 from cache.ledger import write_manifest
 from cache.store import Store
 from pipeline.config import load
-from pipeline.learning.batches import data_of
+from pipeline.data.base import data_of
 from pipeline.looking.facts import Run
 from pipeline.looking.gallery import Card
 from pipeline.looking.page import render
 from pipeline.looking.tagged import Tagged, percent_palette
 from pipeline.report import inspect
-from pipeline.tracking import manifest_path, record_shard, save_config
+from pipeline.running.manifests import manifest_path, record_shard, save_config
 from tests.test_report import ROOT, Page
 
 TRAIN, SIZE, SIDE, MOST = 5, 64, 4, 3
@@ -38,7 +38,7 @@ def made(folder, *settings, shards=(0,)):
         "train.confidence=0.75",
     ]
     config = load(ROOT / "config" / "demo.yaml", [f"runs={folder}/runs", *sizes, *es, *settings])
-    data = data_of(config)
+    data = data_of(config.data)
     ids, num = [sample.id for sample in data.samples("train")], len(data.classes)
     store = Store.create(
         config.cache_path,
@@ -117,7 +117,7 @@ def write(store, config, stage, blocks, shard=0):
 
 
 def card_of(config, row):
-    store, data = Store.open(config.cache_path), data_of(config)
+    store, data = Store.open(config.cache_path), data_of(config.data)
     (card,) = Tagged(config, store, data, {0}).cards(data.samples("train")[row], row, True, 1)
     return card
 
@@ -131,7 +131,7 @@ def test_percent_colours_tell_a_hundred_and_one_values_apart_and_grow_brighter()
 
 
 def test_a_card_shows_maps_mask_confidence_and_truth(run):
-    card, data = card_of(run, 0), data_of(run)
+    card, data = card_of(run, 0), data_of(run.data)
     three, seven = data.classes[3], data.classes[7]
     assert [panel.title for panel in card.panels] == [
         "image",
@@ -207,7 +207,7 @@ def test_the_page(run, capsys):
 
 
 def test_the_key_of_errors_is_of_a_closed_set(run):
-    store, data = Store.open(run.cache_path), data_of(run)
+    store, data = Store.open(run.cache_path), data_of(run.data)
     html = render([Run(run)], store, data, [Card("test-00000", "test")])
     key = html.partition('<ul class="key"')[2].partition("</ul>")[0]
     assert "mixed up within its group" in key
@@ -228,7 +228,7 @@ def test_before_the_maps_are_made(tmp_path, capsys):
 def test_export_writes_the_masks(run, tmp_path, capsys):
     inspect(run.run_path, export=tmp_path / "out")
     assert f"{TRAIN - 1} masks" in capsys.readouterr().out
-    data = data_of(run)
+    data = data_of(run.data)
     with Image.open(tmp_path / "out" / "train-00000.png") as picture:
         assert picture.mode == "P"
         assert np.array_equal(np.asarray(picture), card_of(run, 0).panels[5].pixels)

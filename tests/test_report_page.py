@@ -10,11 +10,11 @@ import pytest
 from cache.errors import MissingCache
 from cache.ledger import read_manifest
 from pipeline.config import UserError
-from pipeline.learning.batches import data_of
+from pipeline.data.base import data_of
 from pipeline.learning.checkpoint import CheckpointError
 from pipeline.looking import facts, scores
 from pipeline.report import inspect, report, report_runs
-from pipeline.tracking import save_config
+from pipeline.running.manifests import save_config
 from tests.browser import Browser
 from tests.test_report import Page, make_cache, make_metrics, make_training, tiny_config
 
@@ -121,7 +121,7 @@ def test_the_command_takes_run_folders(pair, run_cli, tmp_path):
 
 
 def test_shares_and_mistakes_by_hand(pair):
-    data = data_of(pair[0])
+    data = data_of(pair[0].data)
     matrix = np.zeros((len(data.classes),) * 2, np.int64)
     unseen, seen = data.unseen_ids[0], data.seen_ids[0]
     matrix[unseen, unseen], matrix[unseen, seen], matrix[seen, seen] = 1, 3, 7
@@ -193,7 +193,7 @@ def test_a_page_shows_its_pictures_and_logs_nothing(browser, pages, which, width
 
 @pytest.mark.browser
 def test_filters_and_orders(browser, pages, pair):
-    data = data_of(pair[0])
+    data = data_of(pair[0].data)
     samples = {sample.id: np.unique(data.labels(sample)) for sample in data.samples("test")}
     browser.open(pages[0])
     everything = shown(browser)
@@ -259,7 +259,7 @@ def test_a_click_enlarges_and_keys_page(browser, pages):
 
 @pytest.mark.browser
 def test_pointing_at_maps_and_matrices_reads_them(browser, pages, pair):
-    data = data_of(pair[0])
+    data = data_of(pair[0].data)
     browser.open(pages[0])
     tip = "document.getElementById('tip').hidden ? '' : document.getElementById('tip').textContent"
     middle = (

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from pipeline.config import ConfigError
 from pipeline.models.teacher import Teacher, TeacherError
 from pipeline.models.weights import MOST_PICKLED, WeightsError, is_torchscript, read_state, torchscript_state
-from pipeline.teaching.devices import device_of
+from pipeline.running.devices import device_of
 from tests.conftest import ROOT, is_one_line_error
 from tests.test_teacher import Holder, tiny_model
 
@@ -336,9 +336,9 @@ def test_doctor_names_a_device_that_isn_t_here(run_cli):
 
 def test_code_inside_another_repository_has_no_commit(tmp_path):
     """As an unpacked tarball in a home folder under version control; that repository's commit says nothing of it."""
-    (tmp_path / "project" / "pipeline").mkdir(parents=True)
-    copied = tmp_path / "project" / "pipeline" / "tracking.py"
-    copied.write_bytes((ROOT / "pipeline" / "tracking.py").read_bytes())
+    (tmp_path / "project" / "pipeline" / "running").mkdir(parents=True)
+    copied = tmp_path / "project" / "pipeline" / "running" / "provenance.py"
+    copied.write_bytes((ROOT / "pipeline" / "running" / "provenance.py").read_bytes())
     code = (
         "import importlib.util as u, sys; s = u.spec_from_file_location('copied', sys.argv[1]); "
         "m = u.module_from_spec(s); s.loader.exec_module(m); print(m.revision())"

@@ -7,7 +7,7 @@ import pytest
 from rich.table import Table
 from rich.tree import Tree
 
-from pipeline import tracking
+from pipeline.running import console
 from pipeline.terminal import Terminal, visible
 from tests.conftest import ROOT, is_one_line_error
 
@@ -33,11 +33,11 @@ def test_a_console_shows_what_is_odd(shown):
 
 
 def test_what_is_said_goes_so_to_terminal_and_log(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(tracking, "_log", [])
+    monkeypatch.setattr(console, "_log", [])
     out = io.StringIO()
-    monkeypatch.setattr(tracking, "console", Terminal(file=out, soft_wrap=True))
-    tracking.log_to(tmp_path / "log")
-    tracking.say(f"predict: {ODD}\nerror: none of ours")
+    monkeypatch.setattr(console, "console", Terminal(file=out, soft_wrap=True))
+    console.log_to(tmp_path / "log")
+    console.say(f"predict: {ODD}\nerror: none of ours")
     for text in (out.getvalue(), (tmp_path / "log").read_text(encoding="utf-8")):
         assert not OBEYED.search(text)
         assert len(text.splitlines()) == 1

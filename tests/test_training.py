@@ -16,8 +16,8 @@ from torch import nn
 from cache.store import Store
 from pipeline import train as stage
 from pipeline.config import Config
-from pipeline.data.base import DataError
-from pipeline.learning.batches import CachedViews, data_of, held_out
+from pipeline.data.base import DataError, data_of
+from pipeline.learning.batches import CachedViews, held_out
 from pipeline.learning.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -58,16 +58,16 @@ def same(one, two):
 
 def test_only_the_first_views_are_used_when_asked_for(run_of):
     config = run_of("views", "train.views=1")
-    views = CachedViews(config, data_of(config))
+    views = CachedViews(config, data_of(config.data))
     cached = int(views.store.attributes["views"]["num"])
     assert views.num_views == 1 < cached
     with pytest.raises(DataError, match=f"train.views is {cached + 1}.* holds {cached} views"):
-        CachedViews(run_of("views", f"train.views={cached + 1}"), data_of(config))
+        CachedViews(run_of("views", f"train.views={cached + 1}"), data_of(config.data))
 
 
 def test_negatives_come_from_all_training_rows_when_asked_for(run_of):
     config = run_of("negatives", "train.negatives=7", "train.validate.fraction=0.2")
-    views = CachedViews(config, data_of(config))
+    views = CachedViews(config, data_of(config.data))
     tokens, samples = negatives_of(views, int(views.store.sizes["C"])).entries()
     assert len(tokens) == 7
     assert set(samples.tolist()) <= set(views.rows)
@@ -84,7 +84,7 @@ def test_negatives_come_from_all_training_rows_when_asked_for(run_of):
 
 def test_more_negatives_than_tokens_are_refused(run_of):
     config = run_of("greedy", "train.negatives=100000")
-    views = CachedViews(config, data_of(config))
+    views = CachedViews(config, data_of(config.data))
     with pytest.raises(
         TrainError, match=r"train.negatives is 100000, and \d+ CLS tokens are cached. Lower it."
     ):
@@ -178,7 +178,7 @@ def test_a_student_file_says_where_it_comes_from(run_of, monkeypatch):
     in_checkout = (ROOT / ".git").exists()
     assert (checkpoint.revision is not None) == in_checkout
     assert checkpoint.config == config
-    from pipeline.tracking import revision
+    from pipeline.running.provenance import revision
 
     monkeypatch.setenv("GIT_DIR", "/nonexistent")
     assert revision() is None
@@ -202,9 +202,9 @@ def test_a_loss_that_is_not_finite_stops_and_leaves_the_last_checkpoint(run_of, 
 
 def manifest_identity(config):
     from pipeline.config import fingerprint
-    from pipeline.tracking import required_manifest
+    from pipeline.running.manifests import required_manifest
 
-    data, text = data_of(config), required_manifest(config, "extract")["text"]
+    data, text = data_of(config.data), required_manifest(config, "extract")["text"]
     facts = {"classes": data.classes, "unseen": data.unseen, "text": text}
     return fingerprint(config, "train", required_manifest(config, "cluster")["content"], facts)
 
@@ -220,7 +220,7 @@ def test_nothing_unseen_is_read(run_of, monkeypatch):
     plain = run_of("plain", "train.validate={fraction: 0.2, every: 3}")
     train(plain)
     config = run_of("blind", "train.validate={fraction: 0.2, every: 3}")
-    data = data_of(config)
+    data = data_of(config.data)
     unseen = list(data.unseen_ids)
     seen_labels = {sample.id: data.seen_labels(sample) for sample in data.samples("train")}
     assert any((data.labels(sample) != seen_labels[sample.id]).any() for sample in data.samples("train"))
@@ -264,7 +264,7 @@ def test_held_out_images_depend_on_seed_and_id_alone(run_of):
     assert drawn != {i for i in ids if held_out(i, 1, 0.25)}
     assert not any(held_out(i, 0, 0.0) for i in ids)
     config = run_of("split", "train.validate.fraction=0.3")
-    views = CachedViews(config, data_of(config))
+    views = CachedViews(config, data_of(config.data))
     assert views.held_out
     assert sorted(views.held_out + views.rows) == list(range(70))
 
@@ -380,8 +380,8 @@ def test_two_runs_with_one_seed_are_one_and_pictures_change_nothing(run_of):
 
 
 def test_the_tracker_shows_the_attention_that_training_pays(run_of):
-    from pipeline.learning.pictures import pictures
     from pipeline.learning.training import new_run, open_accelerator
+    from pipeline.looking.pictures import pictures
 
     def shown(length):
         config = run_of("attention", f"train.glm_length={length}")

@@ -22,13 +22,14 @@ from bench.small_run import content_digest, small_arguments, small_config
 from cache.errors import CacheWriteFailed
 from cache.files import new_log, partial_of, whole_file, write_atomic, write_text
 from cache.ledger import Ledger, write_manifest
-from pipeline import predict, prompts, tracking
+from pipeline import predict, prompts
 from pipeline.config import load
 from pipeline.evidence.pages import write_page
 from pipeline.evidence.takeover import take_over
 from pipeline.learning.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint, save_student
 from pipeline.learning.journal import Curve
 from pipeline.looking.confusion import confusion_picture
+from pipeline.running import console
 from tests.conftest import is_one_line_error
 
 FEW = ("data.train=6", "views.num=1", "eval.pictures=2", "report.images=2")
@@ -51,7 +52,7 @@ def finished(tmp_path_factory):
     )
     forget_accelerator()
     try:
-        tracking.log_to(folder / "runs" / "log.txt")
+        console.log_to(folder / "runs" / "log.txt")
         for stage in (extract, cluster, train, evaluate, report, draw_figures):
             stage(config)
         Image.new("RGB", (20, 10), "red").save(folder / "photo.png")
@@ -60,7 +61,7 @@ def finished(tmp_path_factory):
         assert list(predict.predict(config.run_path, [photo], config.run_path / "predictions", wanted))
     finally:
         os.umask(before)
-        tracking._log.clear()
+        console._log.clear()
     return folder
 
 
@@ -106,12 +107,12 @@ def keep_curve(path):
 
 
 def keep_log(path):
-    tracking.log_to(path)
+    console.log_to(path)
     try:
         for _ in range(3000):
-            tracking.say(40 * "x")
+            console.say(40 * "x")
     finally:
-        tracking._log.clear()
+        console._log.clear()
 
 
 def noise(side=300):

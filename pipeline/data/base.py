@@ -8,6 +8,7 @@ loaders do the same: the image is turned, the annotation is not). A mask with su
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
 import html
 import importlib
@@ -25,7 +26,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pipeline.config import UserError
+from pipeline.config import Data, UserError
 from pipeline.data.classes import Splits, bitwise_palette
 
 PARTS = ("train", "test")
@@ -394,3 +395,14 @@ def open_data_set(kind: str, **options: Any) -> DataSet:
                 f"data.{option} is missing, and kind {kind!r} needs it; it has {', '.join(parameters)}."
             )
     return factory(**options)
+
+
+@functools.lru_cache(maxsize=1)
+def _data(dumped: str) -> DataSet:
+    section = Data.model_validate_json(dumped)
+    return open_data_set(section.kind, **section.options())
+
+
+def data_of(section: Data) -> DataSet:
+    """The data set that a config's section `data` names, opened once a process. Raises: DataError."""
+    return _data(section.model_dump_json())

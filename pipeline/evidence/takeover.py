@@ -10,7 +10,7 @@ from cache.files import dead_partials, partial_of, remove, sync_folder, whole_fi
 from cache.ledger import read_manifest
 from cache.schema import ARRAYS
 from pipeline.config import Config, UserError, config_fingerprint
-from pipeline.tracking import say
+from pipeline.running.console import say
 
 SMALL = 4096  # bytes: what is this small is copied, such as zarr.json, of which each cache keeps its own
 

@@ -1,1 +1,1 @@
-"""What stage two and the student share: batches, the objective, checkpoints, the student at test time."""
+"""Stage two and the student: batches, the objective, checkpoints, the student at test time."""

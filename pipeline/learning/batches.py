@@ -25,13 +25,13 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from cache.store import SIDES, Store
 from cache.verify import check_whole, read_recorded
 from pipeline.config import LABELS_FROM, Config
-from pipeline.data.base import IGNORE, DataError, DataSet, Sample, open_data_set
+from pipeline.data.base import IGNORE, DataError, DataSet, Sample
 from pipeline.learning.loading import Kept, loader_processes, made_ahead
-from pipeline.learning.processes import Watched
 from pipeline.ops.masks import fitted_size, mask_and_confidence, named_labels
 from pipeline.ops.views import replay_image, replay_labels, view_of
-from pipeline.teaching.rows import cached_samples
-from pipeline.tracking import required_manifest
+from pipeline.running.manifests import required_manifest
+from pipeline.running.processes import Watched
+from pipeline.running.rows import cached_samples
 
 # What training reads, by recipe. Views, CLS tokens and pseudo labels are about 2 KiB a view at C = 512.
 READ = {
@@ -44,17 +44,6 @@ KEEP_BYTES = 1 << 28  # up to this they are read once and kept: 130,000 views, a
 
 # mmseg's PhotoMetricDistortion: brightness +-32 of 255, contrast and saturation 0.5-1.5, hue +-18 of 180.
 BRIGHTNESS, CONTRAST, SATURATION, HUE = 32.0, (0.5, 1.5), (0.5, 1.5), 18 / 180
-
-
-@functools.lru_cache(maxsize=1)
-def _data(dumped: str) -> DataSet:
-    section = Config.model_validate_json(dumped).data
-    return open_data_set(section.kind, **section.options())
-
-
-def data_of(config: Config) -> DataSet:
-    """The run's data set, opened once a process."""
-    return _data(config.model_dump_json(by_alias=True))
 
 
 def refuse_unseen(data: DataSet) -> None:

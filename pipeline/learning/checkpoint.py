@@ -29,7 +29,7 @@ from cache.ledger import read_manifest
 from cache.records import misfit, parsed
 from pipeline.config import Config, UserError, from_mapping, kept
 from pipeline.models.student import DenseStudent, build_student
-from pipeline.tracking import say
+from pipeline.running.console import say
 
 TEXT = "text"  # name of the text table among the student's tensors
 LAST, BEST = "student.safetensors", "student.best.safetensors"  # of a train folder
@@ -54,7 +54,7 @@ class Checkpoint:
     text: Tensor  # (K, C) unit norm, all classes
     cache: str | None = None  # fingerprint of the cache it was trained from
     manifest: dict[str, Any] | None = None  # of the training, when it has ended
-    revision: str | None = None  # of the code that trained it, see tracking.revision
+    revision: str | None = None  # of the code that trained it, see pipeline/running/provenance.py
 
     @property
     def unseen_ids(self) -> list[int]:

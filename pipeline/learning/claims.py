@@ -20,7 +20,7 @@ from cache.files import write_atomic, writing
 from cache.ledger import read_manifest, refuse_other_file
 from pipeline.config import UserError
 from pipeline.learning.checkpoint import LAST, OWNER, student_metadata
-from pipeline.tracking import say
+from pipeline.running.console import say
 
 TRAIN, KEPT, LOCK = "train", "kept", "train.lock"
 # What belongs to one training; the folder `train` itself goes last, so that a kill in between can go on.

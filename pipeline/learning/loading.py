@@ -14,8 +14,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from pipeline.learning.processes import cores, most_processes
-from pipeline.tracking import say
+from pipeline.running.console import say
+from pipeline.running.processes import cores, most_processes
 
 AHEAD = 2  # batches made before they are asked for: one being made while one is ready
 MOST_PROCESSES = (

@@ -25,11 +25,21 @@ from pipeline.learning.inference import (
     squashed,
 )
 from pipeline.learning.loading import made_ahead
-from pipeline.looking.checked import check_masks
-from pipeline.looking.extremes import Extreme, worst_and_best
 from pipeline.models.student import DenseStudent
 from pipeline.ops import metrics
-from pipeline.tracking import progress
+from pipeline.running.checked import check_masks
+from pipeline.running.console import progress
+
+
+@dataclass(frozen=True)
+class Extreme:
+    """One image, its truth and its prediction, all (H, W); the score is its own mean IoU, 0..1."""
+
+    name: str
+    score: float
+    image: np.ndarray  # (H, W, 3) uint8
+    truth: np.ndarray  # class ids and 255
+    guess: np.ndarray  # class ids
 
 
 class Scored:
@@ -98,6 +108,18 @@ class Scored:
                 ids = predicted(guess, self.section.gamma).numpy().astype(np.uint8)
                 name = f"{kind}-{rank:02d}-{self.samples[place].id}"
                 yield Extreme(name, self.scores[place], group[0].image, truth.numpy(), ids)
+
+
+def worst_and_best(scores: Sequence[float], num: int) -> tuple[list[int], list[int]]:
+    """The places of the `num` lowest scores, lowest first, and of the highest, highest first; NaN is left out.
+
+    No place is in both: of few images half are worst, half best.
+    """
+    known = sorted(
+        (place for place, score in enumerate(scores) if not math.isnan(score)), key=scores.__getitem__
+    )
+    num_worst = min(num, math.ceil(len(known) / 2))
+    return known[:num_worst], known[num_worst:][::-1][:num]
 
 
 @dataclass(frozen=True)

@@ -21,14 +21,13 @@ import torch
 from torch import Tensor
 
 from pipeline.config import UserError
-from pipeline.data.base import DataError
+from pipeline.data.base import DataError, data_of
 from pipeline.data.words import key_of
-from pipeline.learning.batches import data_of
 from pipeline.learning.checkpoint import load_student, student_file
 from pipeline.learning.inference import dense_logits, slid, squashed
 from pipeline.learning.text import labelled_words, stacked, text_of_names, text_teacher
 from pipeline.ops.enlarge import strips
-from pipeline.teaching.rows import different_classes
+from pipeline.running.rows import different_classes
 
 Name = tuple[str, ...]
 
@@ -126,7 +125,7 @@ class Segmenter:
     def renamed(self) -> str:
         """How the class names of the student's data set differ now from its own, where that can be seen; else ""."""
         try:
-            data = data_of(self.config)
+            data = data_of(self.config.data)
         except DataError:
             return ""  # it lies elsewhere
         return (

@@ -12,15 +12,17 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import set_seed
 
 from pipeline.config import Config, Train, UserError
-from pipeline.learning.batches import CachedViews, data_of, training_batches
+from pipeline.data.base import data_of
+from pipeline.learning.batches import CachedViews, training_batches
 from pipeline.learning.checkpoint import BEST, Checkpoint, latest_checkpoint, load_checkpoint
 from pipeline.learning.objective import Learner
-from pipeline.learning.processes import is_launched
 from pipeline.learning.validation import Best
 from pipeline.models.glm import CachedNegatives, ClsBank
 from pipeline.models.student import build_student, check_batch, parameter_groups
 from pipeline.models.vla import VisualLanguageAdapter
-from pipeline.tracking import revision, say
+from pipeline.running.console import say
+from pipeline.running.processes import is_launched
+from pipeline.running.provenance import revision
 
 
 class TrainError(UserError):
@@ -84,7 +86,7 @@ def open_accelerator(config: Config, *, tracks: bool = True) -> Accelerator:
 def new_run(config: Config, accelerator: Accelerator, identity: str, cache: str | None) -> Run:
     """The parts, new and on the CPU. Student and VLA start from train.seed, alike in all processes."""
     set_seed(config.train.seed)
-    data, section = data_of(config), config.train
+    data, section = data_of(config.data), config.train
     views = CachedViews(config, data)
     channels = int(views.store.sizes["C"])
     text = torch.from_numpy(views.store.read_whole("text"))

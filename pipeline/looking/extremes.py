@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
 from cache.files import remove, whole_file
 from pipeline.data.base import IGNORE, DataSet
+from pipeline.learning.scoring import Extreme
 from pipeline.looking.panels import (
     ERROR_PALETTE,
     ERRORS,
@@ -26,29 +25,6 @@ from pipeline.looking.panels import (
 
 SIDE = 320  # pixels of a panel's longer side: with four panels a picture is some 100 kB
 QUALITY = 90  # of the JPEGs
-
-
-@dataclass(frozen=True)
-class Extreme:
-    """One image, its truth and its prediction, all (H, W); the score is its own mean IoU, 0..1."""
-
-    name: str
-    score: float
-    image: np.ndarray  # (H, W, 3) uint8
-    truth: np.ndarray  # class ids and 255
-    guess: np.ndarray  # class ids
-
-
-def worst_and_best(scores: Sequence[float], num: int) -> tuple[list[int], list[int]]:
-    """The places of the `num` lowest scores, lowest first, and of the highest, highest first; NaN is left out.
-
-    No place is in both: of few images half are worst, half best.
-    """
-    known = sorted(
-        (place for place, score in enumerate(scores) if not math.isnan(score)), key=scores.__getitem__
-    )
-    num_worst = min(num, math.ceil(len(known) / 2))
-    return known[:num_worst], known[num_worst:][::-1][:num]
 
 
 def save_extremes(folder: Path, extremes: Iterable[Extreme], data: DataSet) -> None:

@@ -19,7 +19,7 @@ from cache.records import Shape, misfit, parsed
 from cache.schema import ARRAYS
 from cache.store import Store
 from pipeline.config import LABELS_FROM, Config, UserError, as_mapping, leaves
-from pipeline.tracking import found_manifest, run_config
+from pipeline.running.manifests import found_manifest, run_config
 
 SHARD_STAGES = ("extract", "cluster", "cams")
 SCORES = {

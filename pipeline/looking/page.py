@@ -33,7 +33,7 @@ from pipeline.looking.panels import (
 )
 from pipeline.looking.tagged import percent_palette
 from pipeline.reading import yaml_text
-from pipeline.tracking import found_manifest
+from pipeline.running.manifests import found_manifest
 
 TEMPLATES = Path(__file__).parent / "templates"
 MAX_PICTURES = 10_000_000  # bytes of all pictures before base64; the page stays below 15 MB

@@ -18,7 +18,7 @@ from pipeline.looking.confusion import confused_pairs, row_shares
 from pipeline.looking.facts import SCORES, Run
 from pipeline.looking.panels import data_uri, hex_colour, indexed
 from pipeline.looking.tagged import percent_palette
-from pipeline.tracking import found_manifest
+from pipeline.running.manifests import found_manifest
 
 SWEPT = tuple(SCORES)[1:]
 LOSS_TERMS = {

@@ -1,1 +1,1 @@
-"""What stage one shares: a shard of images through the teacher, rows, labels made of its tokens, Dask."""
+"""Stage one: a shard of images through the teacher, and labels made of its tokens."""

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.config import UserError
-from pipeline.learning.processes import Watched, cores
+from pipeline.running.processes import Watched, cores
 
 # Those of CLIP-ES (method section 11), as they are in the DeepLab family.
 ROUNDS = 10  # of mean field

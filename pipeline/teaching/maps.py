@@ -19,7 +19,7 @@ from pipeline.models.explain import explain
 from pipeline.models.teacher import Teacher
 from pipeline.ops.cam import activation_maps, affinity, box_masks, refined
 from pipeline.ops.masks import fitted_size
-from pipeline.teaching.devices import device_of
+from pipeline.running.devices import device_of
 
 
 def explained_maps(

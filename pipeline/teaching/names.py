@@ -17,7 +17,7 @@ from torch.nn.functional import grid_sample
 
 from pipeline.config import Config
 from pipeline.data.base import IGNORE, DataSet, Sample
-from pipeline.teaching.labels import checked_tags
+from pipeline.running.labels import checked_tags
 from pipeline.teaching.maps import explained_maps, explained_teacher, fitted
 
 UNNAMED = 255

@@ -21,7 +21,7 @@ from torch.nn.functional import normalize
 from pipeline.config import Cluster, ConfigError
 from pipeline.data.base import DataSet, Sample
 from pipeline.ops import fusion, kmeans, views
-from pipeline.teaching.devices import device_of
+from pipeline.running.devices import device_of
 
 QUARANTINED = 255  # pseudo label of every token of an image without tokens: padding, never trained on
 

@@ -19,7 +19,7 @@ from torch.nn.functional import interpolate
 
 from pipeline.data.base import IGNORE, DataSet, Sample
 from pipeline.ops.masks import mask_and_confidence, thresholded
-from pipeline.tracking import say
+from pipeline.running.console import say
 
 KINDS = ("CAM", "CAM + CAA")
 POWERS = (1.0, 2.0)  # CLIP-ES's two; the better is reported

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.config import Cluster
-from pipeline.looking.survey import Complaint
+from pipeline.data.survey import Complaint
 
 FEW = 2.0  # objects in a view that has an ignored area: sane 2.5 to 7.7, lambda 0.5 gives 1.6, one window 1.0
 MANY = 9.0  # the same: lambda 0.95 gives 11.7, with a single view 10.3

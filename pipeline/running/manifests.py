@@ -1,4 +1,4 @@
-"""What a person sees of a running stage, and what the next stage reads of it: progress, manifests.
+"""What the next stage reads of a stage: manifests.
 
 A manifest is the small file that a stage writes last. It names the stage's fingerprint and the
 config's, so that the stage below can tell a cache made otherwise from its own.
@@ -7,29 +7,14 @@ config's, so that the stage below can tell a cache made otherwise from its own.
 from __future__ import annotations
 
 import os
-import platform
 import socket
-import subprocess
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.text import Text
-
 from cache.errors import MissingCache, StaleCache
-from cache.files import new_log, remove, write_text, writing
+from cache.files import remove, write_text
 from cache.header import DATA, METADATA
 from cache.ledger import MANIFEST, Ledger, read_manifest, write_manifest
 from cache.places import Place, place
@@ -45,53 +30,6 @@ from pipeline.config import (
     load,
 )
 from pipeline.reading import yaml_text
-from pipeline.terminal import Terminal
-
-console = Terminal(stderr=True, soft_wrap=True)
-
-
-_log: list[tuple[Path, Terminal]] = []
-
-
-def log_to(path: Path) -> None:
-    """From here on, what is said goes to this file too (bars don't). Raises: CacheWriteFailed."""
-    _log.append((path, Terminal(file=new_log(path), soft_wrap=True)))
-
-
-def say(what: Any) -> None:
-    """One line, or a rich table, to the terminal and to the log. Raises: CacheWriteFailed for the log."""
-    if isinstance(what, str):
-        what = what.replace("\n", "\\n")  # of a name: what looks like a line is one of ours
-    console.print(what)
-    console.file.flush()
-    for path, log in _log:
-        with writing(path):
-            log.print(what)
-            log.file.flush()
-
-
-class RateColumn(ProgressColumn):
-    """Units per second, measured by the bar itself."""
-
-    def render(self, task: Task) -> Text:
-        speed = task.finished_speed or task.speed
-        return Text(f"{speed:.1f} {task.fields.get('unit', 'it')}/s" if speed else "")
-
-
-@contextmanager
-def progress(what: str, total: int, *, done: int = 0, unit: str = "images") -> Iterator[Any]:
-    """A bar with rate and remaining time; yields `advance(n, **fields)`. A log file gets its last state only."""
-    columns = (TextColumn("{task.description:<8}"), BarColumn(), MofNCompleteColumn(), RateColumn())
-    times = (
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
-    with Progress(*columns, *times, console=console) as bar:
-        task = bar.add_task(what, total=total, completed=done, unit=unit, note="")
-        yield lambda count=1, note="": bar.update(task, advance=count, note=note)
-
 
 _PSEUDO = {
     "views": int,
@@ -223,48 +161,6 @@ def run_config(run: Path) -> Config:
             f"{run}: not a run folder (no config.yaml in it). There are: {', '.join(near) or 'none'}."
         )
     return load(run / "config.yaml")
-
-
-def provenance() -> dict[str, str | None]:
-    """When, on what and from which code: for results that people compare. Never part of a fingerprint.
-
-    date (UTC day), machine (processor and its logical cores, and the GPU if there is one), torch, revision.
-    """
-    import torch
-
-    cpu = next((line for line in _lines(Path("/proc/cpuinfo")) if line.startswith("model name")), "")
-    machine = f"{cpu.partition(':')[2].strip() or platform.machine()}, {os.cpu_count()} logical cores"
-    if torch.cuda.is_available():
-        machine += f", {torch.cuda.get_device_name()}"
-    return {
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "machine": machine,
-        "torch": torch.__version__,
-        "revision": revision(),
-    }
-
-
-def revision() -> str | None:
-    """The code's commit as git describes it, "-dirty" with changes; None outside a checkout of this project.
-
-    An unpacked tarball inside another repository has no commit: git would name that repository's.
-    """
-    here = Path(__file__).resolve().parent
-
-    def git(*words: str) -> str:
-        command = ["git", "-C", str(here), *words]
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-
-    try:
-        if Path(git("rev-parse", "--show-toplevel")).resolve() != here.parent:
-            return None
-        return git("describe", "--always", "--dirty", "--abbrev=10")
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def _lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
 
 
 def record_shard(config: Config, stage: str, shard: int, entry: dict[str, Any], began: float) -> None:

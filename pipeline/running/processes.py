@@ -55,7 +55,7 @@ def start(num: int) -> None:
     Raises: ProcessError for a process that a signal ended; SystemExit with the code of one that failed.
     """
     if num > cores():
-        from pipeline.tracking import say
+        from pipeline.running.console import say
 
         say(f"train.processes is {num}, and there are {cores()} cores: the processes take turns")
     with socket.socket() as free:

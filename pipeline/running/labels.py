@@ -13,11 +13,11 @@ from cache.errors import CorruptShard
 from cache.ledger import Ledger
 from cache.store import Store
 from pipeline.config import digest
-from pipeline.data.base import DataError, DataSet, Sample
-from pipeline.learning.batches import data_of
-from pipeline.teaching.engine import Job, map_shards
-from pipeline.teaching.rows import samples_of, span, stamps_of
-from pipeline.tracking import progress, record_shard, say
+from pipeline.data.base import DataError, DataSet, Sample, data_of
+from pipeline.running.console import progress, say
+from pipeline.running.engine import Job, map_shards
+from pipeline.running.manifests import record_shard
+from pipeline.running.rows import samples_of, span, stamps_of
 
 
 def done_shards(stage: str, fingerprint: str, store: Store, stamps: Sequence[str]) -> set[int]:
@@ -78,7 +78,7 @@ def summary_of(
 
 def record_labels(stage: str, job: Job, store: Store, shard: int, made: dict[str, Any], began: float) -> None:
     """Records a shard of labels with what it was made from."""
-    data, rows = data_of(job.config), store.rows(shard)
+    data, rows = data_of(job.config.data), store.rows(shard)
     above = Ledger(job.config.cache_path, "extract").entry(shard) or {}
     entry = {"rows": span(rows), "fingerprint": job.fingerprint, "quarantined": {}, **made}
     entry["stamps"] = stamps_of(data, samples_of(data, store, rows), "labels")

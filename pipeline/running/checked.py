@@ -12,8 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 from pipeline.config import Config
 from pipeline.data.base import IGNORE, STAMP_THREADS, BadImage, DataError, DataSet, Sample
-from pipeline.looking.survey import CERTAIN, Palettes, Seen, look_at_masks, never_seen, no_labels
-from pipeline.tracking import progress, say
+from pipeline.data.survey import CERTAIN, Palettes, Seen, look_at_masks, never_seen, no_labels
+from pipeline.running.console import progress, say
 
 FEW = 16  # training masks that test masks are compared with
 MOST_SAID = 3  # of a list

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.config import Config, UserError
-from pipeline.learning.processes import most_processes
-from pipeline.tracking import say
+from pipeline.running.console import say
+from pipeline.running.processes import most_processes
 
 WINDOW_PER_WORKER = 2  # shards in flight a worker: one at work, one waiting
 RETRIES = 2

@@ -1,0 +1,1 @@
+"""What every stage needs while it runs: engine, manifests, console, processes, the rows of the cache."""

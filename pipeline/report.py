@@ -91,7 +91,7 @@ def report_runs(folders: Sequence[Path], out: Path | None = None) -> Path:
     Raises: UserError for runs that can't stand side by side (other classes, other test images) or are too many,
     MissingCache (not evaluated), CheckpointError.
     """
-    configs = [_config_of(folder) for folder in folders]
+    configs = [config_of(folder) for folder in folders]
     first, names = configs[0], [config.name for config in configs]
     if len(configs) > charts.STYLES:
         raise UserError(
@@ -159,11 +159,6 @@ def draw_figures(config: Config, out: Path | None = None) -> list[Path]:
     return written
 
 
-def run_figures(folder: Path, out: Path | None = None) -> list[Path]:
-    """`draw_figures` of a run folder."""
-    return draw_figures(_config_of(folder), out)
-
-
 def inspect(
     run: Path,
     *,
@@ -182,7 +177,7 @@ def inspect(
         raise UserError(
             "--shard prints a shard and draws nothing: leave --image, --class, --png and --export out."
         )
-    config = _config_of(run)
+    config = config_of(run)
     store = Store.open(config.cache_path)
     metrics = facts.found_metrics(facts.metrics_path(config), facts.REPORTED)
     out = Terminal() if sys.stdout.isatty() else Terminal(width=PIPE_WIDTH)
@@ -218,7 +213,7 @@ def inspect(
         out.print(f"page: {page}", soft_wrap=True)
 
 
-def _config_of(run: Path) -> Config:
+def config_of(run: Path) -> Config:
     """The run folder's config, wherever the folder lies now."""
     try:
         config = run_config(run)

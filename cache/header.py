@@ -132,9 +132,8 @@ def _pairs(
     """(what, in the cache, wanted) of all that must be equal."""
     for section in sorted({*found[HEADER]["identity"], *wanted[HEADER]["identity"]}):
         there, asked = found.get(section), wanted.get(section)
-        if isinstance(there, dict) and isinstance(
-            asked, dict
-        ):  # of two long ones the first difference is said
+        # Of two long ones the first difference is said.
+        if isinstance(there, dict) and isinstance(asked, dict):
             for key in dict.fromkeys([*asked, *there]):
                 yield f"{section}.{key}", there.get(key), asked.get(key)
         else:

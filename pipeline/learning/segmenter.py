@@ -212,9 +212,8 @@ class Segmenter:
         is_sorted = order == list(places)
         names = torch.tensor(order, dtype=torch.uint8, device=scores.device)
         for rows, enlarged in strips(scores if is_sorted else scores[order], size):
-            best = names[
-                enlarged.max(0).indices
-            ]  # (R, W), the first at a tie; argmax takes three times as long
+            # (R, W), the first at a tie; argmax takes three times as long.
+            best = names[enlarged.max(0).indices]
             if reject is not None:
                 score = SCORES[self.config.student.classifier](enlarged)
                 best[score < reject] = NONE

@@ -15,10 +15,8 @@ NONE = 255  # the id of what is none of the names,
 NONE_TITLE = "none of these"
 NONE_COLOUR = (224, 224, 192)  # its entry of a mask's palette: VOC's for void, bordering on nothing else's
 OPACITY = 0.55  # of the class colours over the image
-SMALLEST, LARGEST = (
-    384,
-    2048,
-)  # pixels a side: enlarged to the one, so that the legend is legible, and cut to the other
+# Pixels a side: enlarged to the one, so that the legend is legible, and cut to the other.
+SMALLEST, LARGEST = (384, 2048)
 FEW_LINES = 8  # of a legend, however flat the picture
 
 

@@ -38,12 +38,8 @@ SIDE_OPTIONS: tuple[Callable[[int], dict[str, Any]], ...] = (
     lambda side: {"img_size": side, "strict_img_size": False},
     lambda side: {"img_size": side},
 )
-GIVEN = (
-    "encoder_name",
-    "encoder_weights",
-    "in_channels",
-    "classes",
-)  # no options: they follow from other keys
+# No options: they follow from other keys.
+GIVEN = ("encoder_name", "encoder_weights", "in_channels", "classes")
 MOST_SAID = 300  # characters of another library's error
 PARAMETERS_WITHOUT_DECAY = ("pos_embed", "position", "relative_position_bias_table")
 

@@ -135,9 +135,8 @@ def lloyd_at_once(
         if running.numel() == 0:
             break
         scores = torch.bmm(tokens, centres[running].transpose(1, 2))  # (B, L, K)
-        if (
-            distance == "euclidean"
-        ):  # |x - c|^2 = |x|^2 - 2 (x.c - |c|^2 / 2), and |x| is the same for all centres
+        # |x - c|^2 = |x|^2 - 2 (x.c - |c|^2 / 2), and |x| is the same for all centres.
+        if distance == "euclidean":
             scores = scores - centres[running].square().sum(2)[:, None] / 2
         # Ties: argmax takes the first.
         step = scores.masked_fill(~alive[running][:, None], -torch.inf).argmax(2)

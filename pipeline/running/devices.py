@@ -15,9 +15,8 @@ def device_of(key: str, wanted: str) -> torch.device:
         device = torch.device(wanted)
     except RuntimeError:
         device = None
-    if device is None or (
-        device.type == "cpu" and device.index
-    ):  # torch counts no processors, but takes cpu:7
+    # torch counts no processors, but takes cpu:7.
+    if device is None or (device.type == "cpu" and device.index):
         raise ConfigError(f"{key} is {wanted!r}: want auto, cpu, cuda or cuda:1.")
     num = torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= num:

@@ -12,7 +12,6 @@
 
 from __future__ import annotations
 
-import io
 import string
 import sys
 from collections.abc import Callable, Sequence
@@ -28,7 +27,7 @@ from pipeline.config import LABELS_FROM, Config, UserError, config_fingerprint
 from pipeline.data.base import DataError, DataSet, data_of
 from pipeline.evidence.results import stale
 from pipeline.learning.checkpoint import CheckpointError, load_student, student_file
-from pipeline.looking import charts, facts
+from pipeline.looking import charts, facts, panels
 from pipeline.looking.clustered import Clustered
 from pipeline.looking.exported import export_labels
 from pipeline.looking.facts import Run
@@ -203,9 +202,7 @@ def inspect(
         shown = [card.strip(data) for card in cards if card.panels]
         if not shown:
             raise UserError(f"{run}: no picture to show yet. Run `cli.py extract` first.")
-        content = io.BytesIO()
-        sheet(shown).save(content, "PNG", optimize=True)
-        write_atomic(png, content.getvalue())
+        write_atomic(png, panels.png(sheet(shown)))
         out.print(f"panels: {png}", soft_wrap=True)
     if png is None and export is None:
         page = config.run_path / "inspect" / "index.html"

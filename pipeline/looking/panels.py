@@ -70,12 +70,8 @@ def object_palette() -> np.ndarray:
     linear = np.where(unit <= 0.04045, unit / 12.92, ((unit + 0.055) / 1.055) ** 2.4)
     lab = _oklab(linear)
     lightness, chroma = lab[:, 0], np.hypot(lab[:, 1], lab[:, 2])
-    usable = (
-        (lightness > _LIGHTNESS[0])
-        & (lightness < _LIGHTNESS[1])
-        & (chroma > _CHROMA[0])
-        & (chroma < _CHROMA[1])
-    )
+    usable = (lightness > _LIGHTNESS[0]) & (lightness < _LIGHTNESS[1])
+    usable &= (chroma > _CHROMA[0]) & (chroma < _CHROMA[1])
     candidates, linear = candidates[usable], linear[usable]
     eyes = np.stack([_oklab(linear), _oklab(linear @ _PROTAN.T), _oklab(linear @ _DEUTAN.T)])  # (3, n, 3)
     chosen = [int(np.abs(candidates - (0, 114, 178)).sum(1).argmin())]
@@ -120,9 +116,8 @@ def object_panel(title: str, pseudo: np.ndarray) -> Panel:
 
 def error_panel(title: str, truth: np.ndarray, prediction: np.ndarray, unseen: Sequence[int]) -> Panel:
     """Where and how a prediction is wrong; what is right is clear over the greyed photograph."""
-    return Panel(
-        title, "errors", error_map(truth, prediction, unseen), ERROR_PALETTE, clear=RIGHT, under="photo"
-    )
+    wrong = error_map(truth, prediction, unseen)
+    return Panel(title, "errors", wrong, ERROR_PALETTE, clear=RIGHT, under="photo")
 
 
 def error_map(truth: np.ndarray, prediction: np.ndarray, unseen: Sequence[int]) -> np.ndarray:
@@ -144,8 +139,12 @@ def indexed(ids: np.ndarray, palette: np.ndarray, clear: int | None = None) -> b
     """A map as an indexed PNG whose pixel values are the ids."""
     picture = Image.fromarray(np.ascontiguousarray(ids, np.uint8), mode="P")
     picture.putpalette(_full(palette).tobytes())
+    return png(picture, **({} if clear is None else {"transparency": clear}))
+
+
+def png(picture: Image.Image, **options: int) -> bytes:
     out = io.BytesIO()
-    picture.save(out, "PNG", optimize=True, **({} if clear is None else {"transparency": clear}))
+    picture.save(out, "PNG", optimize=True, **options)
     return out.getvalue()
 
 
@@ -163,9 +162,7 @@ def encoded(panel: Panel, max_side: int, max_bytes: int | None = None) -> tuple[
     if panel.palette is not None:
         return "image/png", indexed(shrunk(panel.pixels, max_side), panel.palette, panel.clear)
     if max(panel.pixels.shape[:2]) <= 160:
-        out = io.BytesIO()
-        Image.fromarray(panel.pixels).save(out, "PNG", optimize=True)
-        return "image/png", out.getvalue()
+        return "image/png", png(Image.fromarray(panel.pixels))
     side = max_side
     while True:
         out = io.BytesIO()
@@ -190,8 +187,7 @@ def shrunk(pixels: np.ndarray, max_side: int) -> np.ndarray:
     scale = min(1.0, max_side / max(height, width))
     if scale == 1.0:
         return pixels
-    size = (max(1, round(width * scale)), max(1, round(height * scale)))
-    return resized(pixels, size)
+    return resized(pixels, (max(1, round(width * scale)), max(1, round(height * scale))))
 
 
 def resized(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:

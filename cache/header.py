@@ -81,11 +81,9 @@ def _misfit(header: Mapping[str, Any]) -> str | None:
         return what
     if "N" not in header["sizes"]:
         return "it says no size of axis N"
-    too_long = [
-        f"{axis} is {size}" for axis, size in header["sizes"].items() if axis != "N" and size > LONGEST
-    ]
-    if too_long:
-        return f"size {too_long[0]}, at most {LONGEST} is possible"
+    for axis, size in header["sizes"].items():
+        if axis != "N" and size > LONGEST:
+            return f"size {axis} is {size}, at most {LONGEST} is possible"
     for name, dtype in header["dtypes"].items():
         try:
             if name not in ARRAYS:

@@ -45,15 +45,9 @@ def shares(ids: np.ndarray, titles: Sequence[str]) -> list[Share]:
     """What is found in a map of ids (H, W), the largest part first; none of the names, if it is there, last."""
     counts, palette = np.bincount(ids.ravel(), minlength=256), palette_of(len(titles))
     order = sorted(np.flatnonzero(counts).tolist(), key=lambda i: (i == NONE, -counts[i], i))
-    return [
-        Share(
-            i,
-            NONE_TITLE if i == NONE else titles[i],
-            float(counts[i] / ids.size),
-            (int(palette[i, 0]), int(palette[i, 1]), int(palette[i, 2])),
-        )
-        for i in order
-    ]
+    colours = {i: (int(palette[i, 0]), int(palette[i, 1]), int(palette[i, 2])) for i in order}
+    names = {i: NONE_TITLE if i == NONE else titles[i] for i in order}
+    return [Share(i, names[i], float(counts[i] / ids.size), colours[i]) for i in order]
 
 
 def painted(image: np.ndarray, ids: np.ndarray, num: int) -> Image.Image:

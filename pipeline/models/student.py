@@ -9,9 +9,9 @@ import difflib
 import inspect
 import re
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, cast
 
 import segmentation_models_pytorch as smp
@@ -131,16 +131,17 @@ def build_student(
         for option in section.options.keys() - known:
             raise _no_option(section, option, known)
 
-    def made(more: dict[str, Any], weights: bool = pretrained and section.weights is None) -> nn.Module:
-        options = more | section.options
-        return _net(arch, section.model_copy(update={"options": options}), channels, weights)
+    def made(more: dict[str, Any], weights: bool = pretrained and section.weights is None) -> DenseStudent:
+        net = _net(arch, section, channels, weights, more | section.options)
+        return DenseStudent(net, section.mean, section.std)
 
     try:
-        net = made({})
+        student = made({})
     except Exception as error:  # timm, smp, the hub and torch each raise their own
         raise _explained(section, arch, error, lambda: made({}, False)) from None
     if side is not None:
-        net = _taking(net, side, section, made)
+        student = _taking(student, side, section, made)
+    net = student.net
     if pretrained and section.weights is not None:
         try:
             _load_encoder(net, section.weights)
@@ -149,15 +150,12 @@ def build_student(
                 f"student.weights {section.weights}: no weights of {section.encoder!r}: {_said(error)}. Give the "
                 "encoder's own file, or null."
             ) from None
-    head = next(
-        layer
-        for layer in reversed(list(cast(nn.Module, net.segmentation_head).modules()))
-        if isinstance(layer, nn.Conv2d)
-    )
+    layers = cast(nn.Module, net.segmentation_head).modules()
+    head = [layer for layer in layers if isinstance(layer, nn.Conv2d)][-1]
     nn.init.normal_(head.weight, std=HEAD_STD)
     if head.bias is not None:
         nn.init.zeros_(head.bias)
-    return DenseStudent(net, section.mean, section.std)
+    return student
 
 
 def _check_encoder(name: str) -> None:
@@ -230,49 +228,38 @@ def _said(error: Exception) -> str:
 
 
 def _taking(
-    net: nn.Module, side: int, section: Student, made: Callable[[dict[str, Any]], nn.Module]
-) -> nn.Module:
-    """The net, or one built with the first of SIDE_OPTIONS by which it takes the side; best, another side as well."""
-    error = _refused(net, side, section)
+    student: DenseStudent, side: int, section: Student, made: Callable[[dict[str, Any]], DenseStudent]
+) -> DenseStudent:
+    """The student, or the first built with SIDE_OPTIONS that takes the side; best, another side as well."""
+    error = refused(student, side)
     other = side + DIVISOR  # of scales and windows at test time
-    if not section.encoder.startswith("tu-") or (error is None and _refused(net, other, section) is None):
-        if error is not None:
-            raise _side_error(net, side, section, error)
-        return net
-    fallback, state = (net if error is None else None), torch.get_rng_state()
-    for options in SIDE_OPTIONS:
+    if error is None and (not section.encoder.startswith("tu-") or refused(student, other) is None):
+        return student
+    fallback, state = (student if error is None else None), torch.get_rng_state()
+    for options in SIDE_OPTIONS if section.encoder.startswith("tu-") else ():
         torch.set_rng_state(state)
         try:
             found = made(options(side))
         except Exception:  # an encoder that has no such option
             continue
-        refused = _refused(found, side, section)
-        if refused is not None:
-            error = refused  # nearer to the point than that of a net that wasn't built for the side
-        else:
-            if _refused(found, other, section) is None:
-                return found
-            fallback = fallback or found
-    if fallback is None:
-        assert error is not None
-        raise _side_error(net, side, section, error)
-    return fallback
-
-
-def _side_error(net: nn.Module, side: int, section: Student, error: Exception) -> StudentError:
+        if (why := refused(found, side)) is not None:
+            error = why  # nearer to the point than that of a net that wasn't built for the side
+            continue
+        if refused(found, other) is None:
+            return found
+        fallback = fallback or found
+    if fallback is not None:
+        return fallback
+    assert error is not None
     sides = sorted(range(DIVISOR, MOST_SIDE + 1, DIVISOR), key=lambda each: abs(each - side))
-    fitting = list(islice((str(each) for each in sides if _refused(net, each, section) is None), 3))
+    fitting = list(islice((str(each) for each in sides if refused(student, each) is None), 3))
     todo = (
         f"it takes {', '.join(fitting)}, for example. Change teacher.image_size, or student.encoder"
         if fitting
         else f"nor of any side up to {MOST_SIDE}. Change student.encoder"
     )
-    what = f"student {section.arch} on {section.encoder!r}: no images of {side} x {side} ({_said(error)})"
-    return StudentError(f"{what}; {todo}.")
-
-
-def _refused(net: nn.Module, side: int, section: Student) -> Exception | None:
-    return refused(DenseStudent(net, section.mean, section.std), side)
+    what = f"student {section.arch} on {section.encoder!r}: no images of {side} x {side}"
+    raise StudentError(f"{what} ({_said(error)}); {todo}.")
 
 
 def refused(student: DenseStudent, side: int) -> Exception | None:
@@ -287,18 +274,14 @@ def refused(student: DenseStudent, side: int) -> Exception | None:
 def try_shapes(student: DenseStudent, batch: int, side: int, *, training: bool) -> None:
     """A forward on shapes alone (torch's meta device) that leaves the student as it is; raises what it raises."""
     was_training = student.training
-    state = {name: value.detach().to("meta") for name, value in _tensors(student)}
+    tensors = chain(student.named_parameters(), student.named_buffers())
+    state = {name: value.detach().to("meta") for name, value in tensors}
     student.train(training)
     try:
         with torch.no_grad():
             functional_call(student, state, (torch.empty(batch, 3, side, side, device="meta"),))
     finally:
         student.train(was_training)
-
-
-def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from module.named_parameters()
-    yield from module.named_buffers()
 
 
 def check_batch(student: DenseStudent, section: Student, batch: int, side: int) -> None:
@@ -338,8 +321,8 @@ def cost_of(section: Student, channels: int, side: int, batch: int = 2) -> Stude
     return StudentCost(parameters, counter.get_total_flops() / 2)
 
 
-def _net(arch: Any, section: Student, channels: int, pretrained: bool) -> nn.Module:
-    weights, options = section.encoder_weights if pretrained else None, dict(section.options)
+def _net(arch: Any, section: Student, channels: int, pretrained: bool, options: dict[str, Any]) -> nn.Module:
+    weights = section.encoder_weights if pretrained else None
     if arch in OWN_ARCHS:
         return arch(section.encoder, channels, weights, **options)
     if "upsampling" in inspect.signature(arch).parameters:

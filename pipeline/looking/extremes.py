@@ -31,10 +31,8 @@ def save_extremes(folder: Path, extremes: Iterable[Extreme], data: DataSet) -> N
     """Draws each into a JPEG of its own, in place of the pictures that were there."""
     remove(folder)
     for extreme in extremes:
-        name, picture = (
-            re.sub(r"[^A-Za-z0-9._-]", "_", extreme.name),
-            sheet([_strip(extreme, data)], side=SIDE),
-        )
+        name = re.sub(r"[^A-Za-z0-9._-]", "_", extreme.name)
+        picture = sheet([_strip(extreme, data)], side=SIDE)
         with whole_file(folder / f"{name}.jpg") as file:
             picture.save(file, "JPEG", quality=QUALITY)
 

@@ -24,9 +24,7 @@ def device_of(key: str, wanted: str) -> torch.device:
             f"{key} is {wanted!r}, and torch sees {num or 'no'} GPUs here. Set it to auto or cpu."
         )
     try:
-        torch.ones(1, device=device).add(
-            1
-        ).cpu()  # a name that torch knows may be of a machine unlike this one
+        torch.ones(1, device=device).add(1).cpu()  # a name that torch knows may be of another kind of machine
     except Exception:  # whatever the backend raises that isn't there
         raise ConfigError(
             f"{key} is {wanted!r}, and torch {torch.__version__} can't compute on that here. Set it to auto or cpu."

@@ -128,11 +128,8 @@ class Segmenter:
             data = data_of(self.config.data)
         except DataError:
             return ""  # it lies elsewhere
-        return (
-            ""
-            if data.classes == self.checkpoint.classes
-            else different_classes(self.checkpoint.classes, data.classes)
-        )
+        own = self.checkpoint.classes
+        return "" if data.classes == own else different_classes(own, data.classes)
 
     def ask(self, names: Sequence[Name] | None) -> Asked:
         """The names as the student takes them; None: the run's own classes.

@@ -80,10 +80,8 @@ def with_legend(picture: Image.Image, found: Sequence[Share]) -> Image.Image:
     font = ImageFont.load_default(line * 0.75)
     num_lines = max(FEW_LINES, picture.height // line - 1)
     columns = [found[i : i + num_lines] for i in range(0, len(found), num_lines)]
-    widths = [
-        int(max(font.getlength(f"{share.title}  {share.percent}") for share in column)) + 2 * line
-        for column in columns
-    ]
+    texts = [[f"{share.title}  {share.percent}" for share in column] for column in columns]
+    widths = [int(max(map(font.getlength, column))) + 2 * line for column in texts]
     height = max(picture.height, line * (1 + min(len(found), num_lines)))
     page = Image.new("RGB", (picture.width + sum(widths) + line // 2, height), PAGE)
     page.paste(picture, (0, 0))

@@ -56,13 +56,8 @@ def render(
 
     `about` are lines on what is shown and what is missing; is_spread: images were not asked for by name or class.
     """
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined)
+    environment.trim_blocks = environment.lstrip_blocks = True
     environment.filters |= {"bytes": facts.human_bytes, "seconds": facts.human_seconds}
     environment.filters["score"] = lambda value: "–" if value is None else f"{value:.1f}"
     first, shown = runs[0], _encoded(cards, data)
@@ -147,13 +142,8 @@ def _encoded(cards: Sequence[Card], data: DataSet) -> list[dict[str, Any]]:
     for order, (card, row) in enumerate(zip(cards, files, strict=True)):
         height, width = card.panels[0].pixels.shape[:2] if card.panels else (1, 1)
         panels = [
-            {
-                "title": p.title,
-                "kind": p.kind,
-                "under": p.under,
-                "uri": data_uri(*file),
-                "size": p.pixels.shape[:2],
-            }
+            {"title": p.title, "kind": p.kind, "under": p.under}
+            | {"uri": data_uri(*file), "size": p.pixels.shape[:2]}
             for p, file in zip(card.panels, row, strict=True)
         ]
         rest = {name: getattr(card, name) for name in ("id", "part", "notes", "accuracy", "iou", "rivals")}

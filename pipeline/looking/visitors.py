@@ -181,10 +181,8 @@ class Door:
         except (ValueError, RecursionError):
             return (400, "A question is JSON."), receive
         if foreign:
-            return (
-                403,
-                "Choose a picture of your own first: this page opens no files of this machine.",
-            ), receive
+            line = "Choose a picture of your own first: this page opens no files of this machine."
+            return (403, line), receive
         waiting = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def again() -> dict[str, Any]:

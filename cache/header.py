@@ -144,6 +144,6 @@ def _pairs(
         yield f"sample {row}", there, asked
 
 
-def _short(value: object, limit: int = 120) -> str:
+def _short(value: object) -> str:
     text = repr(value)
-    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+    return text if len(text) <= 120 else f"{text[:117]}..."

@@ -42,12 +42,7 @@ def verdict(summary: Mapping[str, Any], section: Cluster) -> list[Complaint]:
 
 def _doubts(summary: Mapping[str, Any], section: Cluster) -> Iterator[Complaint]:
     views, coverage, largest = (summary[key] for key in ("views", "coverage", "largest_mask_share"))
-    found, lower = signs(summary), f"cluster.threshold, now {section.threshold:g}, the paper's 0.8"
-    # Windows first: without enough of them no lambda can help.
-    if section.window == "grid" and max(section.sizes) < ENOUGH_WINDOWS:
-        finer = f"Begin from more windows: cluster.sizes is {list(section.sizes)}, the paper's [3, 7]."
-    else:
-        finer = f"Merge less: raise {lower}."
+    found = signs(summary)
     if coverage <= 0:
         yield Complaint(
             "no ignored area",
@@ -82,17 +77,18 @@ def _doubts(summary: Mapping[str, Any], section: Cluster) -> Iterator[Complaint]
             "few objects",
             f"{found['objects']:.1f} in a view with an ignored area, in {found['single']:.0f} % of them a single one: "
             "different things are one object.",
-            finer,
+            _finer(section),
         )
     if is_giant:
         what = f"a view's largest object holds {largest:.0f} % of its ignored area, the rest is crumbs."
-        yield Complaint("one giant object", what, finer)
+        yield Complaint("one giant object", what, _finer(section))
     if found["objects"] > MANY:
         yield Complaint(
             "splinters",
             f"{found['objects']:.1f} objects in a view with an ignored area, {summary['tokens_per_mask']:.0f} tokens "
             f"each, the largest {largest:.0f} % of the area: one thing is many objects.",
-            f"Merge more: lower {lower}; or begin from fewer windows, cluster.sizes, now {list(section.sizes)}.",
+            f"Merge more: lower cluster.threshold, now {section.threshold:g}, the paper's 0.8; or begin from fewer "
+            f"windows, cluster.sizes, now {list(section.sizes)}.",
         )
     if summary["purity"] is not None and summary["purity"] < PURE:
         known = f" of {summary['purity_tokens']:,} tokens" if "purity_tokens" in summary else ""
@@ -105,3 +101,10 @@ def _doubts(summary: Mapping[str, Any], section: Cluster) -> Iterator[Complaint]
             if found["objects"] < FEW or is_giant
             else f"{todo}cluster.iterations.",
         )
+
+
+def _finer(section: Cluster) -> str:
+    """Windows first: without enough of them no lambda can help."""
+    if section.window == "grid" and max(section.sizes) < ENOUGH_WINDOWS:
+        return f"Begin from more windows: cluster.sizes is {list(section.sizes)}, the paper's [3, 7]."
+    return f"Merge less: raise cluster.threshold, now {section.threshold:g}, the paper's 0.8."

@@ -20,7 +20,8 @@ import re
 import shlex
 import sys
 
-from pipeline.config import LABELS_FROM, UserError, from_mapping, load, preset
+from pipeline.config import UserError, from_mapping, load, preset
+from pipeline.running.table import labels_stage
 from pipeline.evidence.more import announced
 from pipeline.evidence.variants import (
     ABLATED,
@@ -229,7 +230,7 @@ rule cams:
 
 rule train:
     input:
-        lambda wildcards: f"{CACHES[wildcards.run]}/{LABELS_FROM[RUN.recipe]}.manifest.json",
+        lambda wildcards: f"{CACHES[wildcards.run]}/{labels_stage(RUN)}.manifest.json",
         lambda wildcards: f"{CACHES[wildcards.run]}/extract.manifest.json",
     output:
         f"{OUT}/{{run}}/train/train.manifest.json",

@@ -3,6 +3,7 @@
     python bench/step.py                          SegFormer-B0, 512 x 512, batch 2, float32
     python bench/step.py --case demo              the demo's student, 128 x 128, batch 8
     python bench/step.py --case b0 --device cuda --batch 16
+    python bench/step.py --losses plain           with autograd's gradients
 
 Interleaved in one run, medians of the time passed and of the processor's own (which other programs on the
 machine disturb less): the full step; the step without focal, dice and potential objects; the
@@ -34,11 +35,11 @@ from torch import Tensor
 
 from pipeline.config import Student, Train
 from pipeline.learning.journal import peak_memory_bytes
-from pipeline.learning.objective import Learner, loss_terms
-from pipeline.models.glm import ClsBank, pooled
+from pipeline.learning.objective import LOSSES, Learner, loss_terms
+from pipeline.models.glm import ClsBank
 from pipeline.models.student import build_student, parameter_groups
 from pipeline.models.vla import VisualLanguageAdapter
-from pipeline.ops import losses
+from pipeline.ops import losses as plain
 
 OBJECTS, IGNORED = 15, 0.25  # potential objects an image, share of the ignored area
 CASES = {
@@ -61,8 +62,9 @@ VARIANTS = {"full": FULL, "without": FULL.model_copy(update={"nel": "off", "pote
 class Bench:
     """Student, learner and one batch on a device."""
 
-    def __init__(self, case: str, batch: int | None, device: str, precision: str) -> None:
+    def __init__(self, case: str, batch: int | None, device: str, precision: str, losses: str) -> None:
         self.case, self.device, self.precision = CASES[case], torch.device(device), precision
+        self.losses = losses
         torch.manual_seed(0)
         side, channels, seen = self.case["side"], self.case["channels"], self.case["seen"]
         self.batch_size = batch or self.case["batch"]
@@ -102,6 +104,7 @@ class Bench:
             return self.learner.student(self.batch["image"])
 
     def ours(self, section: Train) -> None:
+        section = section.model_copy(update={"losses": self.losses})
         terms, _ = loss_terms(section, self.learner, self.dense(), self.batch)
         self.optimiser.zero_grad()
         torch.stack(list(terms.values())).sum().backward()
@@ -149,11 +152,11 @@ def interleaved(bench: Bench, rounds: int) -> tuple[dict[str, list[float]], dict
 
 def terms(bench: Bench, rounds: int) -> list[tuple[str, float, float, float]]:
     """(term, ms forward, ms backward, ms the machine needs for its bytes or multiplications)."""
-    learner, batch = bench.learner, bench.batch
+    learner, batch, losses = bench.learner, bench.batch, LOSSES[bench.losses]
     dense = bench.dense().detach().float().requires_grad_()
     size = dense.shape[2:]
     labels = F.interpolate(batch["labels"][:, None].float(), size, mode="nearest-exact")[:, 0]
-    ids, _, num = losses.combined_labels(labels.to(torch.uint8), batch["pseudo"], learner.seen_ids)
+    ids, _, num = plain.combined_labels(labels.to(torch.uint8), batch["pseudo"], learner.seen_ids)
     width = len(learner.text_seen) + num
     means, present = losses.centroids(dense, ids, width)
     means = means.detach()[present].requires_grad_()
@@ -165,8 +168,8 @@ def terms(bench: Bench, rounds: int) -> list[tuple[str, float, float, float]]:
     dense_bytes, logit_bytes = 4 * dense.numel(), 4 * x.numel()
     weights = sum(p.numel() for p in learner.vla.parameters())
     calls: list[tuple[str, Callable[[], Tensor], list[Tensor], float]] = [
-        # The attention reads R for its scores and its sums and again backward, and writes a slope.
-        ("global", lambda: pooled(batch["cls"], dense).sum(), [dense], 4 * dense_bytes / bandwidth),
+        # The attention reads R for its scores and its sums and again backward, and writes a gradient.
+        ("global", lambda: losses.pooled(batch["cls"], dense).sum(), [dense], 4 * dense_bytes / bandwidth),
         (
             "centroids",
             lambda: losses.centroids(dense, ids, width)[0].sum(),
@@ -185,7 +188,7 @@ def terms(bench: Bench, rounds: int) -> list[tuple[str, float, float, float]]:
             [dense, potential],
             2 * positions * channels * (2 * width + num) / flops,
         ),
-        # Both read the logits twice and write a slope.
+        # Both read the logits twice and write a gradient.
         ("ce", lambda: losses.cross_entropy(x, ids), [x], 3 * logit_bytes / bandwidth),
         ("focal and dice", lambda: sum(losses.focal_and_dice(x, ids)), [x], 3 * logit_bytes / bandwidth),
     ]
@@ -229,16 +232,18 @@ def main() -> None:
     parser.add_argument("--threads", type=int, help="default: torch's own choice")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
+    parser.add_argument("--losses", choices=LOSSES, default="fused")
     parser.add_argument("--memory-of", help="print the peak memory of one kind of step, as JSON")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
-    bench = Bench(options.case, options.batch, options.device, options.precision)
+    bench = Bench(options.case, options.batch, options.device, options.precision, options.losses)
     if options.memory_of:
         print(json.dumps(peak_bytes(bench, options.memory_of)))
         return
     print(
         f"{options.case}: {bench.case['side']} x {bench.case['side']}, batch {bench.batch_size}, {options.precision}, "
+        f"{options.losses} losses, "
         f"{options.device}, {torch.get_num_threads()} threads of {os.cpu_count()} processors, torch {torch.__version__}"
     )
     taken, computed = interleaved(bench, options.rounds)

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
-from pipeline.config import LABELS_FROM, Config, ConfigError
+from pipeline.config import Config, ConfigError
 from pipeline.data.base import PARTS, DataError, DataSet, data_of
 from pipeline.data.classes import PUBLISHED_COUNTS
 from pipeline.data.survey import Complaint, Seen, complaints, count_complaint, look, no_labels
@@ -39,6 +39,7 @@ from pipeline.running.checked import reads_tags, wrong_tags
 from pipeline.running.console import say
 from pipeline.running.devices import device_of
 from pipeline.running.provenance import provenance
+from pipeline.running.table import labels_stage
 from pipeline.teaching.encode import STORAGE
 
 SAMPLE = 64  # images and masks of each part that are opened
@@ -106,7 +107,7 @@ def _machine(config: Config, shape: TeacherShape) -> list[Complaint]:
     found = []
     has_gpu = torch.cuda.is_available()
     say(f"device: {torch.cuda.get_device_name() if has_gpu else 'cpu'}")
-    for name in ("teacher", LABELS_FROM[config.recipe]):
+    for name in ("teacher", labels_stage(config)):
         key, device = f"{name}.device", getattr(config, name).device
         try:
             device_of(key, device)

@@ -23,7 +23,7 @@ import torch
 from cache.errors import MissingCache, StaleCache
 from cache.files import write_atomic
 from cache.store import Store
-from pipeline.config import LABELS_FROM, Config, UserError, config_fingerprint
+from pipeline.config import Config, UserError
 from pipeline.data.base import DataError, DataSet, data_of
 from pipeline.evidence.results import stale
 from pipeline.learning.checkpoint import CheckpointError, load_student, student_file
@@ -49,8 +49,10 @@ from pipeline.looking.shard import shard_tree
 from pipeline.looking.tagged import Tagged
 from pipeline.looking.tree import cache_tree
 from pipeline.running.console import say
+from pipeline.running.identity import config_fingerprint
 from pipeline.running.manifests import run_config
 from pipeline.running.rows import check_classes
+from pipeline.running.table import labels_stage
 from pipeline.terminal import Terminal
 
 LABELS = {"clip_teacher": "Pseudo labels", "clip_es": "CAMs"}
@@ -194,7 +196,7 @@ def inspect(
     check_classes(data, store)  # names beside other classes' pictures would be worse than none
     if export is not None:
         taught = TAUGHT[config.recipe](config, store, data, _labelled(config))
-        count = export_labels(export, store, data, chosen, taught, LABELS_FROM[config.recipe])
+        count = export_labels(export, store, data, chosen, taught, labels_stage(config))
         out.print(f"{count} {LABEL_MAPS[config.recipe]}: {export}", soft_wrap=True)
     if png is not None:
         run_shown = [Run(config, metrics)]
@@ -308,4 +310,4 @@ def _write_page(path: Path, runs: Sequence[Run], chosen: Selection) -> None:
 
 def _labelled(config: Config) -> set[int]:
     """Shards that have the labels which the recipe trains on."""
-    return facts.done_shards(config, LABELS_FROM[config.recipe])
+    return facts.done_shards(config, labels_stage(config))

@@ -30,7 +30,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from cache.ledger import reading, write_manifest
-from pipeline.config import LABELS_FROM, Config, fingerprint, version
+from pipeline.config import Config, version
 from pipeline.data.base import data_of
 from pipeline.learning.batches import CachedViews, training_batches
 from pipeline.learning.checkpoint import BEST, LAST, ended, save_checkpoint, save_student
@@ -52,9 +52,11 @@ from pipeline.learning.training import (
 from pipeline.learning.validation import seen_miou
 from pipeline.looking.pictures import pictures, show
 from pipeline.running.console import console, progress, say
+from pipeline.running.identity import fingerprint
 from pipeline.running.manifests import asked_of, found_manifest, manifest_path, required_manifest, save_config
 from pipeline.running.processes import LOST_S, end_with_parent
 from pipeline.running.rows import check_current
+from pipeline.running.table import labels_stage
 
 TRIAL_ITERATIONS = 10  # of a dry run
 # What torch.distributed says when a peer is gone: gloo, NCCL and the store have no error class in common.
@@ -69,7 +71,7 @@ def train(config: Config) -> dict[str, Any]:
     """
     end_with_parent()
     data = data_of(config.data)  # what is wrong with it is said before what is stale
-    above = required_manifest(config, LABELS_FROM[config.recipe])
+    above = required_manifest(config, labels_stage(config))
     extracted = required_manifest(config, "extract")
     facts = {"classes": data.classes, "unseen": data.unseen, "text": extracted["text"]}
     identity = fingerprint(config, "train", above["content"], facts)
@@ -123,7 +125,7 @@ def _trained(config: Config, accelerator: Accelerator, identity: str, labels: st
             f"process {accelerator.process_index}: another of the {accelerator.num_processes} training "
             "processes is gone. The last checkpoint stands, and the same command resumes from it."
         ) from None
-    if (required_manifest(config, LABELS_FROM[config.recipe])["content"]) != labels:
+    if (required_manifest(config, labels_stage(config))["content"]) != labels:
         raise TrainError(
             f"{config.cache_path}: its labels were made again while training read them, so this student is of neither. "
             "Run `cli.py train` again."
@@ -268,7 +270,7 @@ def plan(config: Config) -> None:
 
     Several processes: one process's share of each batch.
     """
-    above = required_manifest(config, LABELS_FROM[config.recipe])
+    above = required_manifest(config, labels_stage(config))
     section, num = config.train, config.train.processes or 1
     run = new_run(config, open_accelerator(config, tracks=False), "", above["content"])
     prepare(run)

@@ -8,7 +8,7 @@ import sys
 import pytest
 from PIL import Image
 
-from pipeline.config import UserError, config_fingerprint, from_mapping, load
+from pipeline.config import UserError, from_mapping, load
 from pipeline.evidence.ablations import collect, rows
 from pipeline.evidence.contrasts import AS_PAPER, OPPOSITE, RESOLVED, UNRESOLVED, Contrast
 from pipeline.evidence.more import announced, cache_seconds, foretold
@@ -28,6 +28,7 @@ from pipeline.evidence.variants import (
     stage_triggers,
     variant_runs,
 )
+from pipeline.running.identity import config_fingerprint
 from tests.conftest import ROOT, TINY, is_one_line_error
 
 

@@ -1,24 +1,25 @@
-"""The written-out gradients against autograd's on the plain formulas, in float64, in chunks that don't divide."""
+"""The two implementations of the losses, plain and with gradients written out, in chunks that don't divide."""
+
+import inspect
+from types import FunctionType
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.models.glm import pooled, pooled_and_dense
-from pipeline.ops import closed_form
-from pipeline.ops.losses import (
-    IGNORE,
-    centroids,
-    centroids_and_features,
-    competing,
-    count_masks,
-    cross_entropy,
-    focal_and_dice,
-    logits,
-)
+from pipeline.config import Train
+from pipeline.learning.objective import LOSSES, Learner, closed_set_terms, loss_terms
+from pipeline.models.glm import ClsBank
+from pipeline.models.vla import VisualLanguageAdapter
+from pipeline.ops import closed_form, losses
+from pipeline.ops.losses import IGNORE, competing
 
 FORMATS = pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+TYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-8}  # softplus is exact to 2e-9 only
+B, C, H, W, SEEN, POTENTIAL = 3, 8, 5, 6, 3, 4
+K = SEEN + POTENTIAL
+OWNERS = torch.tensor([0, 1, 1, 2])  # the image of each potential object
 
 
 @pytest.fixture(autouse=True)
@@ -27,133 +28,225 @@ def _small_chunks(monkeypatch):
 
 
 def draw(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
-    return scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def some_ids(low: int = -2, high: int = 7) -> Tensor:
-    ids = torch.randint(low, high, (3, 5, 6), generator=torch.Generator().manual_seed(1))
+def random_ids(high: int) -> Tensor:
+    ids = torch.randint(-2, high, (B, H, W), generator=torch.Generator().manual_seed(1))
     return ids.where(ids >= 0, IGNORE)
 
 
-def agree(got: Tensor, inputs: list[Tensor], wanted: Tensor, plain: list[Tensor]) -> None:
-    """Values and gradients, for a random weighting of the outputs."""
-    torch.testing.assert_close(got, wanted.float(), atol=1e-5, rtol=1e-5)
-    weight = draw(*got.shape, seed=9)
-    slopes = torch.autograd.grad((got * weight).sum(), inputs)
-    expected = torch.autograd.grad((wanted * weight.double()).sum(), plain)
-    for slope, want in zip(slopes, expected, strict=True):
-        torch.testing.assert_close(slope, want.float(), atol=1e-5, rtol=1e-5)
+def own_ids() -> Tensor:
+    """Random ones, potential objects in their own image only."""
+    ids, own = random_ids(K), competing(OWNERS, B, SEEN, "image")
+    return ids.where(own.gather(1, ids.clamp(min=0).flatten(1)).view_as(ids), IGNORE)
 
 
-def twins(value: Tensor, layout: torch.memory_format = torch.contiguous_format) -> tuple[Tensor, Tensor]:
-    """A float32 leaf in the memory format asked for, and its float64 twin."""
-    leaf = value.contiguous(memory_format=layout) if value.ndim == 4 else value.clone()
-    return leaf.requires_grad_(), value.double().requires_grad_()
+IDS = {
+    "random": own_ids(),
+    "no potential object": random_ids(SEEN),
+    "one class": torch.full((B, H, W), 1),
+    "one pixel": torch.full((B, H, W), IGNORE),
+    "all ignored": torch.full((B, H, W), IGNORE),
+}
+IDS["one pixel"][1, 2, 3] = 0
+EDGES = pytest.mark.parametrize("ids", IDS.values(), ids=IDS)
 
 
-@FORMATS
-def test_logits(layout):
-    features, wide = twins(draw(3, 8, 5, 6), layout)
-    potential, wide_potential = twins(draw(3, 8, seed=3))
-    text = draw(4, 8, seed=2)
-    got = logits(features, text, potential)
-    wanted = torch.einsum("bchw,kc->bkhw", wide, torch.cat([text.double(), wide_potential]))
-    agree(got, [features, potential], wanted, [wide, wide_potential])
-    (slope,) = torch.autograd.grad(logits(features, text, potential).sum(), features)
-    assert slope.stride() == features.stride()
+def agree(name: str, inputs: list[Tensor], *rest: object) -> None:
+    """Both values and both gradients, for a random weighting of the outputs; floating inputs come first."""
+    found = []
+    for way in LOSSES.values():
+        leaves = [tensor.detach().requires_grad_() for tensor in inputs]
+        values = getattr(way, name)(*leaves, *rest)
+        values = torch.stack(values) if isinstance(values, tuple) and values[1].ndim == 0 else values
+        values, others = (values[0], values[1:]) if isinstance(values, tuple) else (values, ())
+        weight = draw(*values.shape, seed=9).to(values.dtype)
+        gradients = torch.autograd.grad((values * weight).sum(), leaves, materialize_grads=True)
+        assert all(g.isfinite().all() for g in gradients)
+        found.append((values, *others, *gradients))
+    for one, other in zip(*found, strict=True):
+        assert one.dtype == other.dtype
+        limit = TOLERANCE[inputs[0].dtype]
+        torch.testing.assert_close(one, other, atol=limit, rtol=limit)
 
 
-@FORMATS
-def test_centroids(layout):
-    features, wide = twins(draw(3, 8, 5, 6), layout)
-    ids = some_ids(high=6)
-    got, present = centroids(features, ids, 7)
-    one_hot = F.one_hot(ids.where(ids >= 0, 7), 8)[..., :7].double()
-    wanted = torch.einsum("bchw,bhwk->kc", wide, one_hot) / one_hot.sum((0, 1, 2)).clamp(min=1)[:, None]
-    agree(got, [features], wanted, [wide])
-    assert present.tolist() == [True] * 6 + [False]
+def laid_out(value: Tensor, dtype: torch.dtype, layout: torch.memory_format) -> Tensor:
+    return value.to(dtype).contiguous(memory_format=layout)
 
 
-@FORMATS
-def test_attention(layout):
-    features, wide = twins(draw(3, 8, 5, 6), layout)
-    cls = draw(3, 8, seed=2, scale=3)
-    weight = (torch.einsum("bc,bchw->bhw", cls.double(), wide) / 8**0.5).flatten(1).softmax(1)
-    wanted = torch.einsum("bl,bcl->bc", weight, wide.flatten(2))
-    agree(pooled(cls, features), [features], wanted, [wide])
-
-
-@FORMATS
-@pytest.mark.parametrize("last", ["sum", "product", "only the last", "none"])
-def test_terms_in_a_row_are_terms_side_by_side(layout, last):
-    """Attention, then centroids, then what uses the features last: its slope, which the others add to in place."""
-    features, wide = twins(draw(3, 8, 5, 6), layout)
-    cls, ids, weight = draw(3, 8, seed=2), some_ids(high=6), draw(3, 8, 5, 6, seed=4)
-    uses = {  # a slope that is one expanded number, one of its own array, ...
-        "sum": lambda x: x.sum(),
-        "product": lambda x: (x * weight.to(x.dtype)).sum(),
-        "only the last": lambda x: (x * weight.to(x.dtype)).sum(),
-        "none": lambda x: x.detach().sum(),
+def test_both_have_the_same_names_and_signatures():
+    assert tuple(LOSSES.values()) == (losses, closed_form)
+    names = {
+        name
+        for name, value in vars(closed_form).items()
+        if isinstance(value, FunctionType)
+        and value.__module__ == closed_form.__name__
+        and name in vars(losses)
     }
-    first, handed_on = pooled_and_dense(cls, features)
-    second, _, handed_on = centroids_and_features(handed_on, ids, 7)
-    found = (first.sum() + second.square().sum()) * (last != "only the last") + uses[last](handed_on)
-    attention = (torch.einsum("bc,bchw->bhw", cls.double(), wide) / 8**0.5).flatten(1).softmax(1)
-    one_hot = F.one_hot(ids.where(ids >= 0, 7), 8)[..., :7].double()
-    means = torch.einsum("bchw,bhwk->kc", wide, one_hot) / one_hot.sum((0, 1, 2)).clamp(min=1)[:, None]
-    wanted = torch.einsum("bl,bcl->bc", attention, wide.flatten(2)).sum() + means.square().sum()
-    agree(found, [features], wanted * (last != "only the last") + uses[last](wide), [wide])
-    (slope,) = torch.autograd.grad(uses["product"](pooled_and_dense(cls, features)[1]), features)
-    assert torch.equal(slope, weight), "a term that isn't in the loss changes nothing"
+    assert names == {"pooled", "centroids", "logits", "cross_entropy", "count_masks", "focal_and_dice"}
+    for name in names:
+        found = inspect.signature(getattr(closed_form, name), eval_str=True)
+        assert found == inspect.signature(getattr(losses, name), eval_str=True), name
 
 
 @FORMATS
-@pytest.mark.parametrize("within_image", [False, True])
-def test_cross_entropy(layout, within_image):
-    x, wide = twins(draw(3, 7, 5, 6, scale=5), layout)
-    planes = competing(torch.tensor([0, 1, 1, 2]), 3, 3, "image") if within_image else None
-    ids = some_ids(high=3)
-    masked = wide if planes is None else wide.masked_fill(~planes[:, :, None, None], -torch.inf)
-    agree(cross_entropy(x, ids, planes), [x], F.cross_entropy(masked, ids), [wide])
+@TYPES
+@pytest.mark.parametrize("how", ["attention", "max", "mean"])
+def test_pooled(layout, dtype, how):
+    cls, features = draw(B, C, seed=2, scale=3).to(dtype), laid_out(draw(B, C, H, W), dtype, layout)
+    for shaped in (features, features.flatten(2)):
+        found = []
+        for way in LOSSES.values():
+            leaf = shaped.detach().requires_grad_()
+            value = way.pooled(cls, leaf, how)
+            found.append((value, *torch.autograd.grad((value * cls).sum(), leaf)))
+        for one, other in zip(*found, strict=True):
+            torch.testing.assert_close(one, other, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 
 
 @FORMATS
-@pytest.mark.parametrize("within_image", [False, True])
+@TYPES
+@EDGES
+def test_centroids(layout, dtype, ids):
+    agree("centroids", [laid_out(draw(B, C, H, W), dtype, layout)], ids, K)
+
+
+@FORMATS
+@TYPES
+@pytest.mark.parametrize("num_potential", [0, POTENTIAL])
+def test_logits(layout, dtype, num_potential):
+    features, text = laid_out(draw(B, C, H, W), dtype, layout), draw(SEEN, C, seed=2).to(dtype)
+    potential = draw(num_potential, C, seed=3).to(dtype).requires_grad_()
+    found = []
+    for way in LOSSES.values():
+        leaf = features.detach().requires_grad_()
+        value = way.logits(leaf, text, potential)
+        weight = draw(*value.shape, seed=9).to(dtype)
+        found.append((value, *torch.autograd.grad((value * weight).sum(), [leaf, potential])))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+    assert found[1][1].stride() == features.stride()
+
+
+@FORMATS
+@TYPES
+@EDGES
+@pytest.mark.parametrize("potentials", ["batch", "image"])
 @pytest.mark.parametrize("scale", [1.0, 20.0])
-def test_focal_and_dice(layout, within_image, scale):
-    x, wide = twins(draw(3, 7, 5, 6, scale=scale), layout)
-    planes = competing(torch.tensor([0, 1, 1, 2]), 3, 3, "image") if within_image else None
-    ids = some_ids(high=3)
-    g = F.one_hot(ids.where(ids >= 0, 7), 8)[..., :7].permute(0, 3, 1, 2).double()
-    p = wide.sigmoid()
-    entropy = F.binary_cross_entropy_with_logits(wide, g, reduction="none")
-    terms = (0.25 * g + 0.75 * (1 - g)) * (1 - p * g - (1 - p) * (1 - g)) ** 2 * entropy
-    kept = torch.ones(3, 7).double() if planes is None else planes.double()
-    present = g.amax((2, 3))
-    scores = 1 - (2 * (p * g).sum((2, 3)) + 1) / (p.sum((2, 3)) + g.sum((2, 3)) + 1)
-    wanted = torch.stack([(terms.mean((2, 3)) * kept).sum(), (scores * present).sum()]) / present.sum()
-    num_masks = count_masks(ids, 7)
-    agree(torch.stack(focal_and_dice(x, ids, num_masks, planes)), [x], wanted, [wide])
+def test_cross_entropy_focal_and_dice(layout, dtype, ids, potentials, scale):
+    x = laid_out(draw(B, K, H, W, scale=scale), dtype, layout)
+    competes = competing(OWNERS, B, SEEN, potentials)
+    agree("cross_entropy", [x], ids, competes)
+    for num_masks in (None, torch.tensor(0.5), torch.tensor(7.0)):
+        agree("focal_and_dice", [x], ids, num_masks, competes)
+    assert losses.count_masks(ids, K) == closed_form.count_masks(ids, K)
 
 
-def test_logits_in_half_precision_keep_their_type_and_lose_only_their_rounding():
-    x, ids = draw(3, 7, 5, 6, scale=3).bfloat16().requires_grad_(), some_ids()
+@FORMATS
+def test_gradients_are_those_of_finite_differences(layout):
+    """In float64, of the written-out ones; the plain ones are autograd's own."""
+    double = torch.float64
+    features = laid_out(draw(B, C, H, W), double, layout).requires_grad_()
+    x = laid_out(draw(B, K, H, W), double, layout).requires_grad_()
+    text, potential = draw(SEEN, C, seed=2), draw(POTENTIAL, C, seed=3).requires_grad_()
+    cls, ids, competes = draw(B, C, seed=4), own_ids(), competing(OWNERS, B, SEEN, "image")
+    for function, inputs in (
+        (lambda f: closed_form.pooled(cls, f), [features]),
+        (lambda f: closed_form.centroids(f, ids, K)[0], [features]),
+        (lambda f, p: closed_form.logits(f, text, p), [features, potential]),
+        (lambda a: closed_form.cross_entropy(a, ids, competes), [x]),
+        (lambda a: closed_form.focal_and_dice(a, ids, None, competes), [x]),
+    ):
+        assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
+
+
+@FORMATS
+@pytest.mark.parametrize("way", LOSSES.values(), ids=LOSSES)
+def test_no_gradient_that_autograd_hands_over_is_written_into(layout, way):
+    """Terms side by side on the same features, one with a gradient that the test holds on to."""
+    features = laid_out(draw(B, C, H, W), torch.float32, layout).requires_grad_()
+    held, cls, ids = draw(B, C, H, W, seed=4).float(), draw(B, C, seed=2).float(), own_ids()
+    before = held.clone()
+    other = features * 1  # its gradient is `held` itself
+    means = way.centroids(features, ids, K)[0]
+    x = way.logits(features, means[:SEEN].detach(), means[SEEN:])
+    terms = [way.pooled(cls, features).square().sum(), means.square().sum(), way.cross_entropy(x, ids)]
+    alone = [torch.autograd.grad(term, features, retain_graph=True)[0] for term in terms]
+    sums = torch.autograd.grad([sum(terms), other], features, [torch.ones(()), held])[0]
+    assert torch.equal(held, before)
+    torch.testing.assert_close(sums, sum(alone) + held, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "focal_and_dice"])
+def test_logits_in_half_precision_keep_their_type_and_lose_only_their_rounding(name):
+    x, ids = draw(B, K, H, W, scale=3).bfloat16().requires_grad_(), own_ids()
     twin = x.detach().float().requires_grad_()
-    for loss in (cross_entropy, lambda a, b: sum(focal_and_dice(a, b))):
-        got, wanted = loss(x, ids), loss(twin, ids)
+    for way in LOSSES.values():
+        loss = getattr(way, name)
+        got, wanted = (sum(v) if isinstance(v, tuple) else v for v in (loss(x, ids), loss(twin, ids)))
         assert got.dtype == torch.float32
         assert got.item() == wanted.item(), "computed in float32 from the same values"
-        (slope,), (expected,) = torch.autograd.grad(got, x), torch.autograd.grad(wanted, twin)
-        assert slope.dtype == torch.bfloat16
-        torch.testing.assert_close(slope.float(), expected, atol=1e-6, rtol=2**-7)
+        (gradient,), (expected,) = torch.autograd.grad(got, x), torch.autograd.grad(wanted, twin)
+        assert gradient.dtype == torch.bfloat16
+        torch.testing.assert_close(gradient.float(), expected, atol=1e-6, rtol=2**-7)
 
 
-def test_no_plane_is_kept_but_the_logits():
+def test_nothing_is_kept_but_the_logits():
     """What backward holds on to: the logits themselves and arrays of one value a pixel."""
-    x, ids = draw(3, 7, 5, 6).requires_grad_(), some_ids()
+    x, ids = draw(B, K, H, W).float().requires_grad_(), own_ids()
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        cross_entropy(x, ids)
-        focal_and_dice(x, ids)
+        closed_form.cross_entropy(x, ids)
+        closed_form.focal_and_dice(x, ids)
     large = {t.data_ptr() for t in kept if t.numel() >= x.numel()}
     assert large == {x.data_ptr()}
+
+
+@FORMATS
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"potentials": "image"},
+        {"nel": "seen", "potential_ce": False},
+        {"loss_grid": "full", "glm": "mean"},
+        {"potential": False, "generate": False, "glm": "off"},
+    ],
+    ids=str,
+)
+def test_the_objective_is_the_same_text_for_both(layout, changes):
+    """Every term, and the gradients of their sum at the student's features and the adapter's weights."""
+    channels, generator = 16, torch.Generator().manual_seed(5)
+    labels = torch.randint(0, SEEN + 1, (B, 16, 16), generator=generator)
+    batch = {
+        "labels": labels.where(labels < SEEN, 255).to(torch.uint8),
+        "pseudo": torch.randint(0, 4, (B, 4, 4), generator=generator).to(torch.uint8),
+        "cls": draw(B, channels, seed=6).float(),
+        "sample": torch.arange(B),
+    }
+    vla = VisualLanguageAdapter(channels)
+    found = []
+    for name in LOSSES:
+        text = torch.nn.functional.normalize(draw(SEEN, channels, seed=7).float(), dim=1)
+        learner = Learner(None, vla, ClsBank(2, B, channels), text, torch.arange(SEEN))
+        dense = laid_out(draw(B, channels, 8, 8), torch.float32, layout).requires_grad_()
+        terms, counts = loss_terms(Train(losses=name, **changes), learner, dense, batch)
+        leaves = [dense, *vla.parameters()]
+        gradients = torch.autograd.grad(sum(terms.values()), leaves, materialize_grads=True)
+        terms = {name: value.detach() for name, value in terms.items()}
+        found.append(({name: float(value) for name, value in (terms | counts).items()}, gradients))
+    (one, gradients), (other, expected) = found
+    assert one == pytest.approx(other, rel=1e-4)
+    for gradient, wanted in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(gradient, wanted, atol=1e-5, rtol=1e-3)
+
+
+def test_the_closed_set_objective_is_the_same_text_for_both():
+    labels = torch.tensor([[[0, 4], [255, 4]]], dtype=torch.uint8)
+    learner = Learner(None, torch.nn.Identity(), ClsBank(0, 1, C), draw(2, C).float(), torch.tensor([0, 4]))
+    dense = draw(1, C, 2, 2, seed=3).float()
+    plain, fused = (
+        closed_set_terms(Train(losses=name), learner, dense, {"labels": labels})[0]["ce"] for name in LOSSES
+    )
+    torch.testing.assert_close(plain, fused)

@@ -2,16 +2,9 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from pipeline.config import (
-    STAGES,
-    Config,
-    ConfigError,
-    _kinds,
-    config_fingerprint,
-    fingerprint,
-    from_mapping,
-    load,
-)
+from pipeline.config import Config, ConfigError, _kinds, from_mapping, load
+from pipeline.running.identity import config_fingerprint, fingerprint
+from pipeline.running.table import STAGES
 from tests.conftest import ROOT
 
 
@@ -37,6 +30,7 @@ def changed(key: str, value: object) -> list[str]:
         ("data.unseen", "[bee]", ["cluster", "cams", "train", "eval", "report"]),
         ("cams.sinkhorn", 2, ["cams"]),
         ("train.workers", 3, []),
+        ("train.losses", "plain", []),
         ("teacher.device", "cpu", []),
         ("cache.path", "/tmp/x", []),
         ("name", "other", []),

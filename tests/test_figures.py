@@ -16,7 +16,7 @@ from pipeline.data.base import data_of
 from pipeline.looking.figures import MAX_BYTES, attention, figures, fitted_png, telling_rows
 from pipeline.looking.gallery import Pupil
 from pipeline.looking.quality import coverage, majorities
-from pipeline.models.glm import pooled
+from pipeline.ops.losses import pooled
 from pipeline.report import draw_figures, report
 from tests.test_report import Page, make_cache, make_training, tiny_config
 

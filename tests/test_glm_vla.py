@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from pipeline.config import Adapter, Pooling
-from pipeline.models.glm import POOLINGS, CachedNegatives, ClsBank, of_length, pooled
+from pipeline.models.glm import CachedNegatives, ClsBank, of_length
 from pipeline.models.vla import VARIANTS, VisualLanguageAdapter
-from pipeline.ops.losses import generate_loss
+from pipeline.ops.losses import POOLINGS, generate_loss, pooled
 
 # --- pooling -------------------------------------------------------------------------------------
 

@@ -9,20 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pipeline.ops.losses import (
-    IGNORE,
-    centroids,
-    combined_labels,
-    competing,
-    count_masks,
-    cross_entropy,
-    dice,
-    focal,
-    generate_loss,
-    infonce,
-    logits,
-    seen_only,
-)
+from pipeline.ops import closed_form, losses
+from pipeline.ops.losses import IGNORE, combined_labels, competing, generate_loss, infonce, seen_only
+
+
+@pytest.fixture(params=[losses, closed_form], ids=["plain", "fused"])
+def ways(request):
+    return request.param
+
 
 # --- eq. 6: labels -------------------------------------------------------------------------------
 
@@ -167,30 +161,30 @@ def test_infonce_alone_is_zero_and_connected():
 # --- eq. 7 and 8 ---------------------------------------------------------------------------------
 
 
-def test_centroids_by_hand():
+def test_centroids_by_hand(ways):
     # Id 0 at pixels 1 and 3 of image 0 and pixel 5 of image 1: mean (1 + 3 + 5) / 3 = 3; id 2 at 4 alone.
     features = torch.tensor([[[[1.0, 2.0, 3.0]]], [[[4.0, 5.0, 6.0]]]])  # (2, 1, 1, 3)
     features = torch.cat([features, 10 * features], dim=1)
     ids = torch.tensor([[[0, IGNORE, 0]], [[2, 0, IGNORE]]])
-    mean, present = centroids(features, ids, 3)
+    mean, present = ways.centroids(features, ids, 3)
     assert mean.tolist() == [[3.0, 30.0], [0.0, 0.0], [4.0, 40.0]]
     assert present.tolist() == [True, False, True]
 
 
-def test_gradient_of_a_centroid_is_spread_over_its_pixels():
+def test_gradient_of_a_centroid_is_spread_over_its_pixels(ways):
     features = torch.zeros(1, 1, 1, 3, requires_grad=True)
-    mean, _ = centroids(features, torch.tensor([[[0, 0, IGNORE]]]), 1)
+    mean, _ = ways.centroids(features, torch.tensor([[[0, 0, IGNORE]]]), 1)
     mean.sum().backward()
     assert features.grad is not None
     assert features.grad.flatten().tolist() == [0.5, 0.5, 0.0]
 
 
-def test_centroids_of_nothing():
+def test_centroids_of_nothing(ways):
     features = torch.ones(1, 4, 2, 2, requires_grad=True)
-    mean, present = centroids(features, torch.full((1, 2, 2), IGNORE), 3)
+    mean, present = ways.centroids(features, torch.full((1, 2, 2), IGNORE), 3)
     assert (mean == 0).all()
     assert not present.any()
-    assert centroids(features, torch.full((1, 2, 2), IGNORE), 0)[0].shape == (0, 4)
+    assert ways.centroids(features, torch.full((1, 2, 2), IGNORE), 0)[0].shape == (0, 4)
 
 
 def test_generate_loss_by_hand():
@@ -216,25 +210,25 @@ def test_generate_loss_without_a_seen_class_is_zero_and_connected():
 # --- eq. 9 and 10 --------------------------------------------------------------------------------
 
 
-def test_logits_by_hand():
+def test_logits_by_hand(ways):
     features = torch.tensor([[[[1.0, 0.0]], [[0.0, 2.0]]]])  # pixels (1, 0) and (0, 2)
-    x = logits(features, torch.tensor([[3.0, 4.0]]), torch.tensor([[5.0, 6.0], [7.0, 8.0]]))
+    x = ways.logits(features, torch.tensor([[3.0, 4.0]]), torch.tensor([[5.0, 6.0], [7.0, 8.0]]))
     assert x[0, :, 0].tolist() == [[3.0, 8.0], [5.0, 12.0], [7.0, 16.0]]
-    assert logits(features, torch.tensor([[3.0, 4.0]]), torch.zeros(0, 2)).shape == (1, 1, 1, 2)
+    assert ways.logits(features, torch.tensor([[3.0, 4.0]]), torch.zeros(0, 2)).shape == (1, 1, 1, 2)
 
 
-def test_cross_entropy_by_hand():
+def test_cross_entropy_by_hand(ways):
     # Pixel 0: logits 0, ln 3, id 1: -ln(3/4). Pixel 1: logits 0, 0, id 0: ln 2. Pixel 2 ignored.
     x = torch.tensor([[[[0.0, 0.0, 5.0]], [[math.log(3), 0.0, 5.0]]]])
-    loss = cross_entropy(x, torch.tensor([[[1, 0, IGNORE]]]))
+    loss = ways.cross_entropy(x, torch.tensor([[[1, 0, IGNORE]]]))
     assert loss.item() == pytest.approx((math.log(4 / 3) + math.log(2)) / 2, abs=1e-6)
 
 
-def test_cross_entropy_within_the_image():
+def test_cross_entropy_within_the_image(ways):
     # Three equal logits, the third belonging to another image: ln 2 instead of ln 3.
     x, ids = torch.zeros(1, 3, 1, 1, requires_grad=True), torch.tensor([[[0]]])
-    assert cross_entropy(x, ids).item() == pytest.approx(math.log(3))
-    loss = cross_entropy(x, ids, torch.tensor([[True, True, False]]))
+    assert ways.cross_entropy(x, ids).item() == pytest.approx(math.log(3))
+    loss = ways.cross_entropy(x, ids, torch.tensor([[True, True, False]]))
     assert loss.item() == pytest.approx(math.log(2))
     loss.backward()
     assert x.grad is not None
@@ -244,30 +238,31 @@ def test_cross_entropy_within_the_image():
 # --- NEL -----------------------------------------------------------------------------------------
 
 
-def test_focal_by_hand():
+def test_focal_by_hand(ways):
     # Two pixels, one class, logits 0: so p = 1/2: ln 2 / 4 before alpha.
     # Pixel 0 positive: 0.25 of it; pixel 1 ignored, so negative: 0.75. Over two pixels, one mask: ln 2 / 8.
-    loss = focal(torch.zeros(1, 1, 1, 2), torch.tensor([[[0, IGNORE]]]))
-    assert loss.item() == pytest.approx(math.log(2) / 8, abs=1e-6)
+    ids = torch.tensor([[[0, IGNORE]]])
+    focal, _ = ways.focal_and_dice(torch.zeros(1, 1, 1, 2), ids)
+    assert focal.item() == pytest.approx(math.log(2) / 8, abs=1e-6)
     # A logit of ln 3: p = 3/4. Positive: 1/4 * (1/4)^2 * ln(4/3); negative: 3/4 * (3/4)^2 * ln 4.
-    loss = focal(torch.full((1, 1, 1, 2), math.log(3)), torch.tensor([[[0, IGNORE]]]))
+    focal, _ = ways.focal_and_dice(torch.full((1, 1, 1, 2), math.log(3)), ids)
     expected = (math.log(4 / 3) / 64 + 27 / 64 * math.log(4)) / 2
-    assert loss.item() == pytest.approx(expected, abs=1e-6)
+    assert focal.item() == pytest.approx(expected, abs=1e-6)
 
 
-def test_dice_by_hand():
+def test_dice_by_hand(ways):
     # p = 1/2 everywhere, two of four pixels are the class: 1 - (2 * 1 + 1) / (2 + 2 + 1) = 0.4.
-    ids = torch.tensor([[[0, 0, IGNORE, IGNORE]]])
-    assert dice(torch.zeros(1, 2, 1, 4), ids).item() == pytest.approx(0.4)  # class 1 is absent: no plane
+    x, ids = torch.zeros(1, 2, 1, 4), torch.tensor([[[0, 0, IGNORE, IGNORE]]])
+    assert ways.focal_and_dice(x, ids)[1].item() == pytest.approx(0.4)  # class 1 is absent: left out
     # Class 1 at one pixel as well: 1 - (2 * 0.5 + 1) / (2 + 1 + 1) = 0.5; (0.4 + 0.5) / 2 masks.
     ids = torch.tensor([[[0, 0, 1, IGNORE]]])
-    assert dice(torch.zeros(1, 2, 1, 4), ids).item() == pytest.approx(0.45)
-    assert dice(torch.zeros(1, 2, 1, 4), ids, torch.tensor(4.0)).item() == pytest.approx(0.225)
+    assert ways.focal_and_dice(x, ids)[1].item() == pytest.approx(0.45)
+    assert ways.focal_and_dice(x, ids, torch.tensor(4.0))[1].item() == pytest.approx(0.225)
 
 
-def test_count_masks_counts_classes_per_image():
+def test_count_masks_counts_classes_per_image(ways):
     ids = torch.tensor([[[0, 0, 2]], [[2, IGNORE, 2]], [[IGNORE] * 3]])
-    assert count_masks(ids, 3).item() == 3
+    assert ways.count_masks(ids, 3).item() == 3
 
 
 def test_seen_only_turns_potential_objects_into_negatives():
@@ -301,51 +296,52 @@ def plain_nel(x: Tensor, ids: Tensor, planes: Tensor, num_masks: float) -> tuple
 def test_nel_agrees_with_the_plain_definition_and_its_gradients(seed, scale, within_image):
     generator = torch.Generator().manual_seed(seed)
     owner = torch.tensor([0, 0, 1])  # two seen classes, three potential objects of two images
-    planes = competing(owner, 2, 2, "image" if within_image else "batch")
+    competes = competing(owner, 2, 2, "image" if within_image else "batch")
     ids = torch.randint(-1, 5, (2, 4, 6), generator=generator)
     own = competing(owner, 2, 2, "image")
     assert own is not None
     ids = torch.where((ids >= 0) & own.gather(1, ids.clamp(min=0).flatten(1)).view_as(ids), ids, IGNORE)
     x = (scale * torch.randn(2, 5, 4, 6, generator=generator)).requires_grad_()
     ids[0, 0, 0] = 0  # an all-ignored batch is another test's
-    num_masks = count_masks(ids, 5).item()
+    num_masks = losses.count_masks(ids, 5).item()
     plain = x.detach().double().requires_grad_()
-    expected = plain_nel(plain, ids, torch.ones(2, 5).bool() if planes is None else planes, num_masks)
-    for got, want in zip((focal(x, ids, planes=planes), dice(x, ids)), expected, strict=True):
-        assert got.item() == pytest.approx(want.item(), rel=1e-5, abs=1e-5)
-        (slope,) = torch.autograd.grad(got, x, retain_graph=True)
-        (expected_slope,) = torch.autograd.grad(want, plain, retain_graph=True)
-        torch.testing.assert_close(slope, expected_slope.float(), atol=1e-5, rtol=1e-5)
+    expected = plain_nel(plain, ids, torch.ones(2, 5).bool() if competes is None else competes, num_masks)
+    slopes = [torch.autograd.grad(want, plain, retain_graph=True)[0].float() for want in expected]
+    for ways in (losses, closed_form):
+        found = ways.focal_and_dice(x, ids, competes=competes)
+        for got, want, expected_slope in zip(found, expected, slopes, strict=True):
+            assert got.item() == pytest.approx(want.item(), rel=1e-5, abs=1e-5)
+            (slope,) = torch.autograd.grad(got, x, retain_graph=True)
+            torch.testing.assert_close(slope, expected_slope, atol=1e-5, rtol=1e-5)
 
 
-def test_a_confident_right_answer_leaves_no_rounding_behind():
+def test_a_confident_right_answer_leaves_no_rounding_behind(ways):
     # Logits of 15 where the class is, -15 elsewhere: the loss is about e^-45, below what a sum
     # of all negatives less the positives could resolve.
     ids = torch.randint(0, 3, (2, 32, 32), generator=torch.Generator().manual_seed(0))
     x = torch.where(F.one_hot(ids, 3).permute(0, 3, 1, 2).bool(), 15.0, -15.0)
-    assert 0 <= focal(x, ids).item() < 1e-15
+    assert 0 <= ways.focal_and_dice(x, ids)[0].item() < 1e-15
 
 
 # --- nothing to act on, and mixed precision ------------------------------------------------------
 
 
-@pytest.mark.parametrize("loss", [cross_entropy, focal, dice])
-def test_an_all_ignored_batch_is_zero_and_connected(loss):
+@pytest.mark.parametrize("name", ["cross_entropy", "focal_and_dice"])
+def test_an_all_ignored_batch_is_zero_and_connected(ways, name):
     x = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    value = loss(x, torch.full((2, 4, 4), IGNORE))
-    value.backward()
-    assert value.item() == 0
-    assert x.grad is not None
-    assert (x.grad == 0).all()
+    values = getattr(ways, name)(x, torch.full((2, 4, 4), IGNORE))
+    for value in values if isinstance(values, tuple) else (values,):
+        (gradient,) = torch.autograd.grad(value, x, retain_graph=True)
+        assert value.item() == 0
+        assert (gradient == 0).all()
 
 
-def test_num_masks_of_all_processes_may_be_below_one():
+def test_num_masks_of_all_processes_may_be_below_one(ways):
     x, ids = torch.zeros(1, 1, 1, 1), torch.tensor([[[0]]])
-    assert focal(x, ids, torch.tensor(0.5)).item() == focal(x, ids, torch.tensor(1.0)).item()
-    assert dice(x, ids, torch.tensor(0.5)).item() == dice(x, ids, torch.tensor(1.0)).item()
+    assert ways.focal_and_dice(x, ids, torch.tensor(0.5)) == ways.focal_and_dice(x, ids, torch.tensor(1.0))
 
 
-def test_losses_are_float32_under_autocast():
+def test_losses_are_float32_under_autocast(ways):
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(2, 8, 4, 4, generator=generator).requires_grad_()
     text, potential = torch.randn(3, 8, generator=generator), torch.randn(2, 8, generator=generator)
@@ -354,13 +350,12 @@ def test_losses_are_float32_under_autocast():
     bank = torch.randn(6, 8, generator=generator), torch.arange(6) + 10
     exact = infonce(cls, features.mean((2, 3)), *bank, samples)
     with torch.autocast("cpu", torch.bfloat16):
-        x = logits(features, text, potential)
+        x = ways.logits(features, text, potential)
         assert x.dtype == torch.bfloat16
-        mean, present = centroids(features, ids, 5)
+        mean, present = ways.centroids(features, ids, 5)
         values = [
-            cross_entropy(x, ids),
-            focal(x, ids),
-            dice(x, ids),
+            ways.cross_entropy(x, ids),
+            *ways.focal_and_dice(x, ids),
             generate_loss(mean[present], text, present),
             infonce(cls, features.mean((2, 3)), *bank, samples),
         ]

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from pipeline.config import UserError, load
 from pipeline.learning.batches import Plan, _Batches, training_batches
-from pipeline.models.glm import of_length, pooled
+from pipeline.models.glm import of_length
 from pipeline.ops import losses
 from pipeline.running import processes
 from tests.conftest import ROOT, TINY, is_one_line_error
@@ -112,7 +112,7 @@ def reference_terms(section, learner, dense, batches, bank, bank_samples):
         terms = {
             "global": losses.infonce(
                 batch["cls"],
-                pooled(of_length(batch["cls"], section.glm_length), half),
+                losses.pooled(of_length(batch["cls"], section.glm_length), half),
                 torch.cat([other["cls"], *bank]),
                 torch.cat([other["sample"], *bank_samples]),
                 batch["sample"],

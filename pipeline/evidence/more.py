@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cache.ledger import Ledger, read_manifest
-from pipeline.config import Config, config_fingerprint
+from pipeline.config import Config
 from pipeline.evidence.variants import (
     MORE,
     QUICK_SEEDS,
@@ -18,6 +18,7 @@ from pipeline.evidence.variants import (
     varied,
 )
 from pipeline.looking.facts import elapsed_s, human_seconds, losses
+from pipeline.running.identity import config_fingerprint
 
 TARGET = "ablations_more"
 

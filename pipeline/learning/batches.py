@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from cache.store import SIDES, Store
 from cache.verify import check_whole, read_recorded
-from pipeline.config import LABELS_FROM, Config
+from pipeline.config import Config
 from pipeline.data.base import IGNORE, DataError, DataSet, Sample
 from pipeline.learning.loading import Kept, loader_processes, made_ahead
 from pipeline.ops.masks import fitted_size, mask_and_confidence, named_labels
@@ -32,6 +32,7 @@ from pipeline.ops.views import replay_image, replay_labels, view_of
 from pipeline.running.manifests import required_manifest
 from pipeline.running.processes import Watched
 from pipeline.running.rows import cached_samples
+from pipeline.running.table import labels_stage
 
 # What training reads, by recipe. Views, CLS tokens and pseudo labels are about 2 KiB a view at C = 512.
 READ = {
@@ -155,8 +156,7 @@ class CachedViews(Dataset):
         Raises: CorruptShard, StaleCache: training never begins on a cache that was tampered with.
         """
         above = {
-            stage: required_manifest(self.config, stage)
-            for stage in ("extract", LABELS_FROM[self.config.recipe])
+            stage: required_manifest(self.config, stage) for stage in ("extract", labels_stage(self.config))
         }
         check_whole(self.store, above["extract"])
         fingerprints = {stage: str(manifest["fingerprint"]) for stage, manifest in above.items()}

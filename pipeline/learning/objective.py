@@ -6,6 +6,7 @@ Axes: B images, C channels, H x W loss grid, S seen classes, P potential objects
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -14,10 +15,12 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from pipeline.config import Train
-from pipeline.models.glm import CachedNegatives, ClsBank, of_length, pooled_and_dense
-from pipeline.ops import losses
+from pipeline.models.glm import CachedNegatives, ClsBank, of_length
+from pipeline.ops import closed_form, losses
 
 IGNORED_LABEL = 255  # of a label map
+# By train.losses: the plain definitions, or the same with their gradients written out.
+LOSSES: dict[str, ModuleType] = {"plain": losses, "fused": closed_form}
 
 
 @dataclass
@@ -42,33 +45,31 @@ def loss_terms(
 
     Shapes: dense (B, C, H, W); batch: labels (B, S, S) uint8, pseudo (B, h, w), cls (B, C), sample (B,).
     """
-    weights, terms = section.weights, {}
+    weights, ways, dense, terms = section.weights, LOSSES[section.losses], dense.float(), {}
     if section.glm != "off":
-        value, dense = _global_term(section, learner, dense, batch, accelerator)
-        terms["global"] = weights.glm * value
+        terms["global"] = weights.glm * _global_term(section, learner, dense, batch, accelerator)
     ids, owners, num_potential = losses.combined_labels(
         _on_grid(batch["labels"], dense, section), batch["pseudo"], learner.seen_ids, section.potential
     )
     if section.loss_grid == "full":
         dense = interpolate(dense, ids.shape[1:], mode="bilinear", align_corners=False)
     num_seen = len(learner.text_seen)
-    means, present, dense = losses.centroids_and_features(dense, ids, num_seen + num_potential)
+    means, present = ways.centroids(dense, ids, num_seen + num_potential)
     generated = learner.vla(means[present], batch["cls"])  # (M, C), seen ones first
     if section.generate:
         terms["generate"] = weights.generate * losses.generate_loss(generated, learner.text_seen, present)
     num_seen_present = int(present[:num_seen].sum())
-    logits = losses.logits(dense, learner.text_seen, generated[num_seen_present:])  # (B, K, H, W)
-    planes = losses.competing(owners, len(dense), num_seen, section.potentials)
+    logits = ways.logits(dense, learner.text_seen, generated[num_seen_present:])  # (B, K, H, W)
+    competes = losses.competing(owners, len(dense), num_seen, section.potentials)
     ce_ids = ids if section.potential_ce else ids.where(ids < num_seen, losses.IGNORE)
-    terms["ce"] = weights.ce * losses.cross_entropy(logits, ce_ids, planes)
+    terms["ce"] = weights.ce * ways.cross_entropy(logits, ce_ids, competes)
     if section.nel != "off":
-        nel_logits, nel_ids, nel_planes = logits, ids, planes
         if section.nel == "seen":
-            (nel_logits, nel_ids), nel_planes = losses.seen_only(logits, ids, num_seen), None
-        num_masks = losses.count_masks(nel_ids, nel_logits.shape[1])
+            (logits, ids), competes = losses.seen_only(logits, ids, num_seen), None
+        num_masks = ways.count_masks(ids, logits.shape[1])
         if accelerator is not None:
             num_masks = accelerator.reduce(num_masks, reduction="mean")
-        focal, dice = losses.focal_and_dice(nel_logits, nel_ids, num_masks, nel_planes)
+        focal, dice = ways.focal_and_dice(logits, ids, num_masks, competes)
         terms |= {"focal": weights.focal * focal, "dice": weights.dice * dice}
     return terms, {"potential": float(num_potential), "seen": float(num_seen_present)}
 
@@ -90,9 +91,10 @@ def closed_set_terms(
         dense = interpolate(dense, ids.shape[1:], mode="bilinear", align_corners=False)
     table = ids.new_full((256,), losses.IGNORE)
     table[learner.seen_ids] = torch.arange(len(learner.seen_ids), device=ids.device)
-    logits = losses.logits(dense, learner.text_seen, learner.text_seen[:0])
+    ways = LOSSES[section.losses]
+    logits = ways.logits(dense, learner.text_seen, learner.text_seen[:0])
     share = float((ids != IGNORED_LABEL).float().mean())
-    return {"ce": section.weights.ce * losses.cross_entropy(logits, table[ids])}, {"labelled": share}
+    return {"ce": section.weights.ce * ways.cross_entropy(logits, table[ids])}, {"labelled": share}
 
 
 # By recipe: what a batch costs.
@@ -101,8 +103,8 @@ OBJECTIVES = {"clip_teacher": loss_terms, "clip_es": closed_set_terms}
 
 def _global_term(
     section: Train, learner: Learner, dense: Tensor, batch: dict[str, Tensor], accelerator: Accelerator | None
-) -> tuple[Tensor, Tensor]:
-    """Eq. 3, and then the push: the current tokens are never in the bank of their own loss. Hands `dense` on."""
+) -> Tensor:
+    """Eq. 3, and then the push: the current tokens are never in the bank of their own loss."""
     cls, samples = batch["cls"], batch["sample"]
     bank, bank_samples = learner.bank.entries()
     others, other_samples, all_cls, all_samples = bank, bank_samples, cls, samples
@@ -112,10 +114,10 @@ def _global_term(
         mine[accelerator.process_index * len(cls) : (accelerator.process_index + 1) * len(cls)] = True
         others = torch.cat([bank, all_cls[~mine]])
         other_samples = torch.cat([bank_samples, all_samples[~mine]])
-    predicted, dense = pooled_and_dense(of_length(cls, section.glm_length), dense, section.glm)
+    predicted = LOSSES[section.losses].pooled(of_length(cls, section.glm_length), dense, section.glm)
     loss = losses.infonce(cls, predicted, others, other_samples, samples, section.tau)
     learner.bank.push(all_cls, all_samples)
-    return loss, dense
+    return loss
 
 
 def _on_grid(labels: Tensor, dense: Tensor, section: Train) -> Tensor:

@@ -13,7 +13,6 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from cache.places import place
 from cache.store import Store
-from pipeline.config import LABELS_FROM
 from pipeline.data.base import DataSet
 from pipeline.looking import facts, scores
 from pipeline.looking.confusion import READABLE
@@ -34,6 +33,7 @@ from pipeline.looking.panels import (
 from pipeline.looking.tagged import percent_palette
 from pipeline.reading import yaml_text
 from pipeline.running.manifests import found_manifest
+from pipeline.running.table import IN_CACHE, labels_stage
 
 TEMPLATES = Path(__file__).parent / "templates"
 MAX_PICTURES = 10_000_000  # bytes of all pictures before base64; the page stays below 15 MB
@@ -62,7 +62,7 @@ def render(
     environment.filters["score"] = lambda value: "–" if value is None else f"{value:.1f}"
     first, shown = runs[0], _encoded(cards, data)
     config, metrics = first.config, first.metrics
-    labels = (found_manifest(config, LABELS_FROM[config.recipe]) or {}).get("summary")
+    labels = (found_manifest(config, labels_stage(config)) or {}).get("summary")
     return environment.get_template("report.html.j2").render(
         name=config.name,
         runs=runs,
@@ -110,9 +110,7 @@ def _stages(runs: Sequence[Run], store: Store) -> list[tuple[Run, facts.StageFac
         where = str(place(run.config.cache_path).resolve())
         own = store if run is runs[0] else Store.open(run.config.cache_path)
         stages = facts.stage_facts(run.config, own, run.metrics)
-        found += [
-            (run, stage) for stage in stages if where not in caches or stage.name not in facts.SHARD_STAGES
-        ]
+        found += [(run, stage) for stage in stages if where not in caches or stage.name not in IN_CACHE]
         caches.add(where)
     return found
 

@@ -1,9 +1,8 @@
-"""Global learning module: the student's dense features, pooled, must recognise the teacher's CLS token.
+"""Global learning module beside its loss: how long CLS tokens are, and where eq. 3's extra negatives come from.
 
-Axes: B images, C channels, L = H * W positions, M bank entries. No trainable parameter in this file.
+Axes: B images, C channels, M bank entries. No trainable parameter in this file.
 """
 
-from collections.abc import Callable
 from math import sqrt
 
 import numpy as np
@@ -11,59 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from pipeline.ops.closed_form import AttentionPool
-from pipeline.ops.losses import in_float32
-
 EMPTY = -1  # sample index of a slot that holds nothing
-
-
-def _attention(cls: Tensor, dense: Tensor) -> tuple[Tensor, Tensor]:
-    """Eq. 1 and 2: softmax over the positions of s . R / sqrt(C), then the weighted sum of R."""
-    found: tuple[Tensor, Tensor] = AttentionPool.apply(cls / sqrt(dense.shape[1]), dense)
-    return found
-
-
-def _max(cls: Tensor, dense: Tensor) -> tuple[Tensor, Tensor]:
-    return dense.amax((2, 3)), dense
-
-
-def _mean(cls: Tensor, dense: Tensor) -> tuple[Tensor, Tensor]:
-    return dense.mean((2, 3)), dense
-
-
-POOLINGS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
-    "attention": _attention,
-    "max": _max,
-    "mean": _mean,
-}
-
-
-@in_float32
-def pooled_and_dense(cls: Tensor, dense: Tensor, how: str = "attention") -> tuple[Tensor, Tensor]:
-    """`pooled`, and the features handed on in float32: the next term that takes them adds its slope in place.
-
-    Shapes: cls (B, C), dense (B, C, H, W) -> (B, C), (B, C, H, W), both float32.
-    """
-    if how not in POOLINGS:
-        raise ValueError(f"pooling {how!r} is not one of {sorted(POOLINGS)}.")
-    if cls.shape != dense.shape[:2]:
-        raise ValueError(
-            f"cls {tuple(cls.shape)} and dense {tuple(dense.shape)} differ in batch or channels."
-        )
-    return POOLINGS[how](cls, dense)
-
-
-def pooled(cls: Tensor, dense: Tensor, how: str = "attention") -> Tensor:
-    """Predicted CLS token of each image, from the student's dense features. Not normalised.
-
-    "attention" weighs positions by their agreement with the true CLS token; "max" and "mean" don't
-    look at it (Table 4). The CLS token enters with its own length, as eq. 1 has it.
-
-    Shapes: cls (B, C), dense (B, C, H, W) or (B, C, L) -> (B, C) float32.
-    Source: CLIPTeacher eq. 1-2.
-    Raises: ValueError if batch or channels differ, or for another word.
-    """
-    return pooled_and_dense(cls, dense if dense.ndim == 4 else dense[:, :, None], how)[0]
 
 
 def of_length(cls: Tensor, length: float | None) -> Tensor:

@@ -1,20 +1,22 @@
-"""The training losses: float32 scalars, 0 but still part of the graph when there is nothing to act on.
+"""The training losses as the paper writes them, in plain torch; autograd differentiates. Read and change these.
 
-Axes: B images, C channels, H x W the loss grid, h x w tokens, S seen classes, P potential objects of
-the batch, K = S + P label ids, M bank entries or generated features.
+`closed_form.py` has faster ones of the same names and signatures; `train.losses` chooses, tests hold them equal.
+All are scalars, 0 but still part of the graph when there is nothing to act on. Halves are computed in float32.
+
+Axes: B images, C channels, H x W the loss grid, L = H * W, h x w tokens, S seen classes, P potential objects
+of the batch, K = S + P label ids, M bank entries or generated features.
 Label ids: 0..S-1 seen, S..S+P-1 potential objects, IGNORE for the rest.
 Equations are those of CLIPTeacher; focal and dice are ZegCLIP's NEL.
 """
 
 from collections.abc import Callable, Sequence
 from functools import wraps
+from math import sqrt
 from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from pipeline.ops.closed_form import Logits, SegmentSums, SigmoidSums, SoftmaxEntropy, has_channels_innermost
 
 IGNORE = -100  # torch's own default ignore_index; 255 would collide with a 256th label id
 TEMPERATURE = 0.07  # tau of eq. 3, CLIPTeacher, implementation details
@@ -26,12 +28,12 @@ Result = TypeVar("Result")
 
 
 def in_float32(function: Callable[Params, Result]) -> Callable[Params, Result]:
-    """Run a function in float32: floating tensor arguments are cast, autocast is off inside."""
+    """Run a function at least in float32: half-precision tensors are cast, autocast is off inside."""
 
     @wraps(function)
     def run(*args: Params.args, **kwargs: Params.kwargs) -> Result:
-        cast_args = [_float32(value) for value in args]
-        cast_kwargs = {name: _float32(value) for name, value in kwargs.items()}
+        cast_args = [_widened(value) for value in args]
+        cast_kwargs = {name: _widened(value) for name, value in kwargs.items()}
         tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
         with torch.autocast(next(tensors).device.type, enabled=False):
             return function(*cast_args, **cast_kwargs)  # type: ignore[arg-type]
@@ -39,13 +41,10 @@ def in_float32(function: Callable[Params, Result]) -> Callable[Params, Result]:
     return run
 
 
-def _float32(value: object) -> object:
-    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
-
-
-def _nothing(connected_to: Tensor) -> Tensor:
-    """A zero whose backward reaches the tensor (and doesn't multiply an infinity by zero)."""
-    return connected_to.flatten()[:0].sum()
+def _widened(value: object) -> object:
+    if isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16):
+        return value.float()
+    return value
 
 
 # --- labels (section 6) --------------------------------------------------------------------------
@@ -98,35 +97,63 @@ def combined_labels(
     return CombinedLabels(ids, image_of_potential, len(image_of_potential))
 
 
-def _own(image_of_potential: Tensor, num_images: int, num_seen: int) -> Tensor:
-    images = torch.arange(num_images, device=image_of_potential.device)[:, None]
-    seen = torch.ones(num_images, num_seen, dtype=torch.bool, device=image_of_potential.device)
-    return torch.cat([seen, image_of_potential == images], dim=1)  # (B, S + P)
-
-
-def _batch(image_of_potential: Tensor, num_images: int, num_seen: int) -> None:
-    return None  # eq. 9 as printed: all compete, no mask to build
-
-
-_COMPETITORS: dict[str, Callable[[Tensor, int, int], Tensor | None]] = {"batch": _batch, "image": _own}
-
-
 def competing(
     image_of_potential: Tensor, num_images: int, num_seen: int, potentials: str = "batch"
 ) -> Tensor | None:
-    """Which label ids compete in which image, the `planes` of the losses below; None stands for all.
+    """Which label ids compete in which image, `competes` of the losses below; None stands for all.
 
     "batch": every image's potential objects compete everywhere; "image": only an image's own.
 
     Shapes: image_of_potential (P,) -> (B, S + P) bool, or None.
     Source: method section 6. Raises: ValueError for another word.
     """
-    if potentials not in _COMPETITORS:
-        raise ValueError(f"potentials {potentials!r} is not one of {sorted(_COMPETITORS)}.")
-    return _COMPETITORS[potentials](image_of_potential, num_images, num_seen)
+    if potentials == "batch":
+        return None  # eq. 9 as printed
+    if potentials != "image":
+        raise ValueError(f"potentials {potentials!r} is neither 'batch' nor 'image'.")
+    images = torch.arange(num_images, device=image_of_potential.device)[:, None]
+    seen = torch.ones(num_images, num_seen, dtype=torch.bool, device=image_of_potential.device)
+    return torch.cat([seen, image_of_potential == images], dim=1)
+
+
+def _one_hot(ids: Tensor, num: int) -> Tensor:
+    """(B, H, W) -> (B, num, H, W) bool; an ignored pixel has no label id."""
+    return ids[:, None] == torch.arange(num, device=ids.device)[:, None, None]
 
 
 # --- global learning module (section 5) ----------------------------------------------------------
+
+
+def _attention(cls: Tensor, dense: Tensor) -> Tensor:
+    weight = (torch.einsum("bc,bcl->bl", cls, dense) / sqrt(dense.shape[1])).softmax(1)  # (B, L), eq. 1
+    return torch.einsum("bl,bcl->bc", weight, dense)  # eq. 2
+
+
+POOLINGS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "attention": _attention,
+    "max": lambda cls, dense: dense.amax(2),
+    "mean": lambda cls, dense: dense.mean(2),
+}
+
+
+@in_float32
+def pooled(cls: Tensor, dense: Tensor, how: str = "attention") -> Tensor:
+    """Predicted CLS token of each image, from the student's dense features. Not normalised.
+
+    "attention" weighs positions by their agreement with the true CLS token; "max" and "mean" don't
+    look at it (Table 4). The CLS token enters with its own length, as eq. 1 has it.
+
+    Shapes: cls (B, C), dense (B, C, H, W) or (B, C, L) -> (B, C).
+    Source: CLIPTeacher eq. 1-2.
+    Raises: ValueError if batch or channels differ, or for another word.
+    """
+    if how not in POOLINGS:
+        raise ValueError(f"pooling {how!r} is not one of {sorted(POOLINGS)}.")
+    if cls.shape != dense.shape[:2]:
+        raise ValueError(
+            f"cls {tuple(cls.shape)} and dense {tuple(dense.shape)} differ in batch or channels."
+        )
+    return POOLINGS[how](cls, dense.flatten(2))
 
 
 @in_float32
@@ -148,7 +175,7 @@ def infonce(
     Source: eq. 3 with the -log that InfoNCE has; method section 5.
     """
     if len(cls) == 0:
-        return _nothing(predicted)
+        return predicted.sum()  # 0
     keys = F.normalize(torch.cat([cls, bank]), dim=1)  # (B + M, C)
     scores = F.normalize(predicted, dim=1) @ keys.T / tau  # (B, B + M)
     target = torch.arange(len(cls), device=scores.device)
@@ -162,39 +189,16 @@ def infonce(
 
 
 @in_float32
-def centroids_and_features(features: Tensor, ids: Tensor, num: int) -> tuple[Tensor, Tensor, Tensor]:
-    """`centroids`, and the features handed on in float32: the next term that takes them adds its slope in place.
-
-    Shapes: features (B, C, H, W), ids (B, H, W) -> (num, C), present (num,) bool, (B, C, H, W).
-    """
-    counts = torch.zeros(num + 1, device=ids.device).index_put_(
-        (ids.where(ids >= 0, num).flatten(),), torch.ones((), device=ids.device), accumulate=True
-    )[:num]
-    way = _segments if features.device.type == "cpu" and has_channels_innermost(features) else _one_hot
-    sums, features = way(features, ids, num)
-    return sums / counts.clamp(min=1)[:, None], counts > 0, features
-
-
 def centroids(features: Tensor, ids: Tensor, num: int) -> tuple[Tensor, Tensor]:
     """The mean feature of each label id over the batch, zero for an id that isn't there.
 
     Shapes: features (B, C, H, W), ids (B, H, W) -> (num, C), present (num,) bool.
     Source: eq. 7.
     """
-    return centroids_and_features(features, ids, num)[:2]
-
-
-def _segments(features: Tensor, ids: Tensor, num: int) -> tuple[Tensor, Tensor]:
-    """Sums by id, each feature read once."""
-    found: tuple[Tensor, Tensor] = SegmentSums.apply(features, ids.where(ids >= 0, num), num)
-    return found
-
-
-def _one_hot(features: Tensor, ids: Tensor, num: int) -> tuple[Tensor, Tensor]:
-    """Sums by id as one-hot rows times pixels: unlike index_add deterministic on the GPU, and a product
-    is what it is good at; needs no copy of features whose positions are innermost."""
-    member = (ids.flatten(1)[:, None] == torch.arange(num, device=ids.device)[:, None]).float()  # (B, num, L)
-    return torch.bmm(member, features.flatten(2).transpose(1, 2)).sum(0), features
+    member = _one_hot(ids, num).flatten(2).to(features.dtype)  # (B, num, L)
+    sums = (member @ features.flatten(2).transpose(1, 2)).sum(0)  # (num, C)
+    counts = member.sum((0, 2))
+    return sums / counts.clamp(min=1)[:, None], counts > 0
 
 
 @in_float32
@@ -219,19 +223,20 @@ def logits(features: Tensor, text_seen: Tensor, potential: Tensor) -> Tensor:
     Shapes: features (B, C, H, W), text_seen (S, C), potential (P, C) -> (B, S + P, H, W).
     Source: eq. 9; nothing is normalised and there is no temperature (method section 4).
     """
-    kind = features.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else features.dtype
-    product: Tensor = Logits.apply(features.to(dtype), text_seen.to(dtype), potential.to(dtype))
-    return product
+    classifier = torch.cat([text_seen, potential]).to(features.dtype)  # (K, C)
+    return torch.einsum("bchw,kc->bkhw", features, classifier)
 
 
-def cross_entropy(logits: Tensor, ids: Tensor, planes: Tensor | None = None) -> Tensor:
-    """Softmax cross entropy, mean over the pixels that have an id, in float32.
+@in_float32
+def cross_entropy(logits: Tensor, ids: Tensor, competes: Tensor | None = None) -> Tensor:
+    """Softmax cross-entropy, mean over the pixels that have an id.
 
-    Shapes: logits (B, K, H, W), ids (B, H, W), planes (B, K) bool or None (`competing`) -> scalar.
+    Shapes: logits (B, K, H, W), ids (B, H, W), competes (B, K) bool or None (`competing`) -> scalar.
     Source: eq. 10.
     """
-    total: Tensor = SoftmaxEntropy.apply(logits, ids, planes)
+    if competes is not None:
+        logits = logits.masked_fill(~competes[:, :, None, None], -torch.inf)
+    total = F.cross_entropy(logits, ids, ignore_index=IGNORE, reduction="sum")
     return total / (ids != IGNORE).sum().clamp(min=1)
 
 
@@ -242,16 +247,9 @@ def seen_only(logits: Tensor, ids: Tensor, num_seen: int) -> tuple[Tensor, Tenso
     """Logits and ids of the seen classes alone, for NEL without potential objects (`nel: seen`).
 
     A potential object's pixels become ignored, that is negatives of every seen class. Every image's
-    seen planes compete, so the losses then need no `planes`.
+    seen classes compete, so the losses then need no `competes`.
     """
     return logits[:, :num_seen], ids.where(ids < num_seen, IGNORE)
-
-
-def _present(ids: Tensor, num: int) -> Tensor:
-    """Which ids occur in which image: (B, H, W) -> (B, num) bool."""
-    pixels = ids.flatten(1).where(ids.flatten(1) >= 0, num)  # ignored ones in a column that is cut off
-    occurs = torch.zeros(len(ids), num + 1, dtype=torch.bool, device=ids.device)
-    return occurs.scatter_(1, pixels, True)[:, :num]
 
 
 def count_masks(ids: Tensor, num: int) -> Tensor:
@@ -259,49 +257,50 @@ def count_masks(ids: Tensor, num: int) -> Tensor:
 
     Average it over the processes before handing it to focal and dice, which use at least 1.
     """
-    return _present(ids, num).sum().float()
+    return _one_hot(ids, num).flatten(2).any(2).sum().float()
+
+
+@in_float32
+def focal(
+    logits: Tensor, ids: Tensor, num_masks: Tensor | None = None, competes: Tensor | None = None
+) -> Tensor:
+    """Sigmoid focal loss: mean over pixels, summed over images and label ids, over num_masks.
+
+    An ignored pixel is a negative of every class. A batch without any id has nothing to act on: 0.
+
+    Shapes: logits (B, K, H, W), ids (B, H, W), num_masks scalar (default: counted here),
+    competes (B, K) bool or None: what counts -> scalar, unweighted.
+    Source: method section 7, ZegCLIP's NEL.
+    """
+    is_own = _one_hot(ids, logits.shape[1])  # (B, K, H, W)
+    wrong = torch.where(is_own, -logits, logits)  # its sigmoid is 1 - p_t, without cancellation
+    terms = wrong.sigmoid() ** FOCAL_GAMMA * -F.logsigmoid(-wrong)
+    terms = torch.where(is_own, FOCAL_ALPHA, 1 - FOCAL_ALPHA) * terms
+    if competes is not None:
+        terms = terms * competes[:, :, None, None]
+    num_masks = count_masks(ids, logits.shape[1]) if num_masks is None else num_masks
+    return terms.mean((2, 3)).sum() * (ids != IGNORE).any() / num_masks.clamp(min=1)
+
+
+@in_float32
+def dice(logits: Tensor, ids: Tensor, num_masks: Tensor | None = None) -> Tensor:
+    """1 - (2 sum(p g) + 1) / (sum p + sum g + 1) of each id present in an image, summed, over num_masks.
+
+    p is the sigmoid, g one where the pixel has the id; sums go over all pixels of the image. Other images'
+    potential objects are never present, so it makes no difference whether they compete.
+
+    Shapes: logits (B, K, H, W), ids (B, H, W), num_masks scalar (default: counted here) -> scalar, unweighted.
+    Source: method section 7, ZegCLIP's NEL.
+    """
+    p = logits.sigmoid().flatten(2)  # (B, K, L)
+    g = _one_hot(ids, logits.shape[1]).flatten(2).to(p.dtype)
+    scores = 1 - (2 * (p * g).sum(2) + 1) / (p.sum(2) + g.sum(2) + 1)  # (B, K)
+    num_masks = count_masks(ids, logits.shape[1]) if num_masks is None else num_masks
+    return (scores * g.amax(2)).sum() / num_masks.clamp(min=1)
 
 
 def focal_and_dice(
-    logits: Tensor,
-    ids: Tensor,
-    num_masks: Tensor | None = None,
-    planes: Tensor | None = None,
-    alpha: float = FOCAL_ALPHA,
-    gamma: float = FOCAL_GAMMA,
+    logits: Tensor, ids: Tensor, num_masks: Tensor | None = None, competes: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """NEL's two losses from one pass over the logits, in float32, unweighted.
-
-    Focal: mean over pixels, summed over all image x id planes, over num_masks. An ignored pixel is a
-    negative of every class. A batch without any id has nothing to act on: 0.
-    Dice: 1 - (2 sum(p g) + 1) / (sum p + sum g + 1) of the planes whose id is present in the image, summed,
-    over num_masks; p is the sigmoid, sums go over all pixels. Planes of other images' potential objects are
-    never present, so `planes` has no say in it.
-
-    Shapes: logits (B, K, H, W), ids (B, H, W), num_masks scalar (default: counted here),
-    planes (B, K) bool or None: planes left out of focal -> two scalars.
-    Source: method section 7, ZegCLIP's NEL.
-    """
-    if logits.numel() == 0:
-        return _nothing(logits), _nothing(logits)
-    focal_sum, p, p_g = SigmoidSums.apply(logits, ids, planes, alpha, gamma)
-    present = _present(ids, logits.shape[1])  # (B, K)
-    num_masks = present.sum() if num_masks is None else num_masks
-    num_masks = num_masks.clamp(min=1)
-    pixels = ids.flatten(1).where(ids.flatten(1) >= 0, logits.shape[1])
-    g = torch.zeros(len(ids), logits.shape[1] + 1, device=ids.device)
-    g = g.scatter_add_(1, pixels, torch.ones((), device=ids.device).expand(pixels.shape))[:, :-1]
-    scores = torch.where(present, 1 - (2 * p_g + 1) / (p + g + 1), 0)
-    return focal_sum * (ids != IGNORE).any() / ids[0].numel() / num_masks, scores.sum() / num_masks
-
-
-def focal(
-    logits: Tensor, ids: Tensor, num_masks: Tensor | None = None, planes: Tensor | None = None
-) -> Tensor:
-    """The first of `focal_and_dice`."""
-    return focal_and_dice(logits, ids, num_masks, planes)[0]
-
-
-def dice(logits: Tensor, ids: Tensor, num_masks: Tensor | None = None) -> Tensor:
-    """The second of `focal_and_dice`."""
-    return focal_and_dice(logits, ids, num_masks)[1]
+    """NEL's two losses: `focal` and `dice`."""
+    return focal(logits, ids, num_masks, competes), dice(logits, ids, num_masks)

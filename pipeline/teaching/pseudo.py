@@ -9,7 +9,7 @@ Axes: n rows of a shard, V views, h = w tokens a side, C channels, K_c initial c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -186,6 +186,6 @@ def add_stats(stats: dict[str, np.ndarray], maps: Tensor, state: Tensor, truth: 
             stats["known"] += known
 
 
-def sum_of(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def sum_of(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Counts of several parts together."""
     return {name: np.sum([part[name] for part in parts], axis=0).tolist() for name in parts[0]}

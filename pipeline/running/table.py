@@ -1,0 +1,172 @@
+"""The stages, as data: what each reads, what it stands on, what it writes and says when it ends. One entry a stage.
+
+A stage that makes arrays of the cache shard by shard is a `ShardStage` (pipeline/running/engine.py) in a file of its
+own, and an entry here. The command line, the ledger, `verify`, `inspect`, `doctor` and Snakemake know it by its entry.
+Importing this loads neither torch nor any stage.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from cache.ledger import MANIFEST
+from cache.places import Place, place
+from cache.records import Shape
+from cache.schema import ARRAYS, ArraySpec
+from pipeline.config import Config
+
+STREAM = "stream"  # of cache.tokens: extraction clusters, and keeps no tokens
+LABELS = "labels"  # in place of a stage's name: the one that makes the labels of the run's recipe
+
+ASKED = {"asked?": dict, "arrays?": [str]}
+PSEUDO = {
+    "views": int,
+    "objects_per_view": float,
+    "objects_histogram": {str: int},
+    "coverage": float,
+    "tokens_per_mask": float,
+    "largest_mask_share": float,
+    "purity": (float, None),
+    "verdict?": [str],
+}
+MAPS = {
+    **dict.fromkeys(("images", "maps", "empty", "untagged"), int),
+    "seeds": ({str: {str: float}}, None),
+    "refined?": float,
+}
+EXTRACTED = {"text?": str, "text_asked?": dict, "facts?": dict, "classes?": [str]}
+TRAINED = {"iterations?": int, "student?": str, "classes?": [str], "unseen?": [str]}
+
+
+def _nothing(config: Config) -> tuple[str, ...]:
+    return ()
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage.
+
+    sections: of the config, whose content keys enter its fingerprint.
+    upstream: the stage that it stands on; LABELS is `cluster` or `cams`, by recipe.
+    reads: of the data set beside the training images: "labels", "test".
+    also: stages whose sections and `reads` count as well under a config.
+    part_of: the stage that makes this one and keeps its manifest.
+    recipe: the recipe whose labels it makes.
+    work: "module:Class" of a `ShardStage`, imported when it runs; other stages have a command of their own.
+    specs: of the arrays it writes, if cache/schema.py doesn't have them.
+    in_cache: it keeps its work in the cache, shard by shard.
+    says: the shape of what its manifest says beside what all say; None for a stage without one.
+    needed: keys of it that the stage below can't do without.
+    """
+
+    name: str
+    sections: tuple[str, ...]
+    upstream: str | None
+    reads: tuple[str, ...] = ()
+    also: Callable[[Config], tuple[str, ...]] = _nothing
+    part_of: str = ""
+    recipe: str = ""
+    work: str = ""
+    help: str = ""
+    specs: tuple[ArraySpec, ...] = ()
+    in_cache: bool = False
+    says: Mapping[str, Shape] | None = None
+    needed: tuple[str, ...] = ("fingerprint", "content")
+
+    def manifest(self, config: Config) -> Place:
+        """Where it says that it has ended: in the cache, or in a folder of the run."""
+        root = place(config.cache_path) if self.in_cache else config.run_path / self.name
+        return root / f"{self.name}.manifest.json"
+
+    @property
+    def shape(self) -> Shape:
+        """Of its manifest."""
+        return MANIFEST | ASKED | dict(self.says or {})
+
+    @property
+    def arrays(self) -> tuple[str, ...]:
+        """Names of all arrays that it may write."""
+        return tuple(name for name, spec in ARRAYS.items() if spec.stage == self.name)
+
+    def loaded(self) -> Any:
+        """An instance of the class that `work` names."""
+        module, _, name = self.work.partition(":")
+        return getattr(importlib.import_module(module), name)()
+
+
+_ENTRIES = (
+    Stage(
+        "extract",
+        ("data", "teacher", "views", "cache"),
+        None,
+        also=lambda config: ("cluster",) if config.cache.tokens == STREAM else (),
+        in_cache=True,
+        says=EXTRACTED,
+        needed=("fingerprint", "content", "text"),
+    ),
+    # Renewed alone when class names or templates change.
+    Stage("text", ("text",), "extract", part_of="extract"),
+    Stage(
+        "cluster",
+        ("data", "cluster"),
+        "extract",
+        reads=("labels",),
+        also=lambda config: ("cams",) if config.cluster.named_above is not None else (),
+        recipe="clip_teacher",
+        work="pipeline.cluster:Clustering",
+        in_cache=True,
+        says={"summary?": PSEUDO},
+    ),
+    Stage(
+        "cams",
+        ("data", "cams"),
+        "extract",
+        reads=("labels",),
+        recipe="clip_es",
+        work="pipeline.cams:ActivationMaps",
+        in_cache=True,
+        says={"summary?": MAPS},
+    ),
+    Stage(
+        "train",
+        ("data", "text", "student", "train"),
+        LABELS,
+        reads=("labels",),
+        says=TRAINED,
+        needed=("fingerprint", "student"),
+    ),
+    Stage("eval", ("data", "eval"), "train", reads=("labels", "test")),
+    Stage("report", ("report",), "eval"),
+)
+STAGES = {stage.name: stage for stage in _ENTRIES}
+ARRAYS.update({spec.name: spec for stage in _ENTRIES for spec in stage.specs})
+# The stages that keep their work in the cache, shard by shard.
+IN_CACHE = tuple(name for name, stage in STAGES.items() if stage.in_cache)
+
+
+def labels_stage(config: Config) -> str:
+    """Which stage makes the labels that training reads."""
+    return next(name for name, stage in STAGES.items() if stage.recipe == config.recipe)
+
+
+def in_cache(config: Config) -> tuple[str, ...]:
+    """The stages of the cache that a run of this recipe has: others' labels apart."""
+    return tuple(name for name in IN_CACHE if STAGES[name].recipe in ("", config.recipe))
+
+
+def above(config: Config, name: str) -> str | None:
+    """The stage that one stands on."""
+    upstream = STAGES[name].upstream
+    return labels_stage(config) if upstream == LABELS else upstream
+
+
+def below(name: str) -> tuple[str, ...]:
+    """The stages of the cache that stand on one, itself first."""
+    found = [name]
+    for other in IN_CACHE:  # in the order of the table: from the ground up
+        if STAGES[other].upstream in found:
+            found.append(other)
+    return tuple(found)

@@ -17,7 +17,7 @@ DOORS = {
     "fsspec": {"cache/places.py"},
     "faiss": {"pipeline/ops/kmeans_faiss.py"},
     "open_clip": {"pipeline/models/teacher.py"},
-    "timm": {"pipeline/models/student.py"},
+    "timm": {"pipeline/models/student.py", "pipeline/models/segnext.py"},
     "segmentation_models_pytorch": {"pipeline/models/student.py"},
     "dask": {"pipeline/running/engine.py"},
     "pydensecrf": {"pipeline/teaching/crf.py"},

@@ -444,7 +444,8 @@ def main(commands: typer.Typer = app) -> None:
     from pipeline.terminal import complain
 
     end_with_parent()
-    _add_stages()
+    if commands is app:
+        _add_stages()
     try:
         done = commands(standalone_mode=False)  # an exit code, or what a command returns
         code = done if isinstance(done, int) else 0

@@ -9,7 +9,6 @@ ends in one line and exit code 2; a traceback is a bug.
 from __future__ import annotations
 
 import math
-import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -85,7 +84,7 @@ def extract(
     """Run the frozen teacher once over the training images: views, CLS, dense tokens, text features."""
     settings = _load(config, set_, log)
     if like:
-        from pipeline.evidence.takeover import take_over
+        from pipeline.teaching.takeover import take_over
 
         take_over(like, settings)
     from pipeline import extract as stage
@@ -402,94 +401,57 @@ def results(
     runs: Annotated[list[Path], typer.Argument(help="run folders; those not evaluated are left out")],
 ) -> None:
     """Print the result table of one or more runs."""
-    from pipeline.evidence.results import print_results
+    from pipeline.looking.results import print_results
 
     print_results(runs)
 
 
-@app.command()
-def contrast(
-    config: ConfigOption = DEFAULT,
-    set_: SetOption = [],  # noqa: B006
-    keep: Annotated[
-        bool, typer.Option("--keep", help="write docs/results/, README's table and docs/test-log.md")
-    ] = False,
-) -> None:
-    """Print the contrast table: with GLM, without GLM, seen labels only; means and spreads over seeds."""
-    settings = _load(config, set_)
-    from pipeline.evidence.results import keep_contrast, print_contrast
+def _add_stages() -> None:
+    """The standard command of each stage of the table that has none here."""
+    from pipeline.running import table
 
-    print_contrast(settings)
-    if keep:
-        keep_contrast(settings)
+    known = {
+        command.name or command.callback.__name__ for command in app.registered_commands if command.callback
+    }
+    for entry in table.STAGES.values():
+        if entry.work and entry.name not in known:
+            app.command(entry.name, help=entry.help, rich_help_panel=STAGES)(_standard(entry.name))
 
 
-@app.command()
-def ablations(
-    config: ConfigOption = DEFAULT,
-    set_: SetOption = [],  # noqa: B006
-    quick: Annotated[bool, typer.Option("--quick", help="those of `snakemake ... quick=true`")] = False,
-    more: Annotated[bool, typer.Option("--more", help="the tables beyond the paper instead")] = False,
-    table: Annotated[str, typer.Option(help="some of these: lambda,windows,tau, ...")] = "",
-    keep: Annotated[
-        bool,
-        typer.Option("--keep", help="write docs/ablations.md (or -more.md) and docs/results/"),
-    ] = False,
-) -> None:
-    """Print the paper's Tables 3, 4 and 5 beside ours, and whether each contrast has the paper's sign."""
-    settings = _load(config, set_)
-    from pipeline.config import UserError
-    from pipeline.evidence.ablations import collect
+def _standard(name: str) -> Any:
+    def command(
+        config: ConfigOption = DEFAULT,
+        set_: SetOption = [],  # noqa: B006
+        workers: WorkersOption = 0,
+        scheduler: SchedulerOption = None,
+        log: LogOption = None,
+    ) -> None:
+        settings = _load(config, set_, log)
+        from pipeline.running.console import say
+        from pipeline.running.shards import run_stage
 
-    if keep and (quick or table):
-        raise UserError("--keep writes whole pages, of full runs: leave out --quick and --table.")
-    found = collect(
-        settings, quick=quick, more=more or bool(table), only=table, configfile=_other_than_demo(config)
-    )
-    found.show()
-    if keep:
-        found.keep()
+        summary = run_stage(name, settings, workers=workers, scheduler=scheduler)["summary"]
+        say(f"{name}: {', '.join(f'{value} {key}' for key, value in summary.items())}")
+
+    return command
 
 
-@app.command()
-def transfer(
-    config: ConfigOption = DEFAULT,
-    set_: SetOption = [],  # noqa: B006
-    on: Annotated[str, typer.Option("--on", help="the other data set, as eval's")] = "demo_other",
-    keep: Annotated[bool, typer.Option("--keep", help="write docs/transfer.md and docs/results/")] = False,
-) -> None:
-    """Print the paper's Table 2 beside ours: one data set's students on another, and each contrast's sign."""
-    settings = _load(config, set_)
-    from pipeline.config import load, preset
-    from pipeline.evidence.transfer import collect
-
-    configfile = _other_than_demo(config)
-    elsewhere = "" if on == "demo_other" else f" --config on={shlex.quote(on)}"
-    options = (f" --configfile {configfile}" if configfile else "") + elsewhere
-    found = collect(settings, load(preset(on)), options=options)
-    found.show()
-    if keep:
-        found.keep()
-
-
-def _other_than_demo(config: Path) -> str:
-    """A config's path for a command line that has the demo's by default, in a shell's quotes."""
-    return "" if config == DEFAULT else shlex.quote(config.as_posix())
-
-
-def main() -> None:
+def main(commands: typer.Typer = app) -> None:
+    """Runs a command line of `commands`: these, or those of `python -m evidence`."""
     from cache.errors import CacheError
     from pipeline.config import UserError
     from pipeline.running.processes import end_with_parent
+    from pipeline.terminal import complain
 
     end_with_parent()
+    _add_stages()
     try:
-        done = app(standalone_mode=False)  # an exit code, or what a command returns
+        done = commands(standalone_mode=False)  # an exit code, or what a command returns
         code = done if isinstance(done, int) else 0
     except (UserError, CacheError) as error:
-        code = _complain(str(error))
+        code = complain(error)
     except OSError as error:  # disk full, no permission: the system's word and the path it names
-        code = _complain(
+        code = complain(
             f"{error.filename or 'writing'}: {error.strerror or error}. Make room or mend permissions."
         )
     except ClickException as error:
@@ -497,26 +459,19 @@ def main() -> None:
     except KeyboardInterrupt:
         code = INTERRUPTED
     except typer.Abort:  # the input ended
-        code = _complain("standard input ended before the command did.")
-    sys.exit(
-        _complain("interrupted; the same command resumes.", INTERRUPTED) if code == INTERRUPTED else code
-    )
+        code = complain("standard input ended before the command did.")
+    sys.exit(complain("interrupted; the same command resumes.", INTERRUPTED) if code == INTERRUPTED else code)
 
 
 def _misused(error: Any) -> int:
     """A command or an option that isn't there, or a value that doesn't fit it. Without any, help has been printed."""
+    from pipeline.terminal import complain
+
     if type(error).__name__ != "NoArgsIsHelpError":
         said = error.format_message().rstrip(".")
         where = error.ctx.command_path if getattr(error, "ctx", None) else "cli.py"
-        _complain(f"{said}{'' if said.endswith('?') else '.'} `{where} --help` says what there is.")
+        complain(f"{said}{'' if said.endswith('?') else '.'} `{where} --help` says what there is.")
     return error.exit_code
-
-
-def _complain(line: str, code: int = 2) -> int:
-    from pipeline.terminal import visible
-
-    print(f"error: {visible(' '.join(line.split()))}", file=sys.stderr)
-    return code
 
 
 if __name__ == "__main__":

@@ -190,7 +190,7 @@ class Views(Section):
         4,
         ge=1,
         le=255,
-        description="cached views per image, 4 by docs/fidelity.md; view 0 is the whole image",
+        description="cached views per image, 4 by evidence/fidelity.md; view 0 is the whole image",
     )
 
 

@@ -25,7 +25,6 @@ from cache.files import write_atomic
 from cache.store import Store
 from pipeline.config import Config, UserError
 from pipeline.data.base import DataError, DataSet, data_of
-from pipeline.evidence.results import stale
 from pipeline.learning.checkpoint import CheckpointError, load_student, student_file
 from pipeline.looking import charts, facts, panels
 from pipeline.looking.clustered import Clustered
@@ -45,6 +44,7 @@ from pipeline.looking.gallery import (
 )
 from pipeline.looking.page import render
 from pipeline.looking.panels import sheet
+from pipeline.looking.results import stale
 from pipeline.looking.shard import shard_tree
 from pipeline.looking.tagged import Tagged
 from pipeline.looking.tree import cache_tree

@@ -40,7 +40,8 @@ class Spread(ShardStage):
         centroids = part.read("cluster", ["centroids"])["centroids"].astype(np.float64)
         rows = centroids.reshape(-1, centroids.shape[-1])
         rows = rows[~np.isnan(rows).any(1)]
-        part.tick and part.tick(len(part.samples))
+        if part.tick:
+            part.tick(len(part.samples))
         sums = {"sum": rows.sum(0).tolist(), "squares": (rows**2).sum(0).tolist()}
         return Made({}, {"count": [len(rows)], **sums})
 
@@ -69,7 +70,7 @@ ENTRY = """
         says={"summary?": {"objects": int}},
     ),
 """
-LAST = '    Stage("report", ("report",), "eval"),\n'
+LAST = '    Stage("figures", ("report",), "eval", last="clusters.png"),\n'
 PARTS = ("pipeline", "cache", "config", "profiles", "cli.py", "Snakefile")
 SETTINGS = ("views.num=1", "cluster.debug=true")  # five shards; debug keeps centroids
 
@@ -154,7 +155,7 @@ def test_verify_looks_at_it(project):
 
 
 def test_another_clustering_makes_it_again(project):
-    folder, config = project
+    folder, _ = project
     assert run(folder, "spread").returncode == 0
     other = [*command(folder, "spread")[2:], "--set", "cluster.threshold=0.7"]
     refused = run(folder, *other)

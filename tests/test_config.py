@@ -1,10 +1,23 @@
+import importlib
+import inspect
+
 import pytest
 import yaml
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
-from pipeline.config import Config, ConfigError, _kinds, from_mapping, load
-from pipeline.running.identity import config_fingerprint, fingerprint
-from pipeline.running.table import STAGES
+from pipeline.config import (
+    DATA_OPTIONS,
+    Config,
+    ConfigError,
+    Section,
+    _kinds,
+    fields,
+    from_mapping,
+    is_content,
+    load,
+)
+from pipeline.data.base import KINDS
+from pipeline.running.table import STAGES, config_fingerprint, fingerprint
 from tests.conftest import ROOT
 
 
@@ -242,3 +255,23 @@ def test_every_key_is_explained_in_the_configs_readme(monkeypatch):
 
 def test_a_name_that_yaml_takes_for_a_date():
     assert from_mapping(yaml.safe_load("name: 2026-11-21")).name == "2026-11-21"
+
+
+def test_every_key_says_whether_it_is_content():
+    """A key that says nothing fails here; what the data sets' own options bear on is said beside their section."""
+    policies = {key: is_content(field) for key, field in fields(Config)}
+    assert policies["train.lr"]
+    assert not policies["train.workers"]
+
+    class Forgetful(Section):
+        key: int = Field(1, description="of no policy")
+
+    with pytest.raises(KeyError, match="is_content"):
+        [is_content(field) for _, field in fields(Forgetful)]
+
+
+def test_the_policies_of_data_options_are_of_options_that_there_are():
+    known = set()
+    for module, name in KINDS.values():
+        known |= set(inspect.signature(getattr(importlib.import_module(module), name)).parameters)
+    assert known >= DATA_OPTIONS.keys()

@@ -13,7 +13,7 @@ import os
 import shlex
 import sys
 
-from pipeline.config import LABELS_FROM, load
+from pipeline.config import load
 from pipeline.snakefile import (
     check_paths,
     clear_dead_locks,
@@ -22,6 +22,7 @@ from pipeline.snakefile import (
     options,
     shell_words,
     split_settings,
+    stage_files,
     stage_triggers,
 )
 
@@ -37,16 +38,9 @@ ALIVE = clear_dead_locks() if workflow.is_main_process else None
 # A job runs again when its trigger changes, and for nothing else: the user's settings are no params.
 TRIGGERS = stage_triggers(RUN)
 CACHE, OUT = RUN.manifest_folder.as_posix(), f"{RUN.runs}/{RUN.name}"
-# Rule -> what it stands on, and the file that it writes last.
-STAGES = {
-    "extract": ([], f"{CACHE}/extract.manifest.json"),
-    "cluster": (["extract"], f"{CACHE}/cluster.manifest.json"),
-    "cams": (["extract"], f"{CACHE}/cams.manifest.json"),
-    "train": (["extract", LABELS_FROM[RUN.recipe]], f"{OUT}/train/train.manifest.json"),
-    "eval": (["train"], f"{OUT}/eval/metrics.json"),
-    "report": (["eval"], f"{OUT}/report/index.html"),
-    "figures": (["eval"], f"{OUT}/figures/clusters.png"),
-}
+# Stage -> the files that it stands on, and the one that it writes last: extract, cluster or cams, train, eval, report,
+# figures, and what else the table of stages has (pipeline/running/table.py).
+STAGES = stage_files(RUN)
 SHOWN = {"report": "runs", "figures": "figures"}  # in Snakemake's own report, by category
 
 # Every shell command begins with this: `cli STAGE` is cli.py with the run's config and the user's settings, each word
@@ -73,12 +67,12 @@ for stage, (above, made) in STAGES.items():
         name:
             stage
         input:
-            [STAGES[name][1] for name in above],
+            above,
         output:
             report(made, category=SHOWN[stage], labels={"run": RUN.name}) if stage in SHOWN else made,
         params:
             stage=stage,
-            trigger=TRIGGERS["report" if stage == "figures" else stage],
+            trigger=TRIGGERS[stage],
         log:
             f"{OUT}/logs/{stage}.log",
         conda:

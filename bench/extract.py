@@ -26,11 +26,12 @@ from PIL import Image
 from cache.ledger import Ledger
 from cache.schema import SHARD
 from pipeline import extract as stage
-from pipeline.config import Config, fingerprint, load
+from pipeline.config import Config, load
 from pipeline.data.base import data_of
 from pipeline.data.demo import render_scene
 from pipeline.models.teacher import Teacher
 from pipeline.ops.views import replay_image
+from pipeline.running.table import fingerprint
 from pipeline.teaching.encode import mean_colour, teacher_of
 
 WIDTH, HEIGHT, SIDE = 640, 480, 512
@@ -88,7 +89,6 @@ def main() -> None:
         identity = fingerprint(config, "extract", None, {})
         stage._open_store(config, data, identity, data.samples("train"))
         teacher = teacher_of(config.teacher)
-        job = stage.Job(config, identity)
         mean = mean_colour(teacher.mean)
         views = torch.stack(
             [
@@ -108,7 +108,7 @@ def main() -> None:
             Ledger(config.cache_path, "extract").path(0).unlink(
                 missing_ok=True
             )  # a recorded shard is not made again
-            stage.extract_shard(job, 0)
+            stage.extract_shard(config, identity, 0)
 
         seconds = medians({"bare": bare, "extract": everything}, chosen.rounds, warm_up=0)
         for name, value in seconds.items():

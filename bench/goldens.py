@@ -49,7 +49,8 @@ CACHES = {
     "euclidean": ["cluster.distance=euclidean", "cluster.backend=torch"],
     "torch": ["cluster.backend=torch"],
 }
-NOT_CONTENT = ("time/", "elapsed", "date", "machine", "revision", "evaluated", "torch", "seconds", "config", "fingerprint")
+NOT_CONTENT = ("time/", "elapsed", "date", "machine", "revision", "evaluated", "torch", "seconds")
+NOT_CONTENT += ("config", "fingerprint")
 
 
 def cli(folder: Path, *words: str) -> str:

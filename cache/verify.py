@@ -17,7 +17,8 @@ import numpy as np
 from cache.errors import CacheError, StaleCache, damaged
 from cache.ledger import Ledger, read_manifest
 from cache.places import Place, place
-from cache.schema import ARRAYS, SAMPLE, ArraySpec, block_digest
+from cache.schema import ARRAYS, SAMPLE, ArraySpec
+from cache.shards import block_digest
 from cache.store import Store
 
 OK = 0  # code of a usable row in `status`
@@ -105,11 +106,14 @@ def read_recorded(
     return blocks
 
 
-def whole_digests(store: Store) -> dict[str, str]:
-    """Digests of what no ledger speaks of, for the manifest: the sample ids, arrays without a sample axis."""
-    return {SAMPLE.name: _ids_digest(store)} | {
-        n: store.digest(n, 0) for n in store.arrays if not ARRAYS[n].is_sharded
-    }
+def whole_digests(store: Store, stage: str) -> dict[str, str]:
+    """Digests of what no ledger speaks of, for a stage's manifest: whole arrays, and the ids."""
+    ids = {SAMPLE.name: _ids_digest(store)} if stage == SAMPLE.stage else {}
+    return ids | {n: store.digest(n, 0) for n in _whole(store) if ARRAYS[n].stage == stage}
+
+
+def _whole(store: Store) -> list[str]:
+    return [name for name in store.arrays if not ARRAYS[name].is_sharded]
 
 
 def _ids_digest(store: Store) -> str:
@@ -117,8 +121,8 @@ def _ids_digest(store: Store) -> str:
 
 
 def check_whole(store: Store, manifest: Mapping[str, Any]) -> None:
-    """Compares ids and whole arrays with a manifest's `whole`. Raises: CorruptShard."""
-    found = whole_digests(store)
+    """Compares ids and whole arrays with what their stage's manifest says. Raises: CorruptShard."""
+    found = whole_digests(store, str(manifest.get("stage", SAMPLE.stage)))
     for name, digest in dict(manifest.get("whole") or {}).items():
         if found.get(name) != digest:
             raise damaged(store.data / name, name, 0, FOREIGN)
@@ -126,16 +130,16 @@ def check_whole(store: Store, manifest: Mapping[str, Any]) -> None:
 
 def _whole_arrays(store: Store) -> Iterator[Finding]:
     """The sample ids and the arrays without a sample axis: no ledger speaks of them, the manifest does."""
-    recorded = dict((read_manifest(_manifest(store, "extract")) or {}).get("whole") or {})
+    recorded: dict[str, str] = {}
+    for stage in {SAMPLE.stage, *(ARRAYS[name].stage for name in _whole(store))}:
+        recorded |= dict((read_manifest(_manifest(store, stage)) or {}).get("whole") or {})
     todo = f"Delete {store.path} and run extract again."
     try:
         if recorded.get(SAMPLE.name, _ids_digest(store)) != _ids_digest(store):
             yield Finding("changed", str(store.data / "sample"), FOREIGN, todo)
     except CacheError as error:
         yield Finding("corrupt", str(store.data / "sample"), _reason(error), todo)
-    for name in store.arrays:
-        if ARRAYS[name].is_sharded:
-            continue
+    for name in _whole(store):
         todo = _redo(store, ARRAYS[name].stage)
         try:
             values = store.read_whole(name)

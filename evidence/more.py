@@ -17,8 +17,9 @@ from evidence.variants import (
     run_names,
     varied,
 )
-from pipeline.config import Config, config_fingerprint
+from pipeline.config import Config
 from pipeline.looking.facts import elapsed_s, human_seconds, losses
+from pipeline.running.table import config_fingerprint
 
 TARGET = "ablations_more"
 

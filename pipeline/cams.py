@@ -13,8 +13,7 @@ Axes: n rows of a shard, B images of one size, K classes in an image at most, g_
 from __future__ import annotations
 
 import functools
-import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -22,76 +21,67 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cache.ledger import lock, refuse_if_locked
 from cache.store import Store
-from cache.verify import OK, read_recorded
-from pipeline.config import Cams, Config, ConfigError, digest, fingerprint
-from pipeline.data.base import DataSet, Sample, data_of
+from cache.verify import OK
+from pipeline.config import Cams, Config, ConfigError
+from pipeline.data.base import DataSet, Sample
 from pipeline.data.words import background_names, fused_name
 from pipeline.learning.batches import FULL_CONFIDENCE, refuse_unseen
 from pipeline.ops import pamr
 from pipeline.ops.masks import class_scores, fitted_size
-from pipeline.running.console import say
-from pipeline.running.engine import Job
-from pipeline.running.labels import checked_tags, make_shards, record_labels, summary_of
-from pipeline.running.manifests import asked_of, finish, found_manifest, required_manifest
-from pipeline.running.rows import current_samples, samples_of, stamps_of
+from pipeline.running.shards import Made, Part, Run, ShardStage, run_stage
 from pipeline.teaching import crf
 from pipeline.teaching.encode import DECODE_THREADS
 from pipeline.teaching.maps import explained_maps, explained_teacher, fitted, text_features
+from pipeline.teaching.names import checked_tags
 from pipeline.teaching.seeds import add_refined, add_seeds, new_stats, summarise
 
 NO_CLASS = 255  # in cam_class: no further class in this image
 
 
 def cams(config: Config, *, workers: int = 0, scheduler: str | None = None) -> dict[str, Any]:
-    """Runs the stage to its end, or finds it there; returns the manifest with its summary.
+    """Runs the stage to its end, or finds it there; returns the manifest with its summary. Raises: see run_stage."""
+    return run_stage("cams", config, workers=workers, scheduler=scheduler)
 
-    Raises: MissingCache, StaleCache, CorruptShard, DataError, ConfigError (a data set without a background class).
-    """
-    data = data_of(config.data)  # what is wrong with it is said before what is stale
-    above = required_manifest(config, "extract")
-    manifest = found_manifest(config, "cams")
-    if manifest is None:
-        refuse_if_locked(config.cache_path)  # below every mask is looked at
-    if data.background is None:
-        raise ConfigError(
-            f"data.kind {config.data.kind!r} as configured has no background class, and CAMs compete with one: set "
-            "data.background, or in a folder's dataset.yaml call a class background."
-        )
-    refuse_unseen(data)
-    if config.cams.refine == "crf":
-        crf.required()  # before an hour is spent
-    names = {"background": background_names(config.cams.background), "classes": _words(config.cams, data)}
-    identity = fingerprint(config, "cams", above["fingerprint"], names)
-    store = Store.open(config.cache_path)
-    samples = current_samples(config, data, store)
-    stamps = stamps_of(data, samples, "labels")
-    content = digest([identity, above["content"], stamps])
-    if manifest is not None and manifest.get("content") == content and "summary" in manifest:
-        finish(config, "cams", manifest | asked_of(config, "cams"))
-        say(f"cams: nothing to do, {len(samples)} images have CAMs")
-        return manifest
-    with lock(config.cache_path, "cams"):
-        store = Store.open(config.cache_path)
-        store.add_arrays(written_arrays(config.cams), _axis_sizes(config, data), replace=True)
-        job = Job(config, identity)
-        entries = make_shards("cams", cams_shard, job, store, stamps, workers=workers, scheduler=scheduler)
-        manifest = {
-            "stage": "cams",
-            "fingerprint": identity,
-            "content": content,
-            **asked_of(config, "cams"),
-            "arrays": list(written_arrays(config.cams)),
-            "upstream": above["fingerprint"],
-            "num_samples": store.num_samples,
-            "num_shards": store.num_shards,
-            "summary": summary_of("cams", store, entries, summarise),
-            "digests": digest([entry["digests"] for entry in entries]),
-        }
-        store.update_attributes("cams", {"fingerprint": identity, **names, "power": config.cams.power})
-        finish(config, "cams", manifest)
-    return manifest
+
+class ActivationMaps(ShardStage):
+    """Images and their tags in, refined class activation maps out."""
+
+    name, makes = "cams", "CAMs"
+
+    def facts(self, run: Run) -> dict[str, Any]:
+        """Raises: ConfigError for a data set without a background class, DataError for one with unseen classes."""
+        section, data = run.config.cams, run.data
+        if data.background is None:
+            raise ConfigError(
+                f"data.kind {run.config.data.kind!r} as configured has no background class, and CAMs compete with one: "
+                "set data.background, or in a folder's dataset.yaml call a class background."
+            )
+        refuse_unseen(data)
+        if section.refine == "crf":
+            crf.required()  # before an hour is spent
+        return {"background": background_names(section.background), "classes": _words(section, data)}
+
+    def arrays(self, config: Config) -> tuple[str, ...]:
+        return written_arrays(config.cams)
+
+    def sizes(self, run: Run, store: Store) -> dict[str, int]:
+        """The grid of the largest image allowed, and room for every class: the rest is zeros."""
+        section = run.config.cams
+        patch = explained_teacher(run.config.teacher, section).patch
+        side = fitted_size(section.max_side, section.max_side, section.max_side, patch)[0] // patch
+        num = len(run.data.classes) - 1
+        return {"K_max": num, "g_h": side, "g_w": side, "H": side * patch, "W": side * patch}
+
+    def make(self, part: Part) -> Made:
+        is_ok = part.read("extract", ("status",))["status"] == OK
+        return Made(*shard_maps(part.config, part.data, part.samples, is_ok, part.store, part.tick))
+
+    def summary(self, run: Run, stats: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        return summarise(stats)
+
+    def attributes(self, run: Run) -> dict[str, Any]:
+        return {**self.facts(run), "power": run.config.cams.power}
 
 
 def written_arrays(section: Cams) -> tuple[str, ...]:
@@ -104,26 +94,6 @@ def written_arrays(section: Cams) -> tuple[str, ...]:
         *debug,
         *(("mask", "confidence") if section.refine != "none" else ()),
     )
-
-
-def _axis_sizes(config: Config, data: DataSet) -> dict[str, int]:
-    """The grid of the largest image allowed, and room for every class: the rest is zeros."""
-    patch = explained_teacher(config.teacher, config.cams).patch
-    side = fitted_size(config.cams.max_side, config.cams.max_side, config.cams.max_side, patch)[0] // patch
-    return {"K_max": len(data.classes) - 1, "g_h": side, "g_w": side, "H": side * patch, "W": side * patch}
-
-
-def cams_shard(job: Job, shard: int, *, tick: Any = None) -> int:
-    """Makes, writes and records the CAMs of one shard; returns its row count."""
-    began, config = time.time(), job.config
-    data, store = data_of(config.data), Store.open(config.cache_path)
-    rows = store.rows(shard)
-    samples = samples_of(data, store, rows)
-    made = read_recorded(store, shard, {"extract": store.fact(str, "fingerprint")}, ("status",))
-    blocks, stats = shard_maps(config, data, samples, made["status"] == OK, store, tick)
-    digests = {name: store.write_shard(name, shard, block) for name, block in blocks.items()}
-    record_labels("cams", job, store, shard, {"digests": digests, "stats": stats}, began)
-    return len(rows)
 
 
 def shard_maps(

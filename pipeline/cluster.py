@@ -9,8 +9,7 @@ was written, compares it with the record of it, and sums up.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,106 +17,105 @@ import torch
 from torch import Tensor
 
 from cache.errors import damaged
-from cache.ledger import Ledger, lock, refuse_if_locked
+from cache.ledger import Ledger
 from cache.schema import ARRAYS
 from cache.store import SIDES, Store
-from cache.verify import NOT_NAMED, OK, read_recorded
-from pipeline.config import Config, digest, fingerprint
-from pipeline.data.base import data_of
-from pipeline.data.survey import never_seen
+from cache.verify import NOT_NAMED, OK
+from pipeline.config import Config
+from pipeline.data.survey import Seen, never_seen
 from pipeline.ops.quantise import dequantised
 from pipeline.ops.views import IGNORED
 from pipeline.running.checked import check_labels
 from pipeline.running.console import say
-from pipeline.running.engine import Job
-from pipeline.running.labels import make_shards, record_labels, summary_of
-from pipeline.running.manifests import asked_of, finish, found_manifest, required_manifest
-from pipeline.running.rows import STREAM, current_samples, is_listed, samples_of, stamps_of
+from pipeline.running.rows import is_listed
+from pipeline.running.shards import Made, Part, Run, ShardStage, run_stage
+from pipeline.running.table import STREAM
 from pipeline.teaching.names import object_names
-from pipeline.teaching.pseudo import cluster_tokens, device_name, num_centres, sum_of, written_arrays
+from pipeline.teaching.pseudo import backend_of, cluster_tokens, num_centres, sum_of, written_arrays
 from pipeline.teaching.verdict import verdict
 
 
 def cluster(config: Config, *, workers: int = 0, scheduler: str | None = None) -> dict[str, Any]:
-    """Runs the stage to its end, or finds it there; returns the manifest with its summary.
-
-    Raises: MissingCache, StaleCache, CorruptShard, DataError, ConfigError.
-    """
-    data = data_of(config.data)  # what is wrong with it is said before what is stale
-    above = required_manifest(config, "extract")
-    manifest = found_manifest(config, "cluster")
-    if manifest is None:
-        refuse_if_locked(config.cache_path)  # below every mask is looked at
-    facts: dict[str, Any] = {"unseen": data.unseen_ids}
-    if config.cluster.named_above is not None:
-        facts["text"] = above["text"]
-    identity = fingerprint(config, "cluster", above["fingerprint"], facts)
-    store = Store.open(config.cache_path)
-    samples = current_samples(config, data, store)
-    stamps = stamps_of(data, samples, "labels")
-    content = digest([identity, above["content"], stamps])
-    if manifest is not None and manifest.get("content") == content and "summary" in manifest:
-        finish(config, "cluster", manifest | asked_of(config, "cluster"))
-        say(f"cluster: nothing to do, {len(samples)} images have pseudo labels")
-        return manifest
-    labels = check_labels(config, data, [s for s in samples if is_listed(s)], is_needed=True)
-    with lock(config.cache_path, "cluster"):
-        store = Store.open(config.cache_path)
-        if config.cache.tokens != STREAM:
-            centres = {"K_c": num_centres(config.cluster, store.sizes["h"])}
-            store.add_arrays(written_arrays(config.cluster), centres, replace=True)
-        say(f"cluster: {config.cluster.backend} on {device_name(config.cluster)}")
-        work, job = confirm_shard if config.cache.tokens == STREAM else cluster_shard, Job(config, identity)
-        entries = make_shards("cluster", work, job, store, stamps, workers=workers, scheduler=scheduler)
-        summary = summary_of("cluster", store, entries, summarise)
-        summary["never_seen"] = never_seen(data, labels) if labels else []
-        summary["verdict"] = [str(complaint) for complaint in verdict(summary, config.cluster)]
-        manifest = {
-            "stage": "cluster",
-            "fingerprint": identity,
-            "content": content,
-            **asked_of(config, "cluster"),
-            "arrays": list(written_arrays(config.cluster)),
-            "upstream": above["fingerprint"],
-            "num_samples": store.num_samples,
-            "num_shards": store.num_shards,
-            "backend": config.cluster.backend,
-            "device": device_name(config.cluster),
-            "summary": summary,
-            "digests": digest([entry["digests"] for entry in entries]),
-        }
-        store.update_attributes("cluster", {k: manifest[k] for k in ("fingerprint", "backend", "device")})
-        finish(config, "cluster", manifest)
-    return manifest
+    """Runs the stage to its end, or finds it there; returns the manifest with its summary. Raises: see run_stage."""
+    return run_stage("cluster", config, workers=workers, scheduler=scheduler)
 
 
-def cluster_shard(job: Job, shard: int, *, tick: Any = None) -> int:
-    """Makes, writes and records the pseudo labels of one shard; returns its row count."""
-    began, config = time.time(), job.config
-    data, store = data_of(config.data), Store.open(config.cache_path)
-    rows = store.rows(shard)
-    samples = samples_of(data, store, rows)
-    made = read_recorded(store, shard, {"extract": store.fact(str, "fingerprint")})
-    blocks, stats = cluster_tokens(
-        config.cluster,
-        data,
-        samples,
-        made["view"],
-        made["status"] == 0,
-        token_reader(made["tokens"], made.get("token_scale")),
-        (store.sizes["h"], store.sizes["C"]),
-        store.fact(SIDES, "teacher", "image_size"),
-        tick,
-    )
-    if config.cluster.named_above is not None:
-        text, most = torch.from_numpy(store.read_whole("text")), store.sizes["K_c"]
-        is_ok = made["status"] == OK
-        names = object_names(config, data, samples, made["view"], blocks["pseudo"], is_ok, text, most)
-        names[~is_ok] = ARRAYS["named"].fill
-        blocks["named"] = names
-    digests = {name: store.write_shard(name, shard, block) for name, block in blocks.items()}
-    record_labels("cluster", job, store, shard, {"digests": digests, "stats": stats}, began)
-    return len(rows)
+class Clustering(ShardStage):
+    """Dense tokens in, pseudo labels out."""
+
+    name, makes = "cluster", "pseudo labels"
+
+    def facts(self, run: Run) -> dict[str, Any]:
+        facts: dict[str, Any] = {"unseen": run.data.unseen_ids}
+        return facts if run.config.cluster.named_above is None else facts | {"text": run.above["text"]}
+
+    def look(self, run: Run) -> Seen | None:
+        listed = [sample for sample in run.samples if is_listed(sample)]
+        return check_labels(run.config, run.data, listed, is_needed=True)
+
+    def arrays(self, config: Config) -> tuple[str, ...]:
+        return tuple(written_arrays(config.cluster))
+
+    def sizes(self, run: Run, store: Store) -> dict[str, int] | None:
+        if run.config.cache.tokens == STREAM:
+            return None
+        return {"K_c": num_centres(run.config.cluster, store.sizes["h"])}
+
+    def begin(self, run: Run) -> None:
+        backend = backend_of(run.config.cluster)
+        say(f"cluster: {backend.name} on {backend.device}")
+
+    def make(self, part: Part) -> Made:
+        if part.config.cache.tokens == STREAM:
+            return _confirmed(part)
+        section, store, made = part.config.cluster, part.store, part.read("extract")
+        blocks, stats = cluster_tokens(
+            section,
+            part.data,
+            part.samples,
+            made["view"],
+            made["status"] == OK,
+            token_reader(made["tokens"], made.get("token_scale")),
+            (store.sizes["h"], store.sizes["C"]),
+            store.fact(SIDES, "teacher", "image_size"),
+            part.tick,
+        )
+        if section.named_above is not None:
+            text, most = torch.from_numpy(store.read_whole("text")), store.sizes["K_c"]
+            is_ok = made["status"] == OK
+            names = object_names(
+                part.config, part.data, part.samples, made["view"], blocks["pseudo"], is_ok, text, most
+            )
+            names[~is_ok] = ARRAYS["named"].fill
+            blocks["named"] = names
+        return Made(blocks, stats)
+
+    def summary(self, run: Run, stats: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        found = summarise(stats)
+        found["never_seen"] = never_seen(run.data, run.looked) if run.looked else []
+        found["verdict"] = [str(complaint) for complaint in verdict(found, run.config.cluster)]
+        return found
+
+    def says(self, run: Run) -> dict[str, Any]:
+        backend = backend_of(run.config.cluster)
+        return {"backend": backend.name, "device": backend.device}
+
+    attributes = says
+
+
+def _confirmed(part: Part) -> Made:
+    """A shard that extraction has clustered, read and compared. Raises: CorruptShard when it isn't what it wrote."""
+    store, ledger = part.store, Ledger(part.store.path, "extract")
+    made = ledger.entry(part.shard) or {}
+    digests = {name: made.get("digests", {}).get(name) for name in written_arrays(part.config.cluster)}
+    for name, wanted in digests.items():
+        if store.digest(name, part.shard) != wanted:
+            raise damaged(store.data / name, name, part.shard, "it is not what extract has recorded")
+    if "stats" not in made:
+        raise damaged(ledger.path(part.shard), "pseudo", part.shard, NOT_NAMED)
+    if part.tick:
+        part.tick(len(part.samples))
+    return Made({}, made["stats"], digests)
 
 
 def token_reader(kept: np.ndarray, scale: np.ndarray | None) -> Callable[[int], Tensor]:
@@ -129,26 +127,7 @@ def token_reader(kept: np.ndarray, scale: np.ndarray | None) -> Callable[[int], 
     return lambda row: dequantised(tokens[row], scales[row])
 
 
-def confirm_shard(job: Job, shard: int, *, tick: Any = None) -> int:
-    """Records a shard that extraction has clustered, after reading it and comparing; returns its row count.
-
-    Raises: CorruptShard when it isn't what extraction wrote.
-    """
-    began, store = time.time(), Store.open(job.config.cache_path)
-    rows, made = store.rows(shard), Ledger(job.config.cache_path, "extract").entry(shard) or {}
-    digests = {name: made.get("digests", {}).get(name) for name in written_arrays(job.config.cluster)}
-    for name, wanted in digests.items():
-        if store.digest(name, shard) != wanted:
-            raise damaged(store.data / name, name, shard, "it is not what extract has recorded")
-    if "stats" not in made:
-        raise damaged(Ledger(store.path, "extract").path(shard), "pseudo", shard, NOT_NAMED)
-    record_labels("cluster", job, store, shard, {"digests": digests, "stats": made["stats"]}, began)
-    if tick:
-        tick(len(rows))
-    return len(rows)
-
-
-def summarise(parts: list[dict[str, Any]]) -> dict[str, Any]:
+def summarise(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What `cluster` prints at its end; shares in percent, purity None where labels aren't known."""
     total = {name: np.array(value) for name, value in sum_of(parts).items()}
     objects, tokens = total["objects"], total["tokens"]

@@ -1,7 +1,7 @@
-"""The one schema of a run: YAML in, checked values out, and the fingerprint of every stage.
+"""The one schema of a run: YAML in, checked values out.
 
-Defaults live here and nowhere else. `config_fingerprint` says what a config asks of a stage (the
-Snakefile's trigger), `fingerprint` what the stage makes of it: facts about the data included.
+Defaults live here and nowhere else. Each key says itself whether it is `content`, which enters the fingerprint of the
+stages that read its section, or stands `aside`. Which sections a stage reads is in the table of stages.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
 
 from pipeline.reading import NOT_TEXT, Unreadable, read_yaml
 
@@ -86,6 +88,16 @@ class Section(BaseModel):
         return value
 
 
+def content(default: Any = PydanticUndefined, **options: Any) -> Any:
+    """A key that says what a stage makes: it enters the stage's fingerprint, unless it is at its default."""
+    return Field(default, json_schema_extra={"is_content": True}, **options)
+
+
+def aside(default: Any = PydanticUndefined, **options: Any) -> Any:
+    """A key of speed, place or bookkeeping: it enters no fingerprint, and changing it runs nothing again."""
+    return Field(default, json_schema_extra={"is_content": False}, **options)
+
+
 def _inside(value: Any) -> Iterator[Any]:
     """A value's leaves, itself if it is one."""
     if isinstance(value, Mapping):
@@ -109,11 +121,20 @@ def _kinds(annotation: Any) -> set[Any]:
     return {annotation}.union(*map(_kinds, inner)) if inner else {annotation}
 
 
+# What an option of a data set bears on. One that isn't here bears on all that is made of the data set.
+DATA_OPTIONS = {
+    "root": "place",  # of which a cache needs none: ids and stamps say what it holds
+    **dict.fromkeys(("train", "limit", "train_list"), "samples"),  # which there are, not what any of them is
+    **dict.fromkeys(("unseen", "split", "tags"), "labels"),
+    **dict.fromkeys(("test_seed", "test", "test_list"), "test"),
+}
+
+
 class Data(Section):
     """Which data set; the options beside `kind` are the data set's own (see pipeline/data)."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
-    kind: str = Field("demo", description="the data set; its own options are below")
+    kind: str = content("demo", description="the data set; its own options are below")
 
     @model_validator(mode="before")
     @classmethod
@@ -132,32 +153,32 @@ class Data(Section):
 class TeacherSection(Section):
     """The frozen CLIP. `model` and `pretrained` are open_clip's; `local-dir:` models bring their weights."""
 
-    model: str = Field(
+    model: str = content(
         "ViT-B-16-quickgelu", description="an open_clip model, local-dir:folder or hf-hub:repo"
     )
-    pretrained: str | None = Field("openai", description="an open_clip tag or a checkpoint file")
-    quick_gelu: bool | None = Field(
+    pretrained: str | None = content("openai", description="an open_clip tag or a checkpoint file")
+    quick_gelu: bool | None = content(
         None, description="must be stated for a checkpoint file, which can't tell"
     )
-    image_size: int = Field(512, ge=16, le=MAX_SIDE, description="side of a view in pixels (paper: 512)")
-    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="of the whole model")
-    batch: int = Field(
+    image_size: int = content(512, ge=16, le=MAX_SIDE, description="side of a view in pixels (paper: 512)")
+    precision: Literal["fp32", "bf16", "fp16"] = content("fp32", description="of the whole model")
+    batch: int = content(
         8,
         ge=1,
         le=MAX_BATCH,
         description="views per forward, padded to this size so that rows don't depend on it",
     )
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
+    device: str = aside("auto", description="auto, cpu, cuda, cuda:1, ...")
 
 
 class Text(Section):
     """Class text features: from the teacher with these templates, or from a file of features."""
 
-    templates: str | list[str] = Field(
+    templates: str | list[str] = content(
         "single", description="a named set of pipeline/data/prompts.py or a list"
     )
-    features: str | None = Field(None, description=".npy of shape (K, C), classes in the data set's order")
-    synonyms: str | dict[str, list[str]] = Field(
+    features: str | None = content(None, description=".npy of shape (K, C), classes in the data set's order")
+    synonyms: str | dict[str, list[str]] = content(
         default_factory=dict,
         description="names that stand for a class in its prompts: averaged for training, the best of them counts on "
         "another data set; what a background is, say; or a named set: maskclip (airplane, dining table, brick wall)",
@@ -165,7 +186,7 @@ class Text(Section):
 
 
 class Views(Section):
-    num: int = Field(
+    num: int = content(
         4,
         ge=1,
         le=255,
@@ -174,13 +195,13 @@ class Views(Section):
 
 
 class CacheSection(Section):
-    path: str | None = Field(None, description="a folder or an fsspec URL; default runs/<name>/cache")
-    tokens: Literal["float16", "int8", "stream", "pooled"] = Field(
+    path: str | None = aside(None, description="a folder or an fsspec URL; default runs/<name>/cache")
+    tokens: Literal["float16", "int8", "stream", "pooled"] = content(
         "float16",
         description="how dense tokens are kept; stream: clustered in memory, never kept; pooled: their mean alone, "
         "which is all that clip_es needs",
     )
-    max_bad: int = Field(10, ge=0, description="more quarantined images than this stop extract")
+    max_bad: int = aside(10, ge=0, description="more quarantined images than this stop extract")
 
     @field_validator("path")
     @classmethod
@@ -191,68 +212,72 @@ class CacheSection(Section):
 class Cluster(Section):
     """Pseudo labels: multi-scale K-means and mask fusion (eq. 4-5, Algorithm 1)."""
 
-    sizes: tuple[Annotated[int, Field(ge=1, le=MAX_SIDE)], ...] = Field(
+    sizes: tuple[Annotated[int, Field(ge=1, le=MAX_SIDE)], ...] = content(
         (3, 7),
         min_length=1,
         max_length=MAX_LISTED,
         description="windows per side at each scale (section 3.3)",
     )
-    window: Literal["grid", "tokens"] = Field("grid", description="the two readings of eq. 4-5")
-    iterations: int = Field(20, ge=1, le=MAX_ITERATIONS, description="at most this many of Lloyd's (settled)")
-    threshold: float = Field(0.8, gt=0, lt=1, description="lambda of Algorithm 1 (section 4.2)")
-    backend: Literal["faiss", "torch"] = Field("faiss", description="torch: a whole shard at once, for GPUs")
-    device: str = Field("auto", description="auto takes a GPU when there is one")
-    named_above: float | None = Field(
+    window: Literal["grid", "tokens"] = content("grid", description="the two readings of eq. 4-5")
+    iterations: int = content(
+        20, ge=1, le=MAX_ITERATIONS, description="at most this many of Lloyd's (settled)"
+    )
+    threshold: float = content(0.8, gt=0, lt=1, description="lambda of Algorithm 1 (section 4.2)")
+    backend: Literal["faiss", "torch"] = content(
+        "faiss", description="torch: a whole shard at once, for GPUs"
+    )
+    device: str = aside("auto", description="auto takes a GPU when there is one")
+    named_above: float | None = content(
         None,
         ge=0,
         le=1,
         description="name potential objects after the unseen classes that an image is tagged with, where the mean of "
         "the tag's refined CAM is at least this (0.3; weakly supervised); null is zero-shot",
     )
-    distance: Literal["euclidean"] | None = Field(
+    distance: Literal["euclidean"] | None = content(
         None, description="null: cosine, spherical K-means (settled); euclidean: plain means, in torch"
     )
-    debug: bool = Field(False, description="keep centroids and the map before fusion too")
+    debug: bool = content(False, description="keep centroids and the map before fusion too")
 
 
 class Cams(Section):
     """CLIP-ES: refined class activation maps of image-level labels (method section 11)."""
 
-    template: str = Field("a clean origami {}.", description="of foreground and background (CLIP-ES)")
-    synonyms: str | dict[str, str] = Field(
+    template: str = content("a clean origami {}.", description="of foreground and background (CLIP-ES)")
+    synonyms: str | dict[str, str] = content(
         default_factory=dict, description="what a class is called in the sentence; or a named set"
     )
-    background: str | list[str] = Field(
+    background: str | list[str] = content(
         "voc",
         description="names that the background may be, each its own class in the softmax; or a named set",
     )
-    blocks: int = Field(8, ge=1, description="last blocks whose attention is averaged (CLIP-ES)")
-    sinkhorn: int = Field(3, ge=0, le=1000, description="rounds of columns, then rows (CLIP-ES)")
-    box_threshold: float = Field(
+    blocks: int = content(8, ge=1, description="last blocks whose attention is averaged (CLIP-ES)")
+    sinkhorn: int = content(3, ge=0, le=1000, description="rounds of columns, then rows (CLIP-ES)")
+    box_threshold: float = content(
         0.4, gt=0, lt=1, description="share of a CAM's maximum that its boxes hold: 0.4 VOC, 0.7 COCO"
     )
-    refine: Literal["none", "pamr", "crf"] = Field("none", description="of the masks, at pixels")
-    power: float = Field(1.0, gt=0, description="of the background score (1 - max)^power")
-    max_side: int = Field(
+    refine: Literal["none", "pamr", "crf"] = content("none", description="of the masks, at pixels")
+    power: float = content(1.0, gt=0, description="of the background score (1 - max)^power")
+    max_side: int = content(
         1024, ge=16, le=4 * MAX_SIDE, description="longer images are made smaller, in pixels"
     )
-    batch: int = Field(4, ge=1, le=MAX_BATCH, description="images of one size in a forward")
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="of forward and backward")
-    device: str = Field("auto", description="auto, cpu, cuda, ...")
-    debug: bool = Field(False, description="keep the maps before their refinement too")
+    batch: int = content(4, ge=1, le=MAX_BATCH, description="images of one size in a forward")
+    precision: Literal["fp32", "bf16"] = content("fp32", description="of forward and backward")
+    device: str = aside("auto", description="auto, cpu, cuda, ...")
+    debug: bool = content(False, description="keep the maps before their refinement too")
 
 
 class Student(Section):
     """Any segmentation_models_pytorch decoder over any timm encoder; C dense channels at stride 4."""
 
-    arch: str = Field("Segformer", description="a decoder of segmentation_models_pytorch")
-    encoder: str = Field("mit_b0", description="an encoder of it; tu-<name> is timm's <name>")
-    encoder_weights: str | None = Field("imagenet", description="null trains from scratch")
-    weights: str | None = Field(None, description="a local file of encoder weights instead")
-    options: dict[str, Any] = Field(default_factory=dict, description="more arguments of the decoder")
-    mean: tuple[float, float, float] = Field((0.485, 0.456, 0.406), description="ImageNet, timm's default")
-    std: tuple[float, float, float] = Field((0.229, 0.224, 0.225), description="ImageNet, timm's default")
-    classifier: Literal["text", "learned"] = Field(
+    arch: str = content("Segformer", description="a decoder of segmentation_models_pytorch")
+    encoder: str = content("mit_b0", description="an encoder of it; tu-<name> is timm's <name>")
+    encoder_weights: str | None = content("imagenet", description="null trains from scratch")
+    weights: str | None = content(None, description="a local file of encoder weights instead")
+    options: dict[str, Any] = content(default_factory=dict, description="more arguments of the decoder")
+    mean: tuple[float, float, float] = content((0.485, 0.456, 0.406), description="ImageNet, timm's default")
+    std: tuple[float, float, float] = content((0.229, 0.224, 0.225), description="ImageNet, timm's default")
+    classifier: Literal["text", "learned"] = content(
         "text", description="what dense features are multiplied with: text features, or weights (closed set)"
     )
 
@@ -260,102 +285,107 @@ class Student(Section):
 class LossWeights(Section):
     """Eq. 11-12; focal's 100 and dice's 1 are ZegCLIP's (method section 7)."""
 
-    glm: float = Field(1.0, ge=0, alias="global", description="of L_global (eq. 3)")
-    generate: float = Field(1.0, ge=0, description="of L_generate (eq. 8)")
-    ce: float = Field(1.0, ge=0, description="of cross-entropy (eq. 10)")
-    focal: float = Field(100.0, ge=0, description="of the focal loss (ZegCLIP)")
-    dice: float = Field(1.0, ge=0, description="of the dice loss (ZegCLIP)")
+    glm: float = content(1.0, ge=0, alias="global", description="of L_global (eq. 3)")
+    generate: float = content(1.0, ge=0, description="of L_generate (eq. 8)")
+    ce: float = content(1.0, ge=0, description="of cross-entropy (eq. 10)")
+    focal: float = content(100.0, ge=0, description="of the focal loss (ZegCLIP)")
+    dice: float = content(1.0, ge=0, description="of the dice loss (ZegCLIP)")
 
 
 class Validate(Section):
     """Held-out training images, scored on seen classes alone: unseen labels never choose a model."""
 
-    fraction: float = Field(0.0, ge=0, lt=1, description="share of the training images held out; 0 is off")
-    every: int = Field(500, ge=1, description="iterations between two validations")
-    patience: int = Field(
+    fraction: float = content(0.0, ge=0, lt=1, description="share of the training images held out; 0 is off")
+    every: int = content(500, ge=1, description="iterations between two validations")
+    patience: int = content(
         0, ge=0, description="validations in a row without a better score that end training; 0: none do"
     )
-    use: Literal["best", "last"] = Field("best", description="the student that eval takes")
+    use: Literal["best", "last"] = content("best", description="the student that eval takes")
+
+
+# The words of ops/losses.POOLINGS and models/vla.VARIANTS: this file loads no torch, so a test holds them together.
+Pooling = Literal["attention", "max", "mean"]
+Adapter = Literal["transformer", "mlp", "original"]
 
 
 class Train(Section):
-    iterations: int = Field(
+    iterations: int = content(
         20_000, ge=1, le=MAX_ITERATIONS, description="20k VOC, 40k Context, 80k COCO-Stuff (section 4.1)"
     )
-    batch: int = Field(16, ge=1, le=MAX_BATCH, description="per run, all processes together (section 4.1)")
-    lr: float = Field(6e-5, gt=0, description="mmseg's SegFormer schedule, as the three below")
-    weight_decay: float = Field(0.01, ge=0, description="of AdamW; 0 on norms, biases and positions")
-    head_lr_factor: float = Field(10.0, gt=0, description="decoder, head and VLA learn so much faster")
-    warmup: int = Field(1500, ge=0, description="linear, iterations")
-    power: float = Field(1.0, gt=0, description="of the poly decay")
-    seed: int = Field(0, ge=0, lt=2**32, description="of first weights, order, flips and colours")
-    confidence: float = Field(
+    batch: int = content(16, ge=1, le=MAX_BATCH, description="per run, all processes together (section 4.1)")
+    lr: float = content(6e-5, gt=0, description="mmseg's SegFormer schedule, as the three below")
+    weight_decay: float = content(0.01, ge=0, description="of AdamW; 0 on norms, biases and positions")
+    head_lr_factor: float = content(10.0, gt=0, description="decoder, head and VLA learn so much faster")
+    warmup: int = content(1500, ge=0, description="linear, iterations")
+    power: float = content(1.0, gt=0, description="of the poly decay")
+    seed: int = content(0, ge=0, lt=2**32, description="of first weights, order, flips and colours")
+    confidence: float = content(
         0.95, ge=0, le=1, description="pixels of clip_es below it don't count (0.95 after the CRF)"
     )
-    views: int | None = Field(None, ge=1, description="use only the first so many cached views; null: all")
-    glm: Literal["attention", "max", "mean", "off"] = Field(
+    views: int | None = content(None, ge=1, description="use only the first so many cached views; null: all")
+    glm: Literal[Pooling, "off"] = content(
         "attention", description="how dense features become a predicted CLS token (eq. 1-2; Table 4)"
     )
-    glm_length: float | None = Field(
+    glm_length: float | None = content(
         None,
         gt=0,
         description="length of the CLS tokens in eq. 1, whose softmax it sharpens; null: the teacher's own",
     )
-    tau: float = Field(0.07, gt=0, description="InfoNCE's temperature (settled: CLIP's initial one)")
-    bank: int = Field(24, ge=0, le=MAX_BANK, description="n, iterations of CLS tokens kept (section 4.2)")
-    negatives: int | None = Field(
+    tau: float = content(0.07, gt=0, description="InfoNCE's temperature (settled: CLIP's initial one)")
+    bank: int = content(24, ge=0, le=MAX_BANK, description="n, iterations of CLS tokens kept (section 4.2)")
+    negatives: int | None = content(
         None,
         ge=1,
         le=MAX_NEGATIVES,
         description="so many drawn anew each iteration from all cached CLS tokens; null: the bank",
     )
-    vla: Literal["transformer", "mlp", "original"] = Field(
+    vla: Adapter = content(
         "transformer", description="what makes classifiers of potential objects (section 3.3; Table 5)"
     )
-    potential: bool = Field(True, description="off: the ignored area stays ignored, seen labels only")
-    potentials: Literal["batch", "image"] = Field("batch", description="batch is eq. 9 as printed")
-    nel: Literal["all", "seen", "off"] = Field("all", description="what focal and dice cover")
-    potential_ce: bool = Field(True, description="cross-entropy on potential objects too")
-    generate: bool = Field(True, description="L_generate, eq. 8")
-    loss_grid: Literal["stride4", "full"] = Field(
+    potential: bool = content(True, description="off: the ignored area stays ignored, seen labels only")
+    potentials: Literal["batch", "image"] = content("batch", description="batch is eq. 9 as printed")
+    nel: Literal["all", "seen", "off"] = content("all", description="what focal and dice cover")
+    potential_ce: bool = content(True, description="cross-entropy on potential objects too")
+    generate: bool = content(True, description="L_generate, eq. 8")
+    loss_grid: Literal["stride4", "full"] = content(
         "stride4", description="full: logits enlarged to the image, as ZegCLIP's losses have it"
     )
     weights: LossWeights = Field(default_factory=LossWeights)
-    flip: float = Field(0.5, ge=0, le=1, description="probability of a horizontal flip (mmseg)")
-    photometric: bool = Field(True, description="mmseg's PhotoMetricDistortion, student side only")
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+    flip: float = content(0.5, ge=0, le=1, description="probability of a horizontal flip (mmseg)")
+    photometric: bool = content(True, description="mmseg's PhotoMetricDistortion, student side only")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = content(
         "fp32",
         description="of autocast, the losses stay float32; auto is bf16 where the machine computes in it",
     )
-    channels_last: bool = Field(True, description="memory layout of the student")
-    processes: int | None = Field(
+    channels_last: bool = content(True, description="memory layout of the student")
+    processes: int | None = content(
         None,
         ge=1,
         le=MAX_PROCESSES,
         description="started by `cli.py train`; null: one, or as many as a launcher has started",
     )
-    compile: bool = Field(False, description="torch.compile of the student")
-    losses: Literal["fused", "plain"] = Field("fused", description="plain: autograd's gradients, slower")
+    compile: bool = aside(False, description="torch.compile of the student")
+    losses: Literal["fused", "plain"] = aside("fused", description="plain: autograd's gradients, slower")
     validation: Validate = Field(default_factory=Validate, alias="validate")
-    tracker: str = Field("tensorboard", description="any of accelerate's, or none")
-    pictures_every: int = Field(0, ge=0, description="iterations between pictures in the tracker; 0: none")
-    workers: int | None = Field(
+    tracker: str = aside("tensorboard", description="any of accelerate's, or none")
+    pictures_every: int = aside(0, ge=0, description="iterations between pictures in the tracker; 0: none")
+    workers: int | None = aside(
         None,
         ge=0,
         le=MAX_PROCESSES,
         description="loader processes; 0: a thread instead; null: 0, or up to 8 beside a GPU",
     )
-    views_in_memory_gb: float = Field(
+    views_in_memory_gb: float = aside(
         1.0,
         ge=0,
         description="replayed views kept for the next epochs, a training process; 0.001 a 512 x 512 view",
     )
-    threads: int | None = Field(
+    threads: int | None = aside(
         None, ge=1, le=MAX_THREADS, description="torch threads; null leaves torch's own choice"
     )
-    log_every: int = Field(50, ge=1, description="iterations between two lines of the log")
-    checkpoint_every: int = Field(2000, ge=1, description="iterations between two checkpoints")
-    keep: int = Field(2, ge=1, description="checkpoints kept")
+    log_every: int = aside(50, ge=1, description="iterations between two lines of the log")
+    checkpoint_every: int = content(2000, ge=1, description="iterations between two checkpoints")
+    keep: int = aside(2, ge=1, description="checkpoints kept")
 
     @field_validator("glm", "nel", mode="before")
     @classmethod
@@ -372,27 +402,31 @@ class Train(Section):
 
 
 class Eval(Section):
-    gamma: float = Field(1.5, description="added to unseen logits (section 4.2)")
-    gamma_sweep: tuple[float, ...] = Field(
+    gamma: float = content(1.5, description="added to unseen logits (section 4.2)")
+    gamma_sweep: tuple[float, ...] = content(
         (0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0),
         max_length=MAX_LISTED,
         description="reported beside gamma, in the same pass",
     )
-    mode: Literal["whole", "slide"] = Field("whole", description="whole: squashed to a view; slide: windows")
-    stride: float = Field(
+    mode: Literal["whole", "slide"] = content(
+        "whole", description="whole: squashed to a view; slide: windows"
+    )
+    stride: float = content(
         2 / 3,
         ge=MIN_STRIDE,
         le=1,
         description="step of sliding windows, in windows (mmseg: 341/512, or 0.8321: 426/512)",
     )
-    flip: bool = Field(False, description="average with the mirrored image (mmseg's test-time augmentation)")
-    scales: tuple[Annotated[float, Field(gt=0, le=16)], ...] = Field(
+    flip: bool = content(
+        False, description="average with the mirrored image (mmseg's test-time augmentation)"
+    )
+    scales: tuple[Annotated[float, Field(gt=0, le=16)], ...] = content(
         (),
         max_length=MAX_LISTED,
         description="average over the student's input at these sizes, [0.75, 1, 1.25]; empty: 1 alone",
     )
-    batch: int = Field(8, ge=1, le=MAX_BATCH, description="images of a forward")
-    pictures: int = Field(
+    batch: int = aside(8, ge=1, le=MAX_BATCH, description="images of a forward")
+    pictures: int = aside(
         6, ge=0, le=MAX_PICTURES, description="worst and best test images that are drawn, so many of each"
     )
 
@@ -402,20 +436,20 @@ class Eval(Section):
 
 
 class Report(Section):
-    images: int = Field(
+    images: int = content(
         24, ge=1, le=MAX_PICTURES, description="training images and test images in the gallery, each"
     )
 
 
 class Config(Section):
-    name: str = Field(
+    name: str = aside(
         "demo",
         pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9_-])?$",
         max_length=MAX_NAME,
         description="of the run, and of its folder",
     )
-    runs: str = Field("runs", description="the folder that holds the folders of runs")
-    recipe: Literal["clip_teacher", "clip_es"] = Field(
+    runs: str = aside("runs", description="the folder that holds the folders of runs")
+    recipe: Literal["clip_teacher", "clip_es"] = content(
         "clip_teacher",
         description="where labels come from: pixels of seen classes and clusters, or image tags",
     )
@@ -481,84 +515,43 @@ class Config(Section):
         return where if isinstance(where, Path) else self.run_path / "cache"
 
 
-# Which stage makes the labels that training reads.
-LABELS_FROM = {"clip_teacher": "cluster", "clip_es": "cams"}
-# What each stage reads of the config, and what it builds on; train's is cluster or cams, by recipe. `text` is the part
-# of extract that is made again by itself when class names or templates change.
-STAGES: dict[str, tuple[tuple[str, ...], str | None]] = {
-    "extract": (("data", "teacher", "views", "cache"), None),  # and cluster, where tokens stream
-    "text": (("text",), "extract"),
-    "cluster": (("data", "cluster"), "extract"),
-    "cams": (("data", "cams"), "extract"),
-    "train": (("data", "text", "student", "train"), "cluster"),
-    "eval": (("data", "eval"), "train"),
-    "report": (("report",), "eval"),
-}
-# A key at its default is in no fingerprint, so that a new version with one more key finds finished work finished.
-# So a default that changes, or a key that gets another meaning, must raise this: then everything is made again.
-MEANING = 3
-# Speed and bookkeeping, not content: changing these never re-runs a stage (but `eval`, once more, for other pictures).
-NOT_CONTENT = {
-    "teacher.device",
-    "cluster.device",
-    "cams.device",
-    "eval.batch",
-    "eval.pictures",
-    "cache.path",
-    "cache.max_bad",
-} | {
-    f"train.{key}"
-    for key in (
-        *("workers", "views_in_memory_gb", "threads", "log_every", "keep", "compile", "losses", "tracker"),
-        "pictures_every",
-    )
-}
-# Options of a data set that other stages see; of where it lies a cache needs none, ids and stamps say what it holds.
-OF_TEST = ("root", "test_seed", "test", "test_list")
-DATA_NOT_FOR = {
-    "extract": (*OF_TEST, "unseen", "split", "tags"),
-    "cluster": OF_TEST,
-    "cams": OF_TEST,
-    "train": OF_TEST,
-    "eval": ("root",),
-}
-# Options of a data set that say which samples there are, not what any of them is.
-WHICH = ("train", "limit", "train_list")
-
-
 def digest(value: Any) -> str:
     """16 hex digits of a JSON-able value."""
     text = json.dumps(value, sort_keys=True, default=str)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-def asked(config: Config, stage: str, apart_from: tuple[str, ...] = ()) -> dict[str, Any]:
-    """What the config asks of `stage` itself: dotted key -> value, without keys at their defaults.
-
-    `apart_from` names options of the data set that are left out.
-    """
-    sections, _ = STAGES[stage]
-    if stage == "extract" and config.cache.tokens == "stream":
-        sections = (*sections, "cluster")
-    if stage == "cluster" and config.cluster.named_above is not None:
-        sections = (*sections, "cams")
-    hidden = {f"data.{option}" for option in (*_hidden_options(config, stage), *apart_from)} | NOT_CONTENT
-    return {
-        key: value
-        for key, value in settings_apart_from_defaults(config).items()
-        if key.partition(".")[0] in sections and key not in hidden
-    }
-
-
 def settings_apart_from_defaults(config: Config) -> dict[str, Any]:
     """Dotted key -> value of all that isn't at its default."""
-    usual = leaves(_defaults())
+    usual = defaults()
     return {key: value for key, value in leaves(as_mapping(config)).items() if usual.get(key) != value}
 
 
 @functools.cache
-def _defaults() -> dict[str, Any]:
-    return as_mapping(Config())
+def defaults() -> dict[str, Any]:
+    """Dotted key -> default value of every key."""
+    return leaves(as_mapping(Config()))
+
+
+@functools.cache
+def aside_keys() -> frozenset[str]:
+    """The dotted keys that enter no fingerprint."""
+    return frozenset(key for key, field in fields(Config) if not is_content(field))
+
+
+def is_content(field: FieldInfo) -> bool:
+    """A key's policy. Raises: KeyError for a key that has none."""
+    return bool(dict(field.json_schema_extra or {})["is_content"])  # type: ignore[arg-type]
+
+
+def fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Dotted key and field of every key of a schema, sections walked into."""
+    for name, field in model.model_fields.items():
+        key = prefix + (field.alias or name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from fields(field.annotation, f"{key}.")
+        else:
+            yield key, field
 
 
 def as_mapping(config: Config) -> dict[str, Any]:
@@ -574,43 +567,6 @@ def leaves(value: Any, key: str = "") -> dict[str, Any]:
     for name, inner in value.items():
         found |= leaves(inner, f"{key}.{name}" if key else name)
     return found
-
-
-def config_fingerprint(config: Config, stage: str, apart_from: tuple[str, ...] = ()) -> str:
-    """Identity of what the config asks of `stage`: what it reads itself, and the same of all stages above it."""
-    upstream = LABELS_FROM[config.recipe] if stage == "train" else STAGES[stage][1]
-    above = config_fingerprint(config, upstream, apart_from) if upstream else MEANING
-    return digest([stage, asked(config, stage, apart_from), above])
-
-
-def difference(was: Mapping[str, Any], now: Mapping[str, Any], limit: int = 3) -> str:
-    """The first keys in which two `asked` differ, with both values; "" where they don't."""
-    usual = leaves(_defaults())
-    keys = [key for key in dict.fromkeys([*now, *was]) if was.get(key) != now.get(key)]
-    said = [
-        f"{key} was {was.get(key, usual.get(key))!r} and is {now.get(key, usual.get(key))!r}"
-        for key in keys[:limit]
-    ]
-    return "; ".join(said) + (f"; and {len(keys) - limit} more" if len(keys) > limit else "")
-
-
-def data_options(config: Config, stage: str) -> dict[str, Any]:
-    """The data set's options that bear on what a stage makes of one sample."""
-    hidden = (*_hidden_options(config, stage), *WHICH)
-    return {name: value for name, value in config.data.options().items() if name not in hidden}
-
-
-def _hidden_options(config: Config, stage: str) -> tuple[str, ...]:
-    is_streaming = stage == "extract" and config.cache.tokens == "stream"  # then the split enters here
-    return DATA_NOT_FOR.get("cluster" if is_streaming else stage, ())
-
-
-def fingerprint(config: Config, stage: str, upstream: str | None, facts: Mapping[str, Any]) -> str:
-    """Identity of what `stage` makes: config, the fingerprint found upstream, and facts about the data.
-
-    Options that only say which samples there are don't count; the samples are a fact.
-    """
-    return digest([config_fingerprint(config, stage, WHICH), upstream, dict(facts)])
 
 
 # --- configs that another version wrote -------------------------------------------------------------

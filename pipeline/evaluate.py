@@ -26,7 +26,7 @@ from torch import Tensor
 
 from cache.errors import CacheError, StaleCache
 from cache.files import whole_file, write_text
-from pipeline.config import LABELS_FROM, Config, UserError, config_fingerprint, fingerprint
+from pipeline.config import Config, UserError
 from pipeline.data.base import DataError, DataSet, data_of
 from pipeline.data.words import SEVERAL, key_of, names_of_classes
 from pipeline.learning.checkpoint import Checkpoint, load_student
@@ -40,6 +40,7 @@ from pipeline.running.console import say
 from pipeline.running.manifests import found_manifest, required_manifest
 from pipeline.running.provenance import provenance
 from pipeline.running.rows import check_current, different_classes
+from pipeline.running.table import config_fingerprint, fingerprint, labels_stage
 
 
 @dataclass(frozen=True)
@@ -87,10 +88,10 @@ def check_student(config: Config, data: DataSet, manifest: dict[str, Any]) -> No
         if list(was) != list(now):
             raise StaleCache(
                 f"{config.run_path}: the student was trained with other {what} than {data.name} has now: "
-                f"{different_classes(was, now)}. Run `cli.py extract`, `{LABELS_FROM[config.recipe]}` and `train` "
+                f"{different_classes(was, now)}. Run `cli.py extract`, `{labels_stage(config)}` and `train` "
                 "again; what is unchanged is not made again."
             )
-    stage = LABELS_FROM[config.recipe]
+    stage = labels_stage(config)
     labels = found_manifest(config, stage)
     if labels is None:
         return  # the cache is not here

@@ -25,20 +25,10 @@ import torch
 from cache.errors import CorruptShard, StaleCache, damaged
 from cache.files import remove
 from cache.ledger import Ledger, lock, refuse_if_locked
-from cache.schema import block_digest
+from cache.shards import block_digest
 from cache.store import Store
 from cache.verify import NOT_NAMED, OK, whole_digests
-from pipeline.config import (
-    WHICH,
-    Config,
-    asked,
-    config_fingerprint,
-    data_options,
-    difference,
-    digest,
-    fingerprint,
-    version,
-)
+from pipeline.config import DATA_OPTIONS, Config, digest, version
 from pipeline.data.base import DataError, DataSet, Sample, data_of
 from pipeline.data.prompts import prompts
 from pipeline.data.words import names_of_classes, other_names
@@ -47,11 +37,10 @@ from pipeline.models.teacher import Teacher
 from pipeline.ops.quantise import dequantised
 from pipeline.running.checked import check_labels
 from pipeline.running.console import progress, say
-from pipeline.running.engine import Job, map_shards
+from pipeline.running.engine import map_shards
 from pipeline.running.manifests import asked_of, finish, found_manifest, record_shard, reopen, save_config
 from pipeline.running.rows import (
     NOT_LISTED,
-    STREAM,
     changed_rows,
     check_unchanged,
     current_samples,
@@ -61,6 +50,17 @@ from pipeline.running.rows import (
     made_from,
     samples_of,
     span,
+)
+from pipeline.running.table import (
+    IN_CACHE,
+    SAMPLES,
+    STREAM,
+    asked,
+    below,
+    config_fingerprint,
+    data_options,
+    difference,
+    fingerprint,
 )
 from pipeline.teaching.encode import BAD_IMAGE, STORAGE, axis_sizes, mean_colour, shard_blocks, teacher_of
 from pipeline.teaching.pseudo import cluster_tokens, num_centres, sum_of, written_arrays
@@ -108,7 +108,7 @@ def extract(
     with lock(path, "extract"):
         ledger = Ledger(path, "extract")
         if not cached:  # records without the arrays that they vouch for
-            for stage in ("extract", "cluster", "cams"):
+            for stage in IN_CACHE:
                 Ledger(path, stage).clear()
         if renew:
             for shard in {shard for _, shard, _, _ in changed_rows(ledger, identity, samples, stamps)}:
@@ -131,7 +131,7 @@ def extract(
         todo = [s for s in range(store.num_shards) if not _is_whole(store, s, entries.get(s))]
         codes = _other_codes(store, entries, samples, todo)
         # From here on what is made again is not complete; labels stay complete where their tokens do.
-        for stage in ("extract", "cluster", "cams") if todo or codes else ("extract",):
+        for stage in below("extract") if todo or codes else ("extract",):
             reopen(config, stage)
         _write_text(config, data, store, features)
         _write_codes(store, ledger, codes)
@@ -144,10 +144,9 @@ def extract(
         _stop_if_too_many(
             bad, config.cache.max_bad
         )  # a run that stopped for them must not pass when repeated
-        job = Job(config, identity)
         with progress("extract", len(samples), done=kept) as advance:
             local = not workers and not scheduler
-            work = functools.partial(extract_shard, job, tick=advance if local else None)
+            work = functools.partial(extract_shard, config, identity, tick=advance if local else None)
             for entry in map_shards(work, todo, workers=workers, scheduler=scheduler):
                 if not local:
                     advance(entry["num_rows"])
@@ -171,7 +170,7 @@ def extract(
             "quarantined": dict(sorted(bad.items())),
             "arrays": [name for name in store.arrays if store.spec(name).stage == "extract"],
             "not_listed": [sample.id for sample in samples if not is_listed(sample)],
-            "whole": whole_digests(store),
+            "whole": whole_digests(store, "extract"),
             "digests": digest({s: (ledger.entry(s) or {}).get("digests") for s in range(store.num_shards)}),
         }
         finish(config, "extract", manifest)
@@ -187,9 +186,9 @@ def _asked(config: Config) -> dict[str, Any]:
 
 def _differs(config: Config, manifest: dict[str, Any], facts: dict[str, Any]) -> str:
     """Which fact of the teacher's work is another one than in the manifest, both values named."""
-    which = {f"data.{option}" for option in WHICH}
-    was = {key: value for key, value in dict(manifest.get("asked") or {}).items() if key not in which}
-    if said := difference(was, asked(config, "extract", WHICH)):
+    counted = dict(manifest.get("asked") or {}).items()
+    was = {key: value for key, value in counted if DATA_OPTIONS.get(key.removeprefix("data.")) != SAMPLES}
+    if said := difference(was, asked(config, "extract", apart_from=SAMPLES)):
         return said
     there = dict(manifest.get("facts") or {})
     for what in facts:
@@ -252,22 +251,22 @@ def _codes(samples: Sequence[Sample], quarantined: Mapping[str, str]) -> np.ndar
     )
 
 
-def extract_shard(job: Job, shard: int, *, tick: Any = None) -> dict[str, Any]:
+def extract_shard(config: Config, identity: str, shard: int, *, tick: Any = None) -> dict[str, Any]:
     """Makes, writes and records one shard; returns the number of images it made and its quarantined ones.
 
     A shard that was recorded when the data set was shorter keeps its rows and gets the new ones.
     Raises: CorruptShard when what it should keep isn't what was recorded.
     """
-    began, config = time.time(), job.config
+    began = time.time()
     data, teacher, store = data_of(config.data), teacher_of(config.teacher), Store.open(config.cache_path)
     rows = store.rows(shard)
     samples = samples_of(data, store, rows)
-    old, parts = _recorded_rows(job, store, shard)
+    old, parts = _recorded_rows(config, identity, store, shard)
     num_old = old["rows"][1] - rows.start if old else 0
     new = samples[num_old:]
     blocks, bad = shard_blocks(config, data, teacher, new, tick)
     bad = {sample.id: bad[sample.id] for sample in new if sample.id in bad and is_listed(sample)}
-    entry: dict[str, Any] = {"rows": span(rows), "fingerprint": job.fingerprint}
+    entry: dict[str, Any] = {"rows": span(rows), "fingerprint": identity}
     entry["stamps"] = old.get("stamps", []) + made_from(config, data, new)
     entry["quarantined"] = {**old.get("quarantined", {}), **bad}
     if config.cache.tokens == STREAM:
@@ -283,13 +282,15 @@ def extract_shard(job: Job, shard: int, *, tick: Any = None) -> dict[str, Any]:
     return {"num_rows": len(new), "quarantined": bad}
 
 
-def _recorded_rows(job: Job, store: Store, shard: int) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def _recorded_rows(
+    config: Config, identity: str, store: Store, shard: int
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """The record of a shard and the rows it speaks of, by array; both empty when there is none to keep."""
-    entry = Ledger(job.config.cache_path, "extract").entry(shard)
-    if entry is None or entry["fingerprint"] != job.fingerprint or not entry.keys() >= KEPT:
+    entry = Ledger(config.cache_path, "extract").entry(shard)
+    if entry is None or entry["fingerprint"] != identity or not entry.keys() >= KEPT:
         return {}, {}
     if entry["rows"][0] != store.rows(shard).start or (
-        job.config.cache.tokens == STREAM and "stats" not in entry
+        config.cache.tokens == STREAM and "stats" not in entry
     ):
         return {}, {}
     rows = np.arange(*entry["rows"])
@@ -381,7 +382,7 @@ def _text_identity(config: Config, data: DataSet) -> str:
     """What the text features rest on: class names in order, templates, synonyms, a file's bytes."""
     path = config.text.features
     file = _file_digest(Path(path)) if path and Path(path).is_file() else None
-    return digest([config_fingerprint(config, "text", WHICH), list(data.classes), file])
+    return digest([config_fingerprint(config, "text", apart_from=SAMPLES), list(data.classes), file])
 
 
 def _file_digest(path: Path) -> str:

@@ -15,8 +15,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from pipeline.config import STAGES, Config, UserError, config_fingerprint, digest, nearest_keys
+from pipeline.config import Config, UserError, digest, nearest_keys
 from pipeline.data.base import DataSet, open_data_set
+from pipeline.running.table import IN_CACHE, STAGES, above, config_fingerprint
 from pipeline.terminal import complain
 
 QUOTES = ("'", '"')
@@ -108,6 +109,24 @@ def check_paths(config: Config) -> None:
             )
 
 
+def stage_files(config: Config) -> dict[str, tuple[list[str], str]]:
+    """Of each stage the files that it stands on and the one that it writes last; by name, from the ground up."""
+    last = {}
+    for name, stage in STAGES.items():
+        if stage.last:
+            folder = config.manifest_folder if stage.in_cache else config.run_path / name
+            last[name] = (folder / stage.last).as_posix()
+    return {name: ([last[over] for over in _stands_on(config, name)], file) for name, file in last.items()}
+
+
+def _stands_on(config: Config, name: str) -> list[str]:
+    """The stage above, and if it is one of the cache those above it: text features are extract's."""
+    over = above(config, name)
+    if over is None:
+        return []
+    return [over, *(_stands_on(config, over) if STAGES[over].in_cache else [])]
+
+
 def stage_triggers(config: Config) -> dict[str, str]:
     """What Snakemake watches: the config fingerprint of every stage, and what it reads of the data set.
 
@@ -116,7 +135,7 @@ def stage_triggers(config: Config) -> dict[str, str]:
     triggers = {stage: config_fingerprint(config, stage) for stage in STAGES}
     options = json.dumps(config.data.model_dump(mode="json"), sort_keys=True)
     triggers["extract"] = digest([triggers["extract"], triggers["text"], _listing(options, "train", "image")])
-    for stage in ("cluster", "cams"):
+    for stage in (name for name in IN_CACHE if "labels" in STAGES[name].reads):
         triggers[stage] = digest([triggers[stage], _listing(options, "train", "mask")])
     triggers["eval"] = digest(
         [triggers["eval"], _listing(options, "test", "image"), _listing(options, "test", "mask")]

@@ -30,7 +30,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from cache.ledger import reading, write_manifest
-from pipeline.config import LABELS_FROM, Config, fingerprint, version
+from pipeline.config import Config, version
 from pipeline.data.base import data_of
 from pipeline.learning.batches import CachedViews, training_batches
 from pipeline.learning.checkpoint import BEST, LAST, ended, save_checkpoint, save_student
@@ -55,12 +55,11 @@ from pipeline.running.console import console, progress, say
 from pipeline.running.manifests import asked_of, found_manifest, manifest_path, required_manifest, save_config
 from pipeline.running.processes import LOST_S, end_with_parent
 from pipeline.running.rows import check_current
+from pipeline.running.table import fingerprint, labels_stage
 
 TRIAL_ITERATIONS = 10  # of a dry run
 # What torch.distributed says when a peer is gone: gloo, NCCL and the store have no error class in common.
-PEER_IS_GONE = re.compile(
-    r"gloo|nccl|connection (closed|reset)|broken pipe|process group|peer", re.IGNORECASE
-)
+PEER_IS_GONE = re.compile(r"(?i)gloo|nccl|connection (closed|reset)|broken pipe|process group|peer")
 
 
 def train(config: Config) -> dict[str, Any]:
@@ -71,7 +70,7 @@ def train(config: Config) -> dict[str, Any]:
     """
     end_with_parent()
     data = data_of(config.data)  # what is wrong with it is said before what is stale
-    above = required_manifest(config, LABELS_FROM[config.recipe])
+    above = required_manifest(config, labels_stage(config))
     extracted = required_manifest(config, "extract")
     facts = {"classes": data.classes, "unseen": data.unseen, "text": extracted["text"]}
     identity = fingerprint(config, "train", above["content"], facts)
@@ -89,9 +88,8 @@ def train(config: Config) -> dict[str, Any]:
             stack.enter_context(reading(config.cache_path))
             claim(config.run_path, identity)
         accelerator.wait_for_everyone()
-        if (
-            found := ended(config.run_path / "train" / LAST, identity)
-        ) is not None:  # its manifest was taken away
+        found = ended(config.run_path / "train" / LAST, identity)
+        if found is not None:  # its manifest was taken away
             return _nothing_to_do(config, found, is_main)
         if is_main:
             save_config(config)
@@ -126,7 +124,7 @@ def _trained(config: Config, accelerator: Accelerator, identity: str, labels: st
             f"process {accelerator.process_index}: another of the {accelerator.num_processes} training "
             "processes is gone. The last checkpoint stands, and the same command resumes from it."
         ) from None
-    if (required_manifest(config, LABELS_FROM[config.recipe])["content"]) != labels:
+    if (required_manifest(config, labels_stage(config))["content"]) != labels:
         raise TrainError(
             f"{config.cache_path}: its labels were made again while training read them, so this student is of neither. "
             "Run `cli.py train` again."
@@ -159,9 +157,8 @@ def _loop(run: Run) -> int:
     batches = batches_of(run, section.iterations)
     curve = Curve(run.folder, run.start) if is_main else None
     clock, done, is_last = Clock(), run.start, run.start >= section.iterations
-    bar = (
-        progress("train", section.iterations, done=run.start, unit="it") if is_main else nullcontext(_silent)
-    )
+    unseen = nullcontext(lambda count, note=None: None)  # the progress of a process that nobody looks at
+    bar = progress("train", section.iterations, done=run.start, unit="it") if is_main else unseen
     with bar as advance:
         while not is_last:
             values, terms = _step(run, next(batches), done, clock)
@@ -193,10 +190,6 @@ def _loop(run: Run) -> int:
         curve.close()
         say(f"train: time {clock.line()}")
     return done
-
-
-def _silent(count: int, note: str | None = None) -> None:
-    """The progress of a process that nobody looks at."""
 
 
 def _step(
@@ -276,7 +269,7 @@ def plan(config: Config) -> None:
 
     Several processes: one process's share of each batch.
     """
-    above = required_manifest(config, LABELS_FROM[config.recipe])
+    above = required_manifest(config, labels_stage(config))
     section, num = config.train, config.train.processes or 1
     run = new_run(config, open_accelerator(config, tracks=False), "", above["content"])
     prepare(run)

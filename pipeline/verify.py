@@ -10,11 +10,12 @@ from cache.ledger import Ledger
 from cache.store import Store
 from cache.verify import Finding
 from cache.verify import verify as verify_cache
-from pipeline.config import LABELS_FROM, Config, asked, config_fingerprint, difference
+from pipeline.config import Config
 from pipeline.data.base import DataError, data_of
 from pipeline.running.console import progress, say
 from pipeline.running.manifests import found_manifest
 from pipeline.running.rows import check_current, current_samples
+from pipeline.running.table import asked, config_fingerprint, difference, in_cache, labels_stage, parts_of
 
 
 def verify(config: Config) -> list[Finding]:
@@ -22,7 +23,7 @@ def verify(config: Config) -> list[Finding]:
 
     Raises: MissingCache when there is none.
     """
-    stages = ("extract", LABELS_FROM[config.recipe])
+    stages = in_cache(config)
     manifests = {stage: m for stage in stages if (m := found_manifest(config, stage)) is not None}
     recorded = sum(len(Ledger(config.cache_path, stage).entries()) for stage in stages)
     with progress("verify", recorded, unit="shards") as advance:
@@ -34,9 +35,7 @@ def verify(config: Config) -> list[Finding]:
             progress=lambda done, total: advance(1),
         )
     for stage, manifest in manifests.items():
-        for key, of in (
-            (("config", stage), ("text_config", "text")) if stage == "extract" else (("config", stage),)
-        ):
+        for key, of in (("config", stage), *((f"{part}_config", part) for part in parts_of(stage))):
             if manifest.get(key) != config_fingerprint(config, of):
                 said = difference(dict(manifest.get(key.replace("config", "asked")) or {}), asked(config, of))
                 what = (
@@ -49,7 +48,7 @@ def verify(config: Config) -> list[Finding]:
 
 def _changes(config: Config, manifests: Mapping[str, Mapping[str, Any]]) -> list[Finding]:
     """What of the data set is no longer what the cache was made from; said where the data set can't be opened."""
-    stage = LABELS_FROM[config.recipe]
+    stage = labels_stage(config)
     try:
         data = data_of(config.data)
         store = Store.open(config.cache_path)

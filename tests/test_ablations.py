@@ -27,7 +27,8 @@ from evidence.variants import (
     yes_or_no,
 )
 from evidence.verdicts import AS_PAPER, OPPOSITE, RESOLVED, UNRESOLVED, Contrast
-from pipeline.config import UserError, config_fingerprint, from_mapping, load
+from pipeline.config import UserError, from_mapping, load
+from pipeline.running.table import config_fingerprint
 from pipeline.snakefile import stage_triggers
 from pipeline.teaching.takeover import take_over
 from tests.conftest import ROOT, TINY, is_one_line_error

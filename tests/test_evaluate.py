@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.nn.functional import interpolate
 
-from pipeline.config import config_fingerprint, load
+from pipeline.config import load
 from pipeline.learning.checkpoint import Checkpoint, load_student, save_student
 from pipeline.learning.inference import squashed
 from pipeline.learning.scoring import worst_and_best
@@ -21,6 +21,7 @@ from pipeline.looking.gallery import scores_of
 from pipeline.models.student import build_student
 from pipeline.models.teacher import Teacher
 from pipeline.ops import metrics
+from pipeline.running.table import config_fingerprint
 from tests.conftest import ROOT, is_one_line_error
 
 CHANNELS, SIDE = 128, 64  # of the demo's teacher; of the student's input

@@ -130,10 +130,10 @@ def test_permission_lost_in_the_middle(whole, tmp_path, run_cli, monkeypatch, lo
     original = pipeline.extract.extract_shard
     folder = config.cache_path / lost
 
-    def extract_shard(job, shard, **options):
+    def extract_shard(config, identity, shard, **options):
         if shard == 1:
             folder.chmod(0o555)
-        return original(job, shard, **options)
+        return original(config, identity, shard, **options)
 
     with monkeypatch.context() as patch, permissions_that_count():
         patch.setattr(pipeline.extract, "extract_shard", extract_shard)

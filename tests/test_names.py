@@ -6,11 +6,11 @@ import torch
 
 from cache.store import Store
 from pipeline.cluster import cluster
-from pipeline.config import config_fingerprint
 from pipeline.data.base import data_of, open_data_set
 from pipeline.extract import extract
 from pipeline.learning.batches import CachedViews, Place
 from pipeline.ops.masks import named_labels
+from pipeline.running.table import config_fingerprint
 from pipeline.teaching.names import UNNAMED, named, on_tokens
 from pipeline.train import train
 from tests.conftest import TINY, is_one_line_error

@@ -11,12 +11,13 @@ from PIL import Image
 from torch.nn.functional import normalize
 
 from cache.store import Store
-from pipeline.config import config_fingerprint, load
+from pipeline.config import load
 from pipeline.data.base import data_of
 from pipeline.extract import extract
 from pipeline.models.teacher import Teacher
 from pipeline.ops.sharpness import sharpness
 from pipeline.prompts import select_prompt
+from pipeline.running.table import config_fingerprint
 from tests.conftest import ROOT, is_one_line_error
 
 TEXTURES = "[grass, sand, water, brick]"

@@ -15,7 +15,7 @@ from PIL import Image
 from cache.errors import MissingCache, StaleCache
 from cache.ledger import write_manifest
 from cache.store import Store
-from pipeline.config import UserError, config_fingerprint, load
+from pipeline.config import UserError, load
 from pipeline.data.base import data_of
 from pipeline.learning.checkpoint import Checkpoint, save_student
 from pipeline.looking import charts, facts, gallery, panels
@@ -24,6 +24,7 @@ from pipeline.models.student import build_student
 from pipeline.ops.views import draw_views
 from pipeline.report import inspect, report
 from pipeline.running.manifests import manifest_path, record_shard, save_config
+from pipeline.running.table import config_fingerprint
 
 ROOT = Path(__file__).parents[1]
 TRAIN, TEST, SIZE, SIDE, CHANNELS = 66, 5, 64, 8, 8  # 66 images are two shards

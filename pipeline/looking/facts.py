@@ -18,10 +18,10 @@ from cache.places import place
 from cache.records import Shape, misfit, parsed
 from cache.schema import ARRAYS
 from cache.store import Store
-from pipeline.config import LABELS_FROM, Config, UserError, as_mapping, leaves
+from pipeline.config import Config, UserError, as_mapping, leaves
 from pipeline.running.manifests import found_manifest, run_config
+from pipeline.running.table import IN_CACHE, in_cache
 
-SHARD_STAGES = ("extract", "cluster", "cams")
 SCORES = {
     "pAcc": "pAcc",
     "mIoU_S": "mIoU(S)",
@@ -125,7 +125,7 @@ def done_shards(config: Config, stage: str) -> set[int]:
 
 def array_facts(config: Config, store: Store) -> list[ArrayFact]:
     facts = []
-    done = {stage: done_shards(config, stage) for stage in SHARD_STAGES}
+    done = {stage: done_shards(config, stage) for stage in IN_CACHE}
     for name in store.arrays:
         spec = store.spec(name)
         size, per_view = store.size_bytes(name), None
@@ -146,9 +146,9 @@ def bytes_per_view(arrays: Sequence[ArrayFact]) -> float | None:
 
 
 def stage_facts(config: Config, store: Store, metrics: Mapping[str, Any] | None) -> list[StageFact]:
-    """extract, cluster or cams, train, eval, in the order in which they run."""
+    """The stages of this recipe in the order in which they run."""
     facts, sizes = [], {name: (store.spec(name).stage, store.size_bytes(name)) for name in store.arrays}
-    for stage in ("extract", LABELS_FROM[config.recipe]):
+    for stage in in_cache(config):
         ledger, done = Ledger(config.cache_path, stage), done_shards(config, stage)
         seconds = sum(float((ledger.entry(shard) or {}).get("seconds", 0)) for shard in done)
         num_images = sum(len(store.rows(shard)) for shard in done)

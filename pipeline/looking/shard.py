@@ -17,12 +17,14 @@ from rich.tree import Tree
 
 from cache.errors import CacheError
 from cache.ledger import Ledger
-from cache.schema import ARRAYS, SHARD, block_digest
+from cache.schema import ARRAYS, SHARD
+from cache.shards import block_digest
 from cache.store import Store
 from pipeline.config import UserError
-from pipeline.looking.facts import SHARD_STAGES, human_bytes
+from pipeline.looking.facts import human_bytes
 from pipeline.ops.fusion import PSEUDO_PADDING, is_object, num_objects
 from pipeline.ops.views import ANNOTATED
+from pipeline.running.table import IN_CACHE
 
 UNKNOWN = "-"
 
@@ -34,7 +36,7 @@ def shard_tree(store: Store, shard: int) -> Tree:
             f"{store.path}: no shard {shard}; there are {store.num_shards}, 0 to {store.num_shards - 1}, of "
             f"{SHARD} images each."
         )
-    rows, entries = store.rows(shard), {s: Ledger(store.path, s).entry(shard) for s in SHARD_STAGES}
+    rows, entries = store.rows(shard), {s: Ledger(store.path, s).entry(shard) for s in IN_CACHE}
     blocks: dict[str, np.ndarray] = {}
     arrays = _arrays(store, shard, entries, blocks)
     tree = Tree(

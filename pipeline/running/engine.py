@@ -11,10 +11,9 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Any
 
-from pipeline.config import Config, UserError
+from pipeline.config import UserError
 from pipeline.running.console import say
 from pipeline.running.processes import most_processes
 
@@ -24,14 +23,6 @@ RETRIES = 2
 WORKER_BYTES = 1.3e9
 SERVERS = ("scheduler", "worker")  # that answer over HTTP, too
 RECOUNT_S = 1.0  # between two looks at how many workers there are: a question to the scheduler each
-
-
-@dataclass(frozen=True)
-class Job:
-    """What a worker needs to make a shard; small and picklable."""
-
-    config: Config
-    fingerprint: str
 
 
 class EngineError(UserError):

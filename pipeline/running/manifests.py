@@ -16,63 +16,20 @@ from typing import Any
 from cache.errors import MissingCache, StaleCache
 from cache.files import remove, write_text
 from cache.header import DATA, METADATA
-from cache.ledger import MANIFEST, Ledger, read_manifest, write_manifest
+from cache.ledger import Ledger, read_manifest, write_manifest
 from cache.places import Place, place
-from pipeline.config import (
-    LABELS_FROM,
-    STAGES,
-    Config,
-    ConfigError,
-    asked,
-    config_fingerprint,
-    difference,
-    kept,
-    load,
-)
+from pipeline.config import Config, ConfigError, kept, load
 from pipeline.reading import yaml_text
-
-_PSEUDO = {
-    "views": int,
-    "objects_per_view": float,
-    "objects_histogram": {str: int},
-    "coverage": float,
-    "tokens_per_mask": float,
-    "largest_mask_share": float,
-    "purity": (float, None),
-    "verdict?": [str],
-}
-_CAMS = {
-    **dict.fromkeys(("images", "maps", "empty", "untagged"), int),
-    "seeds": ({str: {str: float}}, None),
-    "refined?": float,
-}
-_ASKED = {"asked?": dict, "arrays?": [str]}
-# Of what a stage says of itself, see cache.records; a manifest of another shape says nothing.
-SHAPES = {
-    "extract": MANIFEST | _ASKED | {"text?": str, "text_asked?": dict, "facts?": dict, "classes?": [str]},
-    "cluster": MANIFEST | _ASKED | {"summary?": _PSEUDO},
-    "cams": MANIFEST | _ASKED | {"summary?": _CAMS},
-    "train": MANIFEST | _ASKED | {"iterations?": int, "student?": str, "classes?": [str], "unseen?": [str]},
-}
-# By the stage below.
-NEEDED: dict[str, tuple[str, ...]] = dict.fromkeys(("cluster", "cams"), ("fingerprint", "content"))
-NEEDED |= {"extract": ("fingerprint", "content", "text")}
-NEEDED |= {"train": ("fingerprint", "student")}
-MANIFESTS = {
-    "extract": lambda config: place(config.cache_path) / "extract.manifest.json",
-    "cluster": lambda config: place(config.cache_path) / "cluster.manifest.json",
-    "cams": lambda config: place(config.cache_path) / "cams.manifest.json",
-    "train": lambda config: config.run_path / "train" / "train.manifest.json",
-}
+from pipeline.running.table import STAGES, above, asked, config_fingerprint, difference, parts_of
 
 
 def manifest_path(config: Config, stage: str) -> Place:
-    return MANIFESTS[stage](config)
+    return STAGES[stage].manifest(config)
 
 
 def found_manifest(config: Config, stage: str) -> dict[str, Any] | None:
     """The stage's manifest, or None when the stage never ended, or what the manifest vouches for is gone."""
-    manifest = read_manifest(manifest_path(config, stage), SHAPES[stage])
+    manifest = read_manifest(manifest_path(config, stage), STAGES[stage].shape)
     if manifest is None or not all(file.is_file() for file in _vouched_for(config, stage, manifest)):
         return None
     return manifest
@@ -112,11 +69,11 @@ def required_manifest(config: Config, stage: str) -> dict[str, Any]:
     Raises: MissingCache when it never ended, StaleCache when another config made it.
     """
     path, manifest = manifest_path(config, stage), found_manifest(config, stage)
-    if manifest is None or not all(key in manifest for key in NEEDED[stage]):
+    if manifest is None or not all(key in manifest for key in STAGES[stage].needed):
         raise MissingCache(f"{path}: `{stage}` has not been completed. Run `cli.py {stage}` first.")
     _refuse_other_config(config, stage, manifest, "config", "asked", path)
-    if stage == "extract":
-        _refuse_other_config(config, "text", manifest, "text_config", "text_asked", path)
+    for part in parts_of(stage):
+        _refuse_other_config(config, part, manifest, f"{part}_config", f"{part}_asked", path)
     return manifest
 
 
@@ -127,11 +84,11 @@ def _refuse_other_config(
     if manifest.get(key) == config_fingerprint(config, stage):
         return
     said = difference(dict(manifest.get(keys) or {}), asked(config, stage))
-    command = "extract" if stage == "text" else stage
-    above, said_above = ("", "") if said else _difference_above(config, stage)
+    command = STAGES[stage].part_of or stage
+    over, said_above = ("", "") if said else _difference_above(config, stage)
     why = said or said_above or "another version of this program made it"
-    first = above or command  # the stage to begin with: those below it would say the same
-    alone = ": it renews the text features alone" if stage == "text" else ""
+    first = over or command  # the stage to begin with: those below it would say the same
+    alone = ": it renews the text features alone" if STAGES[stage].part_of else ""
     elsewhere = "" if alone or stage == "train" else ", or point cache.path elsewhere"
     raise StaleCache(
         f"{path}: {command} was run with another config: {why}. Run `cli.py {first}` again{alone}{elsewhere}."
@@ -140,12 +97,12 @@ def _refuse_other_config(
 
 def _difference_above(config: Config, stage: str) -> tuple[str, str]:
     """The nearest stage above that was asked for something else, and what; two empty texts without one."""
-    above = LABELS_FROM[config.recipe] if stage == "train" else STAGES[stage][1]
-    if above is None:
+    over = above(config, stage)
+    if over is None:
         return "", ""
-    made = read_manifest(manifest_path(config, above), SHAPES[above]) or {}
-    said = difference(made.get("asked") or {}, asked(config, above)) if made else ""
-    return (above, said) if said else _difference_above(config, above)
+    made = read_manifest(manifest_path(config, over), STAGES[over].shape) or {}
+    said = difference(made.get("asked") or {}, asked(config, over)) if made else ""
+    return (over, said) if said else _difference_above(config, over)
 
 
 def save_config(config: Config) -> None:

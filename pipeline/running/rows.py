@@ -15,10 +15,10 @@ import numpy as np
 from cache.errors import StaleCache
 from cache.ledger import Ledger
 from cache.store import Store
-from pipeline.config import LABELS_FROM, Config
+from pipeline.config import Config
 from pipeline.data.base import DataSet, Sample
+from pipeline.running.table import STREAM, labels_stage
 
-STREAM = "stream"  # of cache.tokens: extraction clusters, and keeps no tokens
 NOT_LISTED = 2  # code in `status` of an image that the data set no longer lists
 NO_STAMP = "not listed"  # in place of the stamp of such an image
 NOWHERE = ""  # and of its path
@@ -87,7 +87,7 @@ def check_current(config: Config, data: DataSet, fingerprint: str) -> None:
 
     Raises: StaleCache naming what changed and what renews it.
     """
-    store, stage = Store.open(config.cache_path), LABELS_FROM[config.recipe]
+    store, stage = Store.open(config.cache_path), labels_stage(config)
     samples = current_samples(config, data, store)
     now, ledger = stamps_of(data, samples, "labels"), Ledger(store.path, stage)
     for entry in ledger.entries_of(fingerprint).values():

@@ -27,7 +27,8 @@ from pipeline.models.teacher import Teacher, TeacherError
 from pipeline.ops.quantise import quantised
 from pipeline.ops.views import draw_views, replay_image
 from pipeline.running.devices import device_of
-from pipeline.running.rows import STREAM, is_listed
+from pipeline.running.rows import is_listed
+from pipeline.running.table import STREAM
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 DECODE_THREADS = min(max(CORES, 2), 16)  # 16 feed an H100, 5 an A100 (docs/scale.md)

@@ -16,8 +16,7 @@ from torch import Tensor
 from torch.nn.functional import grid_sample
 
 from pipeline.config import Config
-from pipeline.data.base import IGNORE, DataSet, Sample
-from pipeline.running.labels import checked_tags
+from pipeline.data.base import IGNORE, DataError, DataSet, Sample
 from pipeline.teaching.maps import explained_maps, explained_teacher, fitted
 
 UNNAMED = 255
@@ -95,3 +94,15 @@ def _maps(
     pixels = fitted(image, config.cams, teacher.patch)[None]
     maps, _ = explained_maps(teacher, config.cams, pixels, [tags], text, text[list(others)])
     return maps[0]
+
+
+def checked_tags(data: DataSet, sample: Sample) -> tuple[int, ...]:
+    """The image-level labels of an image. Raises: DataError for one that is no class, or is the background."""
+    tags = data.tags(sample)
+    strange = [tag for tag in tags if not 0 <= tag < len(data.classes) or tag == data.background]
+    if strange:
+        raise DataError(
+            f"{data.name}: image {sample.id} has the label {strange[0]}, which is none of its "
+            f"{len(data.classes) - (data.background is not None)} foreground classes. Correct its list of labels."
+        )
+    return tuple(tags)

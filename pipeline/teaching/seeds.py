@@ -8,7 +8,7 @@ Axes: n classes of one image, g_h x g_w its token grid, K classes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -80,7 +80,7 @@ def _counts(predicted: Tensor, truth: Tensor, num_classes: int) -> np.ndarray:
     return np.stack([torch.bincount(part, minlength=num_classes).numpy() for part in parts])
 
 
-def summarise(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def summarise(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What `cams` prints at its end; seeds are mIoU in percent, None without full labels."""
     total = {name: np.sum([part[name] for part in parts], axis=0) for name in parts[0]}
     summary: dict[str, Any] = {name: int(total[name][0]) for name in ("images", "maps", "empty", "untagged")}

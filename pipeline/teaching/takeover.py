@@ -9,8 +9,9 @@ from pathlib import Path
 from cache.files import dead_partials, partial_of, remove, sync_folder, whole_file, writing
 from cache.ledger import read_manifest
 from cache.schema import ARRAYS
-from pipeline.config import Config, UserError, config_fingerprint
+from pipeline.config import Config, UserError
 from pipeline.running.console import say
+from pipeline.running.table import config_fingerprint
 
 SMALL = 4096  # bytes: what is this small is copied, such as zarr.json, of which each cache keeps its own
 

@@ -333,6 +333,7 @@ def test_nothing_is_taken_over_that_was_extracted_otherwise(cached_demo, tiny, t
     with pytest.raises(UserError, match="no finished extraction"):
         take_over(tmp_path / "nowhere", other)
     same = tiny(f"cache.path={tmp_path}/same")
+    (tmp_path / "same").mkdir()  # as Snakemake does before a job writes into it
     assert take_over(cached_demo, same)
     assert not take_over(cached_demo, same)  # it is there
 

@@ -32,7 +32,7 @@ def take_over(like: Path, config: Config) -> bool:
             "without --like."
         )
     is_same = made.get("config") == config_fingerprint(config, "extract")
-    if not is_same or not isinstance(target, Path) or os.path.lexists(target):
+    if not is_same or not isinstance(target, Path) or _holds_something(target):
         return False
     partial = partial_of(target)
     with writing(target):
@@ -51,6 +51,12 @@ def take_over(like: Path, config: Config) -> bool:
             shutil.rmtree(partial, ignore_errors=True)
     say(f"extract: {target} takes over the extraction of {like}")
     return True
+
+
+def _holds_something(target: Path) -> bool:
+    """Whether anything is there but an empty folder, such as Snakemake makes before a job writes into it."""
+    is_folder = target.is_dir() and not target.is_symlink()
+    return any(target.iterdir()) if is_folder else os.path.lexists(target)
 
 
 def _files(cache: Path) -> list[Path]:

@@ -24,9 +24,10 @@ from PIL import Image
 
 from pipeline.config import UserError
 from pipeline.data.base import MAX_PIXELS, DataError, read_image
-from pipeline.learning.segmenter import NONE, Asked, Name, Segmenter, check, parsed_names
+from pipeline.learning.segmenter import Asked, Name, Segmenter, check, parsed_names
 from pipeline.looking.overlay import Share, painted, shares
 from pipeline.looking.visitors import ANY, Door, is_loopback, is_own, listening, uploads
+from pipeline.ops.labels import IGNORE
 from pipeline.running.console import say
 
 KEEP_S = 3600  # uploads are removed when they are this old
@@ -248,10 +249,10 @@ def _table(found: list[Share], asked: Asked) -> str:
     for share in found:
         swatch = (
             '<span class="swatch hatched"></span>'
-            if share.id == NONE
+            if share.id == IGNORE
             else f'<span class="swatch" style="background: rgb{share.colour}"></span>'
         )
-        trained = "" if share.id == NONE else "yes" if asked.is_trained[share.id] else "no"
+        trained = "" if share.id == IGNORE else "yes" if asked.is_trained[share.id] else "no"
         rows.append(
             f'<tr><td>{swatch} {html.escape(share.title)}</td><td class="share">{share.percent}</td>'
             f"<td>{trained}</td></tr>"

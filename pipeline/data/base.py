@@ -28,9 +28,9 @@ from PIL import Image
 
 from pipeline.config import Data, UserError
 from pipeline.data.classes import Splits, bitwise_palette
+from pipeline.ops.labels import IGNORE, LABEL, MOST_CLASSES, counts
 
 PARTS = ("train", "test")
-IGNORE = 255  # label of a pixel without annotation, in everything that leaves this folder
 STAMP_THREADS = 8  # waiting for the disk or the network, not computing
 # PIL warns above this and reads on up to twice as much: over 1 GB a decoding thread. Here it is an error.
 MAX_PIXELS = 89_478_485  # PIL's own MAX_IMAGE_PIXELS, a quarter of a GiB of 24-bit pixels
@@ -92,7 +92,8 @@ class Sample:
 
 @dataclass(frozen=True)
 class MaskFacts:
-    """What one mask holds: pixels by label (256,), and where it is a file its raw values, colours and doubts.
+    """What one mask holds: pixels by label (K + 1,), those without one last; where it is a file its raw values,
+    colours and doubts.
 
     `colours` are those of the indices that occur, if the mask has a palette and is read by index; `doubt` says in a
     sentence what about the pair of image and mask can't be decided.
@@ -107,7 +108,7 @@ class MaskFacts:
 class DataSet(ABC):
     """Classes, split and samples; the four abstract methods say where images and labels come from.
 
-    Raises: DataError for class names that are repeated, blank or read alike by CLIP, more than 255 of them, unknown or
+    Raises: DataError for class names that are repeated, blank or read alike by CLIP, more than MOST_CLASSES, unknown or
     repeated unseen names, no seen class left, or a palette of another shape than (K, 3).
     """
 
@@ -129,9 +130,9 @@ class DataSet(ABC):
         self.classes = tuple(classes)
         check_names(f"{self.name}: classes", self.classes, self.classes)
         _refuse_alike(f"{self.name}: classes", self.classes)
-        if not 1 <= len(self.classes) <= IGNORE:
+        if not 1 <= len(self.classes) <= MOST_CLASSES:
             raise DataError(
-                f"{self.name}: {len(self.classes)} classes; want 1 to 255, ids being 8 bits and 255 ignored."
+                f"{self.name}: {len(self.classes)} classes; want 1 to {MOST_CLASSES}, ids being 16 bits with a sign."
             )
         self.unseen = check_names(f"{self.name}: unseen", unseen, self.classes)
         if len(self.unseen) == len(self.classes):
@@ -164,7 +165,7 @@ class DataSet(ABC):
 
     @abstractmethod
     def labels(self, sample: Sample) -> np.ndarray | None:
-        """(H, W) uint8, class ids 0..K-1 and 255, or None without a mask. Raises: DataError."""
+        """(H, W) int16, class ids 0..K-1 and IGNORE, or None without a mask. Raises: DataError."""
 
     @abstractmethod
     def stamp(self, sample: Sample) -> str:
@@ -174,13 +175,6 @@ class DataSet(ABC):
         """The same of the mask; where image and labels are made together, one stamp stands for both."""
         return self.stamp(sample)
 
-    def label_meaning(self) -> str:
-        """Hex digits of what turns a mask's stored pixels into class ids, beside the mask itself.
-
-        It is part of `mask_stamp` wherever it isn't the kind's usual one, which stamps of earlier versions imply.
-        """
-        return meaning_of(getattr(self, "table", None))
-
     def files(self, part: str) -> list[str]:
         """The files that a part is read from, sorted: images, masks, and what describes them. Raises: DataError."""
         return []
@@ -188,15 +182,15 @@ class DataSet(ABC):
     def mask_facts(self, sample: Sample) -> MaskFacts | None:
         """What a mask holds, None without one. Raises: DataError as `labels`."""
         labels = self.labels(sample)
-        return None if labels is None else MaskFacts(np.bincount(labels.ravel(), minlength=256))
+        return None if labels is None else MaskFacts(counts(labels, len(self.classes)))
 
     def seen_labels(self, sample: Sample) -> np.ndarray | None:
-        """What training may see: `labels` with the ids of unseen classes set to 255."""
+        """What training may see: `labels` with the ids of unseen classes set to IGNORE."""
         labels = self.labels(sample)
         if labels is None:
             return None
-        table = np.arange(256, dtype=np.uint8)
-        table[list(self.unseen_ids)] = IGNORE
+        table = np.arange(len(self.classes) + 1, dtype=LABEL)
+        table[[*self.unseen_ids, IGNORE]] = IGNORE
         return table[labels]
 
     def tags(self, sample: Sample) -> tuple[int, ...]:
@@ -231,16 +225,6 @@ class DataSet(ABC):
         if part not in self._by_id:
             self._by_id[part] = {sample.id: sample for sample in self.samples(part)}
         return self._by_id[part]
-
-
-def meaning_of(*tables: np.ndarray | None) -> str:
-    """8 hex digits over what tables of raw ids make of them, but for ids that stay as they are or aren't known."""
-    changed = [
-        {raw: int(label) for raw, label in enumerate(table) if label >= 0 and label != raw}
-        for table in tables
-        if table is not None
-    ]
-    return hashlib.blake2b(repr(changed).encode(), digest_size=4).hexdigest() if any(changed) else "0" * 8
 
 
 def key_of(word: str) -> str:

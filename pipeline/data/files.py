@@ -15,28 +15,27 @@ import numpy as np
 from PIL import Image
 
 from pipeline.data.base import (
-    IGNORE,
     PARTS,
     BadImage,
     DataError,
     DataSet,
     MaskFacts,
     Sample,
-    meaning_of,
     opened,
     orientation,
     read_image,
     unknown,
 )
+from pipeline.ops.labels import IGNORE, LABEL, counts
 
-INVALID = -1  # entry of a table of raw ids: no such id
+INVALID = -2  # entry of a table of raw ids: no such id
 STAMP_BYTES = 16 * 1024  # read from each end of a file for its stamp
 
 
 class FileDataSet(DataSet):
     """Images and indexed masks in files. A subclass lists its samples and says what raw ids mean.
 
-    `table` (256 or more,) int16 maps raw ids of a mask to class ids, 255 or INVALID; `limit` keeps the first N
+    `table` (R,) int16 maps the raw ids of a mask to class ids, IGNORE or INVALID; `limit` keeps the first N
     samples of each part, for tries.
     """
 
@@ -90,7 +89,7 @@ class FileDataSet(DataSet):
         if stored.pixels.ndim == 2:
             raw = frozenset(values_in(stored.pixels))
             colours = None if stored.palette is None else _colours_of(stored.palette, raw)
-        return MaskFacts(np.bincount(labels.ravel(), minlength=256), raw, colours, doubt)
+        return MaskFacts(counts(labels, len(self.classes)), raw, colours, doubt)
 
     def _read(self, sample: Sample) -> tuple[StoredMask, np.ndarray, str] | None:
         """A sample's mask as stored, its labels, and what can't be decided about the pair. Raises: DataError."""
@@ -101,7 +100,7 @@ class FileDataSet(DataSet):
         return stored, self.labels_of(sample, stored), doubt
 
     def labels_of(self, sample: Sample, stored: StoredMask) -> np.ndarray:
-        """(H, W) uint8 class ids and 255 of a mask as it is stored. Raises: DataError."""
+        """(H, W) int16 class ids and IGNORE of a mask as it is stored. Raises: DataError."""
         if stored.pixels.ndim != 2:
             raise DataError(
                 f"{sample.mask}: mode {stored.mode}: a picture of colours. A mask has one channel, whose values are "
@@ -118,7 +117,7 @@ class FileDataSet(DataSet):
                 f"nor ignored.{self.label_hint(set(strange))}"
                 f"{'' if stored.palette is None else self.colour_hint(stored)}"
             )
-        return ids.astype(np.uint8)
+        return np.asarray(ids)
 
     def colour_hint(self, stored: StoredMask) -> str:
         """What to do about a mask that is a picture of colours, or whose indices have colours and can't be read."""
@@ -158,18 +157,9 @@ class FileDataSet(DataSet):
     def stamp(self, sample: Sample) -> str:
         return file_stamp(sample.image)
 
-    def label_meaning(self) -> str:
-        return meaning_of(*getattr(self, "tables", (getattr(self, "table", None),)))
-
-    def usual_meaning(self) -> str:
-        """The meaning that a stamp doesn't state: here any, since the options it follows from are in fingerprints."""
-        return self.label_meaning()
-
     def mask_stamp(self, sample: Sample) -> str:
-        if sample.mask is None:
-            return "no mask"
-        meaning = self.label_meaning()
-        return file_stamp(sample.mask) + ("" if meaning == self.usual_meaning() else f" {meaning}")
+        """What the mask's pixels mean follows from options, which fingerprints have."""
+        return "no mask" if sample.mask is None else file_stamp(sample.mask)
 
     def files(self, part: str) -> list[str]:
         found = {path for sample in self.samples(part) for path in (sample.image, sample.mask) if path}
@@ -339,9 +329,12 @@ def refuse_missing(ids: Iterable[str], have: Mapping[str, str], what: str, where
         raise DataError(f"{where}: {len(missing)} {what}: {first}. {todo}")
 
 
-def raw_table(num: int, *, shift: int = 0, ignored: Iterable[int] = (IGNORE,)) -> np.ndarray:
-    """(256,) int16: raw ids shift..shift+num-1 -> 0..num-1, the ignored ones -> 255, all others INVALID."""
-    table = np.full(256, INVALID, np.int16)
+def raw_table(num: int, *, shift: int = 0, ignored: Sequence[int] = (255,), most: int = 255) -> np.ndarray:
+    """Raw ids shift..shift+num-1 -> 0..num-1, the ignored ones -> IGNORE, all others INVALID.
+
+    (R,) int16, R as many as these and `most` ask for, at least 256.
+    """
+    table = np.full(1 + max(shift + num - 1, most, *ignored), INVALID, LABEL)
     table[shift : shift + num] = np.arange(num)
     table[list(ignored)] = IGNORE
     return table

@@ -3,7 +3,7 @@
     name: orchard
     classes: [apple, pear, leaf, sky]
     unseen: [pear]                # or `seen`, or both; the rest is the other
-    ignore: 255                   # raw id of pixels without a label
+    ignore: 255                   # raw id of pixels without a label; the default with more than 255 classes is 65535
     train: {images: "train/*.jpg", masks: "train_masks/*.png"}   # masks may be left out
     test: {images: "test/*.jpg", masks: "test_masks/*_ids.png", mask_suffix: _ids, list: test.txt}
     tags: tags.yaml               # `id: [apple, pear]`, which classes an image holds; left out: its mask says so
@@ -33,7 +33,6 @@ from typing import Any
 import numpy as np
 
 from pipeline.data.base import (
-    IGNORE,
     PARTS,
     BadImage,
     DataError,
@@ -75,6 +74,7 @@ from pipeline.data.files import (
     values_in,
 )
 from pipeline.data.patterns import matching
+from pipeline.ops.labels import IGNORE, LABEL, no_class
 
 
 class FolderDataSet(FileDataSet):
@@ -124,21 +124,24 @@ class FolderDataSet(FileDataSet):
         self.listed_tags = None if self.tags_path is None else read_tags(self.tags_path, classes)
         self.reduce_zero_label = is_reduced(self.path, described.get("reduce_zero_label", False))
         self.exif = one_of(self.path, "exif", described.get("exif"), (UPRIGHT, AS_STORED)) or UPRIGHT
+        self.no_class = no_class(
+            len(classes)
+        )  # what a mask says of pixels without a label, unless `ignore` does
         self._read_masks_by(described)
 
     def _read_masks_by(self, described: Mapping[str, Any]) -> None:
         """What turns pixels into class ids: `table` for raw ids, `colours` (code -> class) where there is a palette."""
         path, classes = self.path, self.classes
         self.read_masks = one_of(path, "read_masks", described.get("read_masks"), (BY_COLOUR, BY_INDEX))
-        ignored = described.get("ignore", IGNORE)
+        ignored = described.get("ignore", self.no_class)
         colours = ignored_colours(path, ignored) if isinstance(ignored, list) else []
         if colours:
-            ignored = IGNORE
+            ignored = self.no_class
         values = values_of(path, classes, described.get("values"))
         self.raw_meaning = {
             "reduced": self.reduce_zero_label,
             "ignored": ignored,
-            "values": sorted(values.items()),
+            "values": self._as_in_files(values),
         }
         self.table = table_of_ids(
             path, classes, ignored, self.reduce_zero_label, values, is_stated="ignore" in described
@@ -162,7 +165,7 @@ class FolderDataSet(FileDataSet):
             return self._of_colours(sample, stored.pixels)
         if stored.palette is not None and self._is_by_colour(sample, stored):
             codes = code_of(stored.palette)
-            table = np.array([self.colours.get(int(code), INVALID) for code in codes], np.int16)
+            table = np.array([self.colours.get(int(code), INVALID) for code in codes], LABEL)
             return self._checked_colours(sample, table[stored.pixels], codes[stored.pixels])
         if stored.palette is None and self.read_masks == BY_COLOUR:
             raise DataError(
@@ -195,7 +198,7 @@ class FolderDataSet(FileDataSet):
         return code in self.colours and (index >= len(self.table) or self.colours[code] != self.table[index])
 
     def _of_colours(self, sample: Sample, pixels: np.ndarray) -> np.ndarray:
-        """Labels of a picture of colours, (H, W, 3 or 4) uint8 -> (H, W) uint8; what is transparent has none."""
+        """Labels of a picture of colours, (H, W, 3 or 4) uint8 -> (H, W) int16; what is transparent has none."""
         assert self.colours is not None
         codes = code_of(pixels[..., :3])
         ids = label_of_code(tuple(self.colours.items()))[codes]
@@ -205,7 +208,7 @@ class FolderDataSet(FileDataSet):
                 raise DataError(
                     f"{sample.mask}: half transparent pixels; want each opaque, or without a label."
                 )
-            ids = np.where(alpha == 0, np.int16(IGNORE), ids)
+            ids = np.where(alpha == 0, LABEL(IGNORE), ids)
         return self._checked_colours(sample, ids, codes)
 
     def _checked_colours(self, sample: Sample, ids: np.ndarray, codes: np.ndarray) -> np.ndarray:
@@ -219,7 +222,7 @@ class FolderDataSet(FileDataSet):
                 f"pixels). Correct `palette` in {self.path.name}, or list colours without a label there: "
                 f"`ignore: [{rgb(int(most))}]`. Masks must not be smoothed or compressed with loss."
             )
-        return ids.astype(np.uint8)
+        return ids
 
     def colour_hint(self, stored: StoredMask) -> str:
         if stored.palette is not None:
@@ -239,10 +242,19 @@ class FolderDataSet(FileDataSet):
         )
 
     def label_meaning(self) -> str:
-        return _digest(self.raw_meaning, self.colours)
+        """Hex digits of what turns a mask's stored pixels into class ids, beside the mask itself."""
+        return self._digest(self.raw_meaning, self.colours)
 
     def usual_meaning(self) -> str:
-        return _digest({"reduced": False, "ignored": IGNORE, "values": []}, None)
+        """The one that stamps don't state: those of earlier versions imply it."""
+        return self._digest({"reduced": False, "ignored": self.no_class, "values": []}, None)
+
+    def _as_in_files(self, table: Mapping[int, int]) -> list[tuple[int, int]]:
+        return sorted((key, self.no_class if label == IGNORE else label) for key, label in table.items())
+
+    def _digest(self, raw: Mapping[str, Any], colours: Mapping[int, int] | None) -> str:
+        said = repr((sorted(raw.items()), self._as_in_files(colours) if colours else None))
+        return hashlib.blake2b(said.encode(), digest_size=4).hexdigest()
 
     def mask_stamp(self, sample: Sample) -> str:
         """Of all that labels come from: the mask, what its pixels mean, and the image's tags where they are listed."""
@@ -258,7 +270,7 @@ class FolderDataSet(FileDataSet):
                     colours = colours if image.mode in ("P", "RGB", "RGBA") else None
             except DataError:  # whoever reads it says what is wrong
                 pass
-        meaning = _digest(self.raw_meaning, colours)
+        meaning = self._digest(self.raw_meaning, colours)
         return "" if meaning == self.usual_meaning() else f" {meaning}"
 
     # --- how an image is read ---
@@ -307,12 +319,11 @@ class FolderDataSet(FileDataSet):
                 f"the classes start at 1, set `reduce_zero_label: true` in {self.path.name}; if background "
                 "is a class, list it first."
             )
-        if self.colours is None and len(raw) == 1 and num == 2 and raw != {IGNORE}:
+        if self.colours is None and len(raw) == 1 and num == 2 and raw != {self.no_class}:
             return f" If {min(raw)} means {self.classes[1]!r}, set `values: {{{min(raw)}: 1}}` in {self.path.name}."
-        if raw == {IGNORE}:
-            return (
-                f" 255 is the usual value for pixels without a label: set `ignore: 255` in {self.path.name}."
-            )
+        if raw & {255, 65535} == raw:
+            usual = min(raw)
+            return f" {usual} is the usual value for pixels without a label: set `ignore: {usual}` in {self.path.name}."
         return (
             f" List the missing classes in {self.path.name}, say what ids mean by `values: {{{min(raw)}: ...}}`, "
             "or give the id of unlabelled pixels as `ignore`."
@@ -411,9 +422,3 @@ class FolderDataSet(FileDataSet):
                 f"{where}.{key}: no file matches {pattern!r} in {folder}. Correct the pattern.{braces}"
             )
         return found
-
-
-def _digest(raw: Mapping[str, Any], colours: Mapping[int, int] | None) -> str:
-    """8 hex digits of what the pixels of masks mean."""
-    said = repr((sorted(raw.items()), sorted(colours.items()) if colours else None))
-    return hashlib.blake2b(said.encode(), digest_size=4).hexdigest()

@@ -20,7 +20,6 @@ from pipeline.data.classes import (
     CITYSCAPES_RAW,
 )
 from pipeline.data.files import (
-    IGNORE,
     FileDataSet,
     files_by_id,
     folder_of,
@@ -28,6 +27,7 @@ from pipeline.data.files import (
     refuse_missing,
     root_of,
 )
+from pipeline.ops.labels import IGNORE
 
 IMAGE, CONVERTED, PUBLISHED = "_leftImg8bit.png", "_gtFine_labelTrainIds.png", "_gtFine_labelIds.png"
 CAMVID_VOID = 11
@@ -84,10 +84,10 @@ class Cityscapes(FileDataSet):
 
 
 class CamVid(FileDataSet):
-    """Eleven classes, raw 11 -> 255. Raises: DataError listing the samples, for images without a mask."""
+    """Eleven classes, raw 11 is unlabelled. Raises: DataError listing the samples, for images without a mask."""
 
     name = "camvid"
-    table = raw_table(len(CAMVID_CLASSES), ignored=(CAMVID_VOID, IGNORE))
+    table = raw_table(len(CAMVID_CLASSES), ignored=(CAMVID_VOID, 255))
 
     def __init__(self, root: str, *, limit: int | None = None, unseen: Sequence[str] = ()) -> None:
         super().__init__(limit=limit, classes=CAMVID_CLASSES, unseen=unseen, palette=np.array(CAMVID_PALETTE))

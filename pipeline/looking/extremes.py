@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from cache.files import remove, whole_file
-from pipeline.data.base import IGNORE, DataSet
+from pipeline.data.base import DataSet
 from pipeline.learning.scoring import Extreme
 from pipeline.looking.panels import (
     ERROR_PALETTE,
@@ -22,6 +22,7 @@ from pipeline.looking.panels import (
     photo,
     sheet,
 )
+from pipeline.ops.labels import IGNORE
 
 SIDE = 320  # pixels of a panel's longer side: with four panels a picture is some 100 kB
 QUALITY = 90  # of the JPEGs

@@ -128,12 +128,12 @@ class DataSet(ABC):
         self.name = name or type(self).name
         self._by_id: dict[str, dict[str, Sample]] = {}
         self.classes = tuple(classes)
-        check_names(f"{self.name}: classes", self.classes, self.classes)
-        _refuse_alike(f"{self.name}: classes", self.classes)
         if not 1 <= len(self.classes) <= MOST_CLASSES:
             raise DataError(
                 f"{self.name}: {len(self.classes)} classes; want 1 to {MOST_CLASSES}, ids being 16 bits with a sign."
             )
+        check_names(f"{self.name}: classes", self.classes, self.classes)
+        _refuse_alike(f"{self.name}: classes", self.classes)
         self.unseen = check_names(f"{self.name}: unseen", unseen, self.classes)
         if len(self.unseen) == len(self.classes):
             raise DataError(
@@ -248,14 +248,16 @@ def check_names(where: str, names: object, known: Sequence[str]) -> tuple[str, .
     """The names as a tuple, if they are text, not blank, not repeated and all among the known ones."""
     if isinstance(names, str) or not isinstance(names, Sequence):
         raise DataError(f"{where}: want a list of names, found {names!r}.")
+    valid, listed = set(known), set[str]()
     for place, name in enumerate(names):
         if not isinstance(name, str) or not name.strip():
             raise DataError(
                 f"{where}: name {place} is {name!r}; want text (in YAML, quote words such as 'no' or '7')."
             )
-        if name in names[:place]:
+        if name in listed:
             raise DataError(f"{where}: {name!r} is listed twice.")
-        if name not in known:
+        listed.add(name)
+        if name not in valid:
             raise unknown(f"{where}: no class is called", name, known)
     return tuple(names)
 

@@ -27,12 +27,12 @@ def no_class(num: int) -> int:
 
 def to_file(labels: np.ndarray, dtype: DTypeLike) -> np.ndarray:
     """Labels of any shape as a file holds them, IGNORE the largest value of `dtype`."""
-    return np.where(labels == IGNORE, np.iinfo(np.dtype(dtype)).max, labels).astype(dtype)
+    return np.where(labels == IGNORE, np.iinfo(np.dtype(dtype)).max, labels.astype(np.int32)).astype(dtype)
 
 
 def from_file(ids: np.ndarray) -> np.ndarray:
     """Ids of any shape, uint8 or uint16, as labels; the largest value of their dtype is IGNORE."""
-    return np.where(ids == np.iinfo(ids.dtype).max, IGNORE, ids).astype(LABEL)
+    return np.where(ids == np.iinfo(ids.dtype).max, IGNORE, ids.astype(np.int32)).astype(LABEL)
 
 
 def counts(labels: np.ndarray, num: int) -> np.ndarray:

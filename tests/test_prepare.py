@@ -122,8 +122,8 @@ def test_voc_from_sbd(sbd, run_cli):
     data = open_data_set("voc", root=str(voc))
     a, b = data.samples("train")
     assert (a.id, b.id) == ("a", "b")
-    assert data.labels(a).tolist() == [[255, 1, 1, 255]]  # VOC's own mask comes first
-    assert data.labels(b).tolist() == [[255, 0, 19, 4]]
+    assert data.labels(a).tolist() == [[-1, 1, 1, -1]]  # VOC's own mask comes first
+    assert data.labels(b).tolist() == [[-1, 0, 19, 4]]
 
 
 def test_a_conversion_that_stopped_goes_on(sbd, run_cli):

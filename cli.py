@@ -14,18 +14,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
-
-
-class Commands(TyperGroup):
-    """Typer's commands, whose errors about options come to `main` like all others."""
-
-    def main(self, *arguments: Any, **options: Any) -> Any:
-        return super().main(*arguments, **{**options, "standalone_mode": False})
-
 
 app = typer.Typer(
-    cls=Commands,
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -41,6 +31,8 @@ WorkersOption = Annotated[
     int, typer.Option("--workers", min=0, help="dask processes on this machine; 0 runs in this one")
 ]
 SchedulerOption = Annotated[str | None, typer.Option("--scheduler", help="a dask scheduler, tcp://host:port")]
+# Groups of the commands, as --help shows them.
+STAGES, USE, LOOK, DATA = "Stages of a run", "Use a student", "Look at a run", "Data and machine"
 DEFAULT = Path("config/demo.yaml")
 INTERRUPTED = 130  # exit code: 128 + SIGINT
 # Typer's own family of errors about options, whether it brings its click or has the package.
@@ -59,16 +51,19 @@ def _echo(text: object, **options: Any) -> None:
     typer.echo(visible(text), **options)
 
 
-def _load(config: Path, settings: list[str], log: Path | None = None):
-    from pipeline.config import load
+def _load(config: Path, settings: list[str], log: Path | None = None, has_run: bool = False):
+    """The config, or None beside a run folder, which has its own."""
+    from pipeline.config import UserError, load
     from pipeline.running.console import log_to
 
+    if has_run and (settings or config != DEFAULT):
+        raise UserError("--config and --set are in the place of a run folder, which has its own config.yaml.")
     if log:
         log_to(log)
-    return load(config, settings)
+    return None if has_run else load(config, settings)
 
 
-@app.command()
+@app.command(rich_help_panel=STAGES)
 def extract(
     config: ConfigOption = DEFAULT,
     set_: SetOption = [],  # noqa: B006 - typer copies it
@@ -100,7 +95,7 @@ def extract(
         say(stage.audit(settings, audit))
 
 
-@app.command()
+@app.command(rich_help_panel=STAGES)
 def cluster(
     config: ConfigOption = DEFAULT,
     set_: SetOption = [],  # noqa: B006
@@ -115,7 +110,7 @@ def cluster(
     stage.print_summary(stage.cluster(settings, workers=workers, scheduler=scheduler)["summary"])
 
 
-@app.command()
+@app.command(rich_help_panel=STAGES)
 def cams(
     config: ConfigOption = DEFAULT,
     set_: SetOption = [],  # noqa: B006
@@ -144,7 +139,7 @@ def cams(
     print_summary(stage.cams(settings, workers=workers, scheduler=scheduler)["summary"])
 
 
-@app.command()
+@app.command(rich_help_panel=STAGES)
 def prompts(
     config: ConfigOption = DEFAULT,
     set_: SetOption = [],  # noqa: B006
@@ -161,7 +156,7 @@ def prompts(
     stage.select_prompt(settings, templates)
 
 
-@app.command()
+@app.command(rich_help_panel=STAGES)
 def train(
     config: ConfigOption = DEFAULT,
     set_: SetOption = [],  # noqa: B006
@@ -185,7 +180,7 @@ def train(
         stage.train(settings)
 
 
-@app.command(name="eval")
+@app.command(name="eval", rich_help_panel=STAGES)
 def evaluate(
     config: ConfigOption = DEFAULT,
     set_: SetOption = [],  # noqa: B006
@@ -199,11 +194,11 @@ def evaluate(
 ) -> None:
     """Evaluate the student on the test images: pAcc, mIoU(S), mIoU(U), hIoU, per class, over gamma."""
     settings = _load(config, set_, log)
-    from pipeline.config import ConfigError, load, preset
+    from pipeline.config import ConfigError, preset
 
     if on_set and on is None:
         raise ConfigError("--on-set belongs to --on: it changes the config named there.")
-    other = None if on is None else load(preset(on), on_set)
+    other = None if on is None else _load(preset(on), on_set)
     from pipeline import evaluate as stage
 
     if other is None:
@@ -212,7 +207,7 @@ def evaluate(
         stage.evaluate_on(settings, other)
 
 
-@app.command()
+@app.command(rich_help_panel=USE)
 def predict(
     images: Annotated[
         list[str],
@@ -266,7 +261,7 @@ def predict(
         _echo(f"{overlay}  {mask}", file=paper)
 
 
-@app.command()
+@app.command(rich_help_panel=USE)
 def demo(
     run: Annotated[Path, typer.Argument(help="a run folder or a checkpoint")],
     host: Annotated[
@@ -280,7 +275,7 @@ def demo(
     stage.serve(run, host, port)
 
 
-@app.command()
+@app.command(rich_help_panel=USE)
 def export(
     run: Annotated[Path, typer.Argument(help="a run folder or a checkpoint")],
     out: Annotated[Path, typer.Option(help="the file to write")] = Path("student.onnx"),
@@ -294,7 +289,7 @@ def export(
     stage.export(run, out, size)
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def inspect(
     run: Annotated[Path, typer.Argument(help="a run folder")],
     image: Annotated[str | None, typer.Option("--image", help="only this sample")] = None,
@@ -315,7 +310,7 @@ def inspect(
     stage.inspect(run, image=image, class_name=class_, png=png, export=export, shard=shard)
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def report(
     runs: Annotated[list[Path] | None, typer.Argument(help="run folders, side by side; or --config")] = None,
     config: ConfigOption = DEFAULT,
@@ -324,27 +319,18 @@ def report(
     log: LogOption = None,
 ) -> None:
     """Write a run's HTML report: runs/<name>/report/index.html; or one page of several runs side by side."""
-    if not runs:
-        settings = _load(config, set_, log)
-        from pipeline import report as stage
-
-        if out:
-            raise stage.UserError("--out belongs to run folders: `cli.py report runs/demo --out page.html`.")
-        stage.report(settings)
-        return
+    settings = _load(config, set_, log, has_run=bool(runs))
     from pipeline import report as stage
-    from pipeline.running.console import log_to
 
-    if set_ or config != DEFAULT:
-        raise stage.UserError(
-            "--config and --set are in the place of a run folder, which has its own config.yaml."
-        )
-    if log:
-        log_to(log)
-    stage.report_runs(runs, out)
+    if runs:
+        stage.report_runs(runs, out)
+    elif out:
+        raise stage.UserError("--out belongs to run folders: `cli.py report runs/demo --out page.html`.")
+    else:
+        stage.report(settings)
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def figures(
     run: Annotated[Path | None, typer.Argument(help="a run folder; or --config")] = None,
     config: ConfigOption = DEFAULT,
@@ -353,25 +339,13 @@ def figures(
     log: LogOption = None,
 ) -> None:
     """Draw the paper's Figures 5, 6 and 7 of a run, and what clustering found, as small PNGs."""
-    if run is None:
-        settings = _load(config, set_, log)
-        from pipeline import report as stage
-
-        stage.draw_figures(settings, out)
-        return
+    settings = _load(config, set_, log, has_run=run is not None)
     from pipeline import report as stage
-    from pipeline.running.console import log_to
 
-    if set_ or config != DEFAULT:
-        raise stage.UserError(
-            "--config and --set are in the place of a run folder, which has its own config.yaml."
-        )
-    if log:
-        log_to(log)
-    stage.run_figures(run, out)
+    stage.draw_figures(settings if run is None else stage.config_of(run), out)
 
 
-@app.command()
+@app.command(rich_help_panel=DATA)
 def verify(config: ConfigOption = DEFAULT, set_: SetOption = []) -> None:  # noqa: B006
     """Check a cache: checksums, coverage, finiteness, fingerprints. Exit code 2 when something is found."""
     settings = _load(config, set_)
@@ -386,7 +360,7 @@ def verify(config: ConfigOption = DEFAULT, set_: SetOption = []) -> None:  # noq
     _echo(f"{settings.cache_path}: sound")
 
 
-@app.command()
+@app.command(rich_help_panel=DATA)
 def prepare(
     kind: Annotated[str, typer.Argument(help="voc, context, coco14: what published annotations are of")],
     root: Annotated[Path, typer.Option("--root", help="the data set's folder, the data.root of a config")],
@@ -401,7 +375,7 @@ def prepare(
     stage.prepare(kind, root, source)
 
 
-@app.command()
+@app.command(rich_help_panel=DATA)
 def doctor(
     config: ConfigOption = DEFAULT,
     set_: SetOption = [],  # noqa: B006
@@ -422,7 +396,7 @@ def doctor(
         raise typer.Exit(2)
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def results(
     runs: Annotated[list[Path], typer.Argument(help="run folders; those not evaluated are left out")],
 ) -> None:
@@ -434,14 +408,14 @@ def results(
 
 def _add_stages() -> None:
     """The standard command of each stage of the table that has none here."""
-    from pipeline.running.table import STAGES
+    from pipeline.running import table
 
     known = {
         command.name or command.callback.__name__ for command in app.registered_commands if command.callback
     }
-    for entry in STAGES.values():
+    for entry in table.STAGES.values():
         if entry.work and entry.name not in known:
-            app.command(entry.name, help=entry.help)(_standard(entry.name))
+            app.command(entry.name, help=entry.help, rich_help_panel=STAGES)(_standard(entry.name))
 
 
 def _standard(name: str) -> Any:
@@ -470,7 +444,8 @@ def main(commands: typer.Typer = app) -> None:
     from pipeline.terminal import complain
 
     end_with_parent()
-    _add_stages()
+    if commands is app:
+        _add_stages()
     try:
         done = commands(standalone_mode=False)  # an exit code, or what a command returns
         code = done if isinstance(done, int) else 0

@@ -1,10 +1,23 @@
+import importlib
+import inspect
+
 import pytest
 import yaml
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
-from pipeline.config import Config, ConfigError, _kinds, from_mapping, load
-from pipeline.running.identity import config_fingerprint, fingerprint
-from pipeline.running.table import STAGES
+from pipeline.config import (
+    DATA_OPTIONS,
+    Config,
+    ConfigError,
+    Section,
+    _kinds,
+    fields,
+    from_mapping,
+    is_content,
+    load,
+)
+from pipeline.data.base import KINDS
+from pipeline.running.table import STAGES, config_fingerprint, fingerprint
 from tests.conftest import ROOT
 
 
@@ -21,13 +34,13 @@ def changed(key: str, value: object) -> list[str]:
 @pytest.mark.parametrize(
     ("key", "value", "stages"),
     [
-        ("train.lr", 1e-3, ["train", "eval", "report"]),
-        ("cluster.threshold", 0.7, ["cluster", "train", "eval", "report"]),
+        ("train.lr", 1e-3, ["train", "eval", "report", "figures"]),
+        ("cluster.threshold", 0.7, ["cluster", "train", "eval", "report", "figures"]),
         ("views.num", 5, list(STAGES)),
         ("teacher.image_size", 256, list(STAGES)),
-        ("eval.gamma", 2.0, ["eval", "report"]),
-        ("data.test_seed", 9, ["eval", "report"]),
-        ("data.unseen", "[bee]", ["cluster", "cams", "train", "eval", "report"]),
+        ("eval.gamma", 2.0, ["eval", "report", "figures"]),
+        ("data.test_seed", 9, ["eval", "report", "figures"]),
+        ("data.unseen", "[bee]", ["cluster", "cams", "train", "eval", "report", "figures"]),
         ("cams.sinkhorn", 2, ["cams"]),
         ("train.workers", 3, []),
         ("train.losses", "plain", []),
@@ -35,8 +48,8 @@ def changed(key: str, value: object) -> list[str]:
         ("cache.path", "/tmp/x", []),
         ("name", "other", []),
         ("data.root", "/elsewhere", []),
-        ("data.test_list", "test", ["eval", "report"]),
-        ("data.tags", "masks", ["cluster", "cams", "train", "eval", "report"]),
+        ("data.test_list", "test", ["eval", "report", "figures"]),
+        ("data.tags", "masks", ["cluster", "cams", "train", "eval", "report", "figures"]),
     ],
 )
 def test_a_key_changes_the_stages_that_read_it_and_those_below(key, value, stages):
@@ -47,7 +60,7 @@ def test_the_recipe_says_which_labels_training_reads():
     settings = {"recipe": "clip_es"}
     before, after = prints(**settings), prints(**settings, **{"cams.sinkhorn": 2, "cluster.threshold": 0.7})
     changed_stages = [stage for stage in STAGES if before[stage] != after[stage]]
-    assert changed_stages == ["cluster", "cams", "train", "eval", "report"]
+    assert changed_stages == ["cluster", "cams", "train", "eval", "report", "figures"]
     assert prints()["train"] != prints(**settings)["train"]
 
 
@@ -242,3 +255,23 @@ def test_every_key_is_explained_in_the_configs_readme(monkeypatch):
 
 def test_a_name_that_yaml_takes_for_a_date():
     assert from_mapping(yaml.safe_load("name: 2026-11-21")).name == "2026-11-21"
+
+
+def test_every_key_says_whether_it_is_content():
+    """A key that says nothing fails here; what the data sets' own options bear on is said beside their section."""
+    policies = {key: is_content(field) for key, field in fields(Config)}
+    assert policies["train.lr"]
+    assert not policies["train.workers"]
+
+    class Forgetful(Section):
+        key: int = Field(1, description="of no policy")
+
+    with pytest.raises(KeyError, match="is_content"):
+        [is_content(field) for _, field in fields(Forgetful)]
+
+
+def test_the_policies_of_data_options_are_of_options_that_there_are():
+    known = set()
+    for module, name in KINDS.values():
+        known |= set(inspect.signature(getattr(importlib.import_module(module), name)).parameters)
+    assert known >= DATA_OPTIONS.keys()

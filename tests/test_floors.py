@@ -17,7 +17,7 @@ DOORS = {
     "fsspec": {"cache/places.py"},
     "faiss": {"pipeline/ops/kmeans_faiss.py"},
     "open_clip": {"pipeline/models/teacher.py"},
-    "timm": {"pipeline/models/student.py"},
+    "timm": {"pipeline/models/student.py", "pipeline/models/segnext.py"},
     "segmentation_models_pytorch": {"pipeline/models/student.py"},
     "dask": {"pipeline/running/engine.py"},
     "pydensecrf": {"pipeline/teaching/crf.py"},
@@ -70,6 +70,26 @@ def test_imports_go_down(path: Path) -> None:
             assert not own.startswith("cache/"), f"{own}: the cache never imports the pipeline"
             other = name if (ROOT / (name.replace(".", "/") + ".py")).exists() else name.rsplit(".", 1)[0]
             assert floor(other) <= mine, f"{own} (floor {mine}) imports {other} (floor {floor(other)})"
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    """Imports inside functions count as well."""
+    names = {module_of(path): path for path in FILES}
+    waiting = {name: (imports(path) & names.keys()) - {name} for name, path in names.items()}
+    while free := [name for name, others in waiting.items() if not others & waiting.keys()]:
+        for name in free:
+            del waiting[name]
+    assert not waiting, {name: sorted(others & waiting.keys()) for name, others in waiting.items()}
+
+
+def test_every_stage_of_the_table_has_its_file() -> None:
+    from pipeline.running.table import STAGES as TABLE
+
+    for stage in TABLE.values():
+        if stage.work:
+            module = stage.work.partition(":")[0]
+            assert module.split(".")[1] in STAGES
+            assert stage.loaded().name == stage.name
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.relative_to(ROOT).as_posix())

@@ -11,7 +11,7 @@ from pipeline.extract import extract
 from pipeline.learning.batches import CachedViews, Place
 from pipeline.ops.labels import IGNORE, from_file
 from pipeline.ops.masks import named_labels
-from pipeline.running.identity import config_fingerprint
+from pipeline.running.table import config_fingerprint
 from pipeline.teaching.names import named, on_tokens
 from pipeline.train import train
 from tests.conftest import TINY, is_one_line_error

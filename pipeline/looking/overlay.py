@@ -15,10 +15,8 @@ from pipeline.ops.labels import IGNORE, counts, file_dtype, to_file
 NONE_TITLE = "none of these"  # IGNORE in a map of ids
 NONE_COLOUR = (224, 224, 192)  # its entry of a mask's palette: VOC's for void, bordering on nothing else's
 OPACITY = 0.55  # of the class colours over the image
-SMALLEST, LARGEST = (
-    384,
-    2048,
-)  # pixels a side: enlarged to the one, so that the legend is legible, and cut to the other
+# Pixels a side: enlarged to the one, so that the legend is legible, and cut to the other.
+SMALLEST, LARGEST = (384, 2048)
 FEW_LINES = 8  # of a legend, however flat the picture
 
 
@@ -53,15 +51,9 @@ def shares(ids: np.ndarray, titles: Sequence[str]) -> list[Share]:
     num, palette = counts(ids, len(titles)), palette_of(len(titles))
     order = sorted(np.flatnonzero(num[:IGNORE]).tolist(), key=lambda i: (-num[i], i))
     order += [IGNORE] * bool(num[IGNORE])
-    return [
-        Share(
-            i,
-            NONE_TITLE if i == IGNORE else titles[i],
-            float(num[i] / ids.size),
-            (int(palette[i, 0]), int(palette[i, 1]), int(palette[i, 2])),
-        )
-        for i in order
-    ]
+    colours = {i: (int(palette[i, 0]), int(palette[i, 1]), int(palette[i, 2])) for i in order}
+    names = [*titles, NONE_TITLE]  # the last is IGNORE's
+    return [Share(i, names[i], float(num[i] / ids.size), colours[i]) for i in order]
 
 
 def painted(image: np.ndarray, ids: np.ndarray, num: int) -> Image.Image:
@@ -94,10 +86,8 @@ def with_legend(picture: Image.Image, found: Sequence[Share]) -> Image.Image:
     font = ImageFont.load_default(line * 0.75)
     num_lines = max(FEW_LINES, picture.height // line - 1)
     columns = [found[i : i + num_lines] for i in range(0, len(found), num_lines)]
-    widths = [
-        int(max(font.getlength(f"{share.title}  {share.percent}") for share in column)) + 2 * line
-        for column in columns
-    ]
+    texts = [[f"{share.title}  {share.percent}" for share in column] for column in columns]
+    widths = [int(max(map(font.getlength, column))) + 2 * line for column in texts]
     height = max(picture.height, line * (1 + min(len(found), num_lines)))
     page = Image.new("RGB", (picture.width + sum(widths) + line // 2, height), PAGE)
     page.paste(picture, (0, 0))

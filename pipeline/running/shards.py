@@ -27,7 +27,6 @@ from pipeline.data.base import DataSet, Sample, data_of
 from pipeline.ops.labels import file_dtype
 from pipeline.running.console import progress, say
 from pipeline.running.engine import map_shards
-from pipeline.running.identity import fingerprint
 from pipeline.running.manifests import (
     asked_of,
     finish,
@@ -37,7 +36,7 @@ from pipeline.running.manifests import (
     required_manifest,
 )
 from pipeline.running.rows import current_samples, samples_of, span, stamps_of
-from pipeline.running.table import STAGES, Stage, above, below
+from pipeline.running.table import STAGES, Stage, above, below, fingerprint
 
 
 @dataclass

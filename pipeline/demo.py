@@ -31,7 +31,7 @@ from pipeline.running.console import say
 
 KEEP_S = 3600  # uploads are removed when they are this old
 MOST_UPLOADED = "100mb"
-MOST_TEXT = 10_000  # characters of all names; 255 of them have 39 each
+MOST_TEXT = 10_000  # characters of all names
 GAMMAS = (0.0, 5.0)  # what the slider offers: the range of the evaluation's sweep
 FONTS = ["system-ui", "sans-serif"]  # of the machine that looks on: none is fetched
 # Colours come from gradio's own variables, so that light and dark mode both fit.

@@ -23,12 +23,15 @@ class Pair(FileDataSet):
     name = "pair"
     table = raw_table(3)
 
-    def __init__(self, folder: Path, **described):
-        super().__init__(**{"classes": ("cat", "dog", "sky"), "unseen": ("dog",)} | described)
-        self.folder = folder
+    def __init__(self, folder: Path, limit=None, **described):
+        self.others = {"classes": ("cat", "dog", "sky"), "unseen": ("dog",)} | described
+        super().__init__(str(folder), limit=limit)
+
+    def describe(self, root: str) -> dict:
+        return super().describe(root) | self.others
 
     def list_samples(self, part: str) -> list[Sample]:
-        return [Sample("a", str(self.folder / "a.png"), str(self.folder / "m.png"))]
+        return [Sample("a", str(self.root / "a.png"), str(self.root / "m.png"))]
 
 
 def pair(folder: Path, mask: Image.Image, size=(3, 2), **described) -> tuple[Pair, Sample]:

@@ -166,7 +166,7 @@ def test_not_a_description(tmp_path, text, message):
 
 
 def test_no_named_splits(tmp_path):
-    with pytest.raises(DataError, match="a folder has no named splits"):
+    with pytest.raises(DataError, match="folder has no named splits"):
         opened(write(tmp_path), split="voc-15-5")
 
 

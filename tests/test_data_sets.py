@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from pipeline.data.base import DataError, open_data_set
-from pipeline.data.classes import COCO_STUFF_CLASSES, VOC_CLASSES
+from pipeline.data.classes import COCO_STUFF_CLASSES, CONTEXT_CLASSES, VOC_CLASSES
 from pipeline.ops.labels import counts
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -285,3 +285,43 @@ def test_ade20k(tmp_path):
     assert (len(data.classes), data.classes[0], data.classes[149]) == (150, "wall", "flag")
     with pytest.raises(DataError, match=r"training: no such folder. data.root must be ADEChallengeData2016"):
         data.samples("train")
+
+
+def test_context_with_all_its_classes(tmp_path):
+    lists, masks = (tmp_path / "ImageSets" / "SegmentationContext", tmp_path / "SegmentationClassContext459")
+    save_image(tmp_path / "JPEGImages" / "a.jpg")
+    masks.mkdir()
+    Image.fromarray(np.array([[0, 1, 255, 459]], np.uint16)).save(masks / "a.png")
+    for name in ("train", "val"):
+        save_list(lists / f"{name}.txt", "a")
+    whole = {"root": str(tmp_path), "num_classes": 459}
+    with pytest.raises(DataError, match=r"classes459.txt: .*prepare context459"):
+        open_data_set("context", **whole)
+    names = [*CONTEXT_CLASSES, *(f"thing {i}" for i in range(400))]
+    save_list(lists / "classes459.txt", *names[:458])
+    with pytest.raises(DataError, match=r"classes459.txt: 458 names; want those of 459"):
+        open_data_set("context", **whole)
+    save_list(lists / "classes459.txt", *names)
+    data = open_data_set("context", **whole)
+    (sample,) = data.samples("test")
+    assert data.labels(sample).tolist() == [[-1, 0, 254, 458]]
+    assert (data.classes, data.unseen, data.palette.shape) == (tuple(names), (), (459, 3))
+    assert len({tuple(colour) for colour in data.palette.tolist()}) == 459
+    assert str(lists / "classes459.txt") in data.files("test")
+    assert len(open_data_set("context", split="context-49-10", **whole).unseen) == 10
+    closed = open_data_set("context", background=True, **whole)
+    assert closed.labels(closed.samples("test")[0]).tolist() == [[0, 1, 255, 459]]
+    Image.fromarray(np.array([[0, 1, 255, 460]], np.uint16)).save(masks / "a.png")
+    with pytest.raises(DataError, match=r"label id 460 is none of context's 459 classes.* 1-459"):
+        data.labels(sample)
+    with pytest.raises(DataError, match=r"num_classes is 60; .* 59 or 459"):
+        open_data_set("context", root=str(tmp_path), num_classes=60)
+
+
+@pytest.mark.parametrize("kind", ["cityscapes", "camvid", "ade20k", "coco14"])
+def test_kinds_without_a_published_split(kind, tmp_path):
+    with pytest.raises(
+        DataError, match=f"data.split is 'x', but {kind} has no named splits; use data.unseen"
+    ):
+        open_data_set(kind, root=str(tmp_path), split="x")
+    assert open_data_set(kind, root=str(tmp_path)).unseen == ()

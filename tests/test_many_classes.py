@@ -9,11 +9,12 @@ from PIL import Image
 
 from cache.store import Store
 from pipeline.config import load
+from pipeline.data.base import DataError, open_data_set
 from pipeline.data.demo import CLASSES, DemoDataSet
-from tests.conftest import ROOT, TINY
+from tests.conftest import ROOT, TINY, is_one_line_error
 
 NUM = 300
-WORDS = (
+WORDS = [
     "old",
     "new",
     "big",
@@ -28,7 +29,7 @@ WORDS = (
     "cold",
     "soft",
     "hard",
-)
+]
 # The world's twenty classes lie among the others at 15 i + 14: 14 to 299.
 NAMES = [CLASSES[i // 15] if i % 15 == 14 else f"{WORDS[i % 15]} {CLASSES[i // 15]}" for i in range(NUM)]
 UNSEEN = ["brick", "bee", "chessboard"]
@@ -114,3 +115,69 @@ def test_the_whole_way(orchard, tmp_path, run_cli):
     done = run_cli("verify", *words)
     assert done.returncode == 0, done.stderr
     assert Store.open(config.cache_path).spec("pseudo").dtype == "uint8"
+
+
+def wide_mask(folder, ending, mode, ids, **described):
+    """A data set of one image and its mask, stored as PIL's `mode`."""
+    ids = np.array(ids)
+    dtype = {"I;16": "<u2", "I;16B": ">u2", "I": "<i4"}[mode]
+    Image.new("RGB", ids.shape[::-1]).save(folder / "a.jpg")
+    Image.frombytes(mode, ids.shape[::-1], ids.astype(dtype).tobytes()).save(folder / f"a.{ending}")
+    part = {"images": "*.jpg", "masks": f"*.{ending}"}
+    described = {"classes": NAMES, "train": part, "test": part} | described
+    (folder / "dataset.yaml").write_text(yaml.safe_dump(described))
+    data = open_data_set("folder", root=str(folder))
+    return data, data.samples("train")[0]
+
+
+WAYS = [("png", "I;16"), ("tif", "I;16"), ("tif", "I;16B"), ("tif", "I")]
+
+
+@pytest.mark.parametrize(("ending", "mode"), WAYS)
+def test_wide_masks_as_programs_store_them(tmp_path, ending, mode):
+    data, sample = wide_mask(tmp_path, ending, mode, [[0, 255, 256], [299, 65535, 65535]])
+    assert Image.open(sample.mask).mode in (mode, "I;16")
+    assert data.labels(sample).tolist() == [[0, 255, 256], [299, -1, -1]]
+    facts = data.mask_facts(sample)
+    assert (facts.pixels[[0, 255, 256, 299, -1]].tolist(), facts.pixels.sum()) == ([1, 1, 1, 1, 2], 6)
+    assert facts.raw == {0, 255, 256, 299, 65535}
+
+
+@pytest.mark.parametrize(
+    ("described", "raw", "labels"),
+    [
+        ({"reduce_zero_label": True}, [0, 1, 300, 65535], [-1, 0, 299, -1]),
+        ({"ignore": 300}, [0, 1, 299, 300], [0, 1, 299, -1]),
+        (
+            {"values": {40000: NAMES[299], 65535: NAMES[0], 500: "ignore"}},
+            [40000, 65535, 8, 500],
+            [299, 0, 8, -1],
+        ),
+        ({"classes": NAMES[:3]}, [0, 2, 255, 255], [0, 2, -1, -1]),  # of 16 bits, but few
+        ({"classes": NAMES[:255]}, [0, 254, 255, 255], [0, 254, -1, -1]),
+        ({"classes": NAMES[:256]}, [0, 254, 255, 65535], [0, 254, 255, -1]),
+    ],
+)
+def test_what_wide_masks_mean(tmp_path, described, raw, labels):
+    data, sample = wide_mask(tmp_path, "png", "I;16", [raw], **described)
+    assert data.labels(sample).tolist() == [labels]
+
+
+@pytest.mark.parametrize(
+    ("ids", "words"),
+    [
+        ([[0, 300, 70000]], "label id 300, 70000"),
+        ([[-1, 0, 1]], "label id -1"),
+        ([[254, 255, 65534]], "65534"),
+    ],
+)
+def test_what_does_not_fit_is_one_line(tmp_path, run_cli, ids, words):
+    wide_mask(tmp_path, "tif", "I", ids)
+    done = run_cli("extract", *(w for s in settings(tmp_path, tmp_path / "runs") for w in ("--set", s)))
+    assert is_one_line_error(done, "a.tif", words)
+
+
+@pytest.mark.parametrize("ignored", [65536, -1, 2.5, [[0, 0, 65535]]])
+def test_an_ignored_value_that_no_mask_can_hold(tmp_path, ignored):
+    with pytest.raises(DataError, match=r"ignore is .* 0 to 65535"):
+        wide_mask(tmp_path, "png", "I;16", [[0, 1]], ignore=ignored)

@@ -187,6 +187,29 @@ def test_context_in_both_forms(form, tmp_path, run_cli):
     assert [sample.id for part in ("train", "test") for sample in data.samples(part)] == ["a", "b"]
 
 
+def test_context_with_all_its_classes(tmp_path, run_cli):
+    root, source = tmp_path / "VOC2010", tmp_path / "published" / "trainval"
+    source.mkdir(parents=True)
+    raw = np.array([[2, 459, 255, 0]], np.uint16)
+    for part, name in (("train", "a"), ("val", "b")):
+        save_list(root / "ImageSets" / "Main" / f"{part}.txt", name)
+        savemat(source / f"{name}.mat", {"LabelMap": raw})
+    command = ("prepare", "context459", "--root", root, "--source")
+    assert is_one_line_error(run_cli(*command, tmp_path / "x.json"), "must be the folder of .mat")
+    assert is_one_line_error(run_cli(*command, source), "labels.txt", "comes with the .mat files")
+    labels = [f"{i}: thing {i}" for i in range(460)]
+    save_list(source.parent / "labels.txt", *labels[:-1])
+    assert is_one_line_error(run_cli(*command, source), "labels.txt: has no name for class 459")
+    save_list(source.parent / "labels.txt", *labels)
+    done = run_cli(*command, source)
+    assert done.returncode == 0, done.stderr
+    save_image(root / "JPEGImages" / "b.jpg")
+    data = open_data_set("context", root=str(root), num_classes=459)
+    (sample,) = data.samples("test")
+    assert data.labels(sample).tolist() == [[1, 458, 254, -1]]
+    assert data.classes[::458] == ("thing 1", "thing 459")
+
+
 def test_coco14(tmp_path, run_cli):
     (tmp_path / "annotations").mkdir()
     for part in ("train", "val"):

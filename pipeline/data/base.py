@@ -1,5 +1,7 @@
 """What a data set is to the stages: classes, their split into seen and unseen, samples, images, labels.
 
+In memory labels are int16, IGNORE (-1) without a class, whatever number a file has for that: see ops/labels.py.
+
 Axes: H, W pixels of one image, K classes. Coordinates are those of the upright image: an EXIF
 orientation is applied to the image, and a mask is read as it is stored, which must be upright (mmseg's
 loaders do the same: the image is turned, the annotation is not). A mask with such a tag is an error.
@@ -27,7 +29,7 @@ import numpy as np
 from PIL import Image
 
 from pipeline.config import Data, UserError
-from pipeline.data.classes import Splits, bitwise_palette
+from pipeline.data.classes import bitwise_palette
 from pipeline.ops.labels import IGNORE, LABEL, MOST_CLASSES, counts
 
 PARTS = ("train", "test")
@@ -262,17 +264,6 @@ def check_names(where: str, names: object, known: Sequence[str]) -> tuple[str, .
     return tuple(names)
 
 
-def chosen_split(kind: str, splits: Splits, unseen: Sequence[str] | None, split: str | None) -> Sequence[str]:
-    """The unseen names: those given, else those of the named split, else those of the first split."""
-    if unseen is not None:
-        return unseen
-    if split is None:
-        return next(iter(splits.values()))
-    if split not in splits:
-        raise unknown(f"data.split: {kind} has no split", split, splits)
-    return splits[split]
-
-
 def read_image(path: str | Path, *, as_stored: bool = False) -> np.ndarray:
     """A picture of one of FORMATS as (H, W, 3) uint8 RGB, upright or `as_stored`; the first frame of several.
 
@@ -371,7 +362,7 @@ def open_data_set(kind: str, **options: Any) -> DataSet:
         raise unknown("data.kind: unknown kind", kind, KINDS)
     module, name = KINDS[kind]
     factory = getattr(importlib.import_module(module), name)
-    parameters = inspect.signature(factory).parameters
+    parameters = options_of(factory)
     for option in options:
         if option not in parameters:
             raise unknown(f"data: kind {kind!r} has no option", option, parameters)
@@ -381,6 +372,19 @@ def open_data_set(kind: str, **options: Any) -> DataSet:
                 f"data.{option} is missing, and kind {kind!r} needs it; it has {', '.join(parameters)}."
             )
     return factory(**options)
+
+
+def options_of(factory: type) -> dict[str, inspect.Parameter]:
+    """What a data set's constructor takes, and where it hands on the rest (`**`) what its base class's takes."""
+    found: dict[str, inspect.Parameter] = {}
+    for one in factory.__mro__:
+        if "__init__" in vars(one):
+            given = list(inspect.signature(one.__dict__["__init__"]).parameters.values())[1:]  # without self
+            kept = [each for each in given if each.kind is not each.VAR_KEYWORD]
+            found = {each.name: each for each in kept} | found
+            if len(kept) == len(given):
+                break
+    return found
 
 
 @functools.lru_cache(maxsize=1)

@@ -35,6 +35,9 @@ VOC_CLASSES = _names("""
 # Source of the split: CLIPTeacher (section 4.1) and ZegCLIP, ids 15-19.
 VOC_SPLITS: Splits = {"voc-15-5": ("pottedplant", "sheep", "sofa", "train", "tvmonitor")}
 
+CONTEXT_NUM_RAW = (
+    459  # PASCAL Context's classes as published, of which 59 are frequent enough to be evaluated
+)
 # PASCAL Context's 59 classes without background, ids 0-58 (raw 1-59). Order: mmseg's PascalContextDataset59.
 CONTEXT_CLASSES = _names("""
     aeroplane, bag, bed, bedclothes, bench, bicycle, bird, boat, book, bottle, building, bus, cabinet,

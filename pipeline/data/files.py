@@ -26,6 +26,7 @@ from pipeline.data.base import (
     read_image,
     unknown,
 )
+from pipeline.data.classes import Splits
 from pipeline.ops.labels import IGNORE, LABEL, counts
 
 INVALID = -2  # entry of a table of raw ids: no such id
@@ -33,23 +34,51 @@ STAMP_BYTES = 16 * 1024  # read from each end of a file for its stamp
 
 
 class FileDataSet(DataSet):
-    """Images and indexed masks in files. A subclass lists its samples and says what raw ids mean.
+    """Images and indexed masks in files. A subclass names its classes, lists its samples and says what raw ids mean.
 
-    `table` (R,) int16 maps the raw ids of a mask to class ids, IGNORE or INVALID; `limit` keeps the first N
-    samples of each part, for tries.
+    It lies in the folder `root`; of each part only the first `limit` samples are taken, for tries. Its unseen
+    classes are `unseen`, or else those of `split`, or else those of the first of the published `splits`.
+    `table` (R,) int16 maps the raw ids of a mask to class ids, IGNORE or INVALID.
+    Raises: DataError for a folder that isn't there, an unknown split or name, a limit below 1; listing the
+    samples, for what is missing.
     """
 
     has_files = True
+    names: Sequence[str] = ()  # of its classes
+    own_palette: np.ndarray | None = None
+    splits: Splits = {}  # noqa: RUF012 - nobody writes into it
     table: np.ndarray
 
-    def __init__(self, *, limit: int | None = None, **described: Any) -> None:
-        super().__init__(**described)
+    def __init__(
+        self,
+        root: str,
+        *,
+        limit: int | None = None,
+        unseen: Sequence[str] | None = None,
+        split: str | None = None,
+    ) -> None:
         if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
             raise DataError(
                 f"data.limit is {limit!r}; want a whole number of samples, 1 or more, or null for all."
             )
         self.limit = limit
         self._samples: dict[str, list[Sample]] = {}
+        described = {"unseen": next(iter(self.splits.values()), ())} | self.describe(root)
+        if split is not None:
+            described["unseen"] = self._unseen_of(split)
+        super().__init__(**described if unseen is None else described | {"unseen": unseen})
+
+    def describe(self, root: str) -> dict[str, Any]:
+        """What DataSet is constructed with. It finds out where the data set lies, too."""
+        self.root = root_of(root, self.name)
+        return {"classes": self.names, "palette": self.own_palette}
+
+    def _unseen_of(self, split: str) -> Sequence[str]:
+        if not self.splits:
+            raise DataError(f"data.split is {split!r}, but {self.name} has no named splits; use data.unseen.")
+        if split not in self.splits:
+            raise unknown(f"data.split: {self.name} has no split", split, self.splits)
+        return self.splits[split]
 
     @abstractmethod
     def list_samples(self, part: str) -> list[Sample]:
@@ -327,6 +356,16 @@ def refuse_missing(ids: Iterable[str], have: Mapping[str, str], what: str, where
     if missing:
         first = ", ".join(repr(i) for i in missing[:3]) + (", ..." if len(missing) > 3 else "")
         raise DataError(f"{where}: {len(missing)} {what}: {first}. {todo}")
+
+
+def paired(images: Path, ending: str, masks: Path, todo: str) -> list[Sample]:
+    """The images of a folder that end in `ending`, each with the PNG of the same name in another, by name.
+
+    Raises: DataError for images without a mask, or for a folder that isn't there, ending in what to do.
+    """
+    found, of_id = files_by_id(folder_of(images, todo), ending), files_by_id(folder_of(masks, todo), ".png")
+    refuse_missing(found, of_id, "images have no mask", masks, "Complete the download.")
+    return [Sample(i, found[i], of_id[i]) for i in sorted(found)]
 
 
 def raw_table(num: int, *, shift: int = 0, ignored: Sequence[int] = (255,), most: int = 255) -> np.ndarray:

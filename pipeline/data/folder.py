@@ -25,6 +25,7 @@ says it where both would do.
 from __future__ import annotations
 
 import hashlib
+import os
 import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -87,47 +88,34 @@ class FolderDataSet(FileDataSet):
 
     name = "folder"
 
-    def __init__(
-        self,
-        root: str,
-        *,
-        limit: int | None = None,
-        unseen: Sequence[str] | None = None,
-        split: str | None = None,
-    ) -> None:
-        self.path = yaml_path(root)
-        described = read_description(self.path)
-        if split is not None:
-            raise DataError(
-                f"data.split is {split!r}, but a folder has no named splits; use unseen in {self.path}."
-            )
-        classes = check_names(
-            f"{self.path}: classes", described.get("classes"), described.get("classes") or []
-        )
-        super().__init__(
-            limit=limit,
-            name=str(described.get("name") or self.path.parent.name),
-            classes=classes,
-            unseen=unseen_of(self.path, classes, described) if unseen is None else unseen,
-            palette=palette_of(self.path, described.get("palette"), len(classes)),
-        )
-        self.parts = {
-            part: part_of(self.path, part, described[part]) for part in PARTS if described.get(part)
-        }
+    def __init__(self, root: str, **shared: Any) -> None:
+        super().__init__(root, **shared)
+        described, path = self.yaml, self.path
+        self.parts = {part: part_of(path, part, described[part]) for part in PARTS if described.get(part)}
         if not self.parts:
             raise DataError(
-                f"{self.path}: neither train nor test is described; give at least `train: {{images: ...}}`."
+                f"{path}: neither train nor test is described; give at least `train: {{images: ...}}`."
             )
         self.stated = frozenset(key for key, value in described.items() if value is not None)
-        self.background = classes.index(BACKGROUND) if BACKGROUND in classes else None
-        self.tags_path = tags_path(self.path, described.get("tags"))
-        self.listed_tags = None if self.tags_path is None else read_tags(self.tags_path, classes)
-        self.reduce_zero_label = is_reduced(self.path, described.get("reduce_zero_label", False))
-        self.exif = one_of(self.path, "exif", described.get("exif"), (UPRIGHT, AS_STORED)) or UPRIGHT
-        self.no_class = no_class(
-            len(classes)
-        )  # what a mask says of pixels without a label, unless `ignore` does
+        self.background = self.classes.index(BACKGROUND) if BACKGROUND in self.classes else None
+        self.tags_path = tags_path(path, described.get("tags"))
+        self.listed_tags = None if self.tags_path is None else read_tags(self.tags_path, self.classes)
+        self.reduce_zero_label = is_reduced(path, described.get("reduce_zero_label", False))
+        self.exif = one_of(path, "exif", described.get("exif"), (UPRIGHT, AS_STORED)) or UPRIGHT
+        # What a mask says of pixels without a class, unless `ignore` does.
+        self.no_class = no_class(len(self.classes))
         self._read_masks_by(described)
+
+    def describe(self, root: str) -> dict[str, Any]:
+        self.path = yaml_path(root)
+        self.yaml = found = read_description(self.path)
+        classes = check_names(f"{self.path}: classes", found.get("classes"), found.get("classes") or [])
+        return {
+            "name": str(found.get("name") or self.path.parent.name),
+            "classes": classes,
+            "unseen": unseen_of(self.path, classes, found),
+            "palette": palette_of(self.path, found.get("palette"), len(classes)),
+        }
 
     def _read_masks_by(self, described: Mapping[str, Any]) -> None:
         """What turns pixels into class ids: `table` for raw ids, `colours` (code -> class) where there is a palette."""
@@ -374,11 +362,10 @@ class FolderDataSet(FileDataSet):
 
     def _ids_of(self, listed: Sequence[str], images: Mapping[str, str], where: str) -> list[str]:
         """The ids of a list's lines: ids, or the names of images, alone or with their folders as in the pattern."""
-        folder = self.path.parent
+        top = os.path.join(self._top(), "")
         by_name: dict[str, str] = {}
         for i, path in images.items():
-            below = str(Path(path).relative_to(folder)) if Path(path).is_relative_to(folder) else path
-            for name in (Path(path).name, below):
+            for name in (os.path.basename(path), path.removeprefix(top)):
                 by_name[unicodedata.normalize("NFC", name)] = i
         lines = [unicodedata.normalize("NFC", line) for line in listed]
         ids = [line if line in images else by_name.get(line, line) for line in lines]
@@ -392,33 +379,36 @@ class FolderDataSet(FileDataSet):
             raise DataError(f"{where}: the list names {twice!r} twice; list each sample once.")
         return ids
 
+    def _top(self) -> str:
+        return "" if self.path.parent == Path() else str(self.path.parent)
+
     def _matching(self, where: str, key: str, pattern: str, suffix: str) -> dict[str, str]:
-        """id -> path of what a pattern matches, ids being unique."""
-        folder = self.path.parent
-        found: dict[str, str] = {}
-        for name in matching(pattern, folder, f"{where}.{key}: {pattern!r}"):
-            path = folder / name
-            if not path.is_file():
+        """id -> path of what a pattern matches, ids being unique. Plain strings: there may be 100,000 files."""
+        folder, found = self._top(), dict[str, str]()
+        for name in matching(pattern, self.path.parent, f"{where}.{key}: {pattern!r}"):
+            path = os.path.join(folder, name)
+            if not os.path.isfile(path):
                 continue
-            if not path.stem.endswith(suffix):
+            stem = os.path.splitext(os.path.basename(path))[0]
+            if not stem.endswith(suffix):
                 raise DataError(
                     f"{where}.{key}: {path} does not end in the mask_suffix {suffix!r} before its ending."
                 )
-            stem = unicodedata.normalize("NFC", path.stem.removesuffix(suffix))
-            if any(
-                unicodedata.category(character) == "Cs" for character in stem
-            ):  # Python's undecodable bytes
+            try:
+                stem.encode()
+            except UnicodeEncodeError:
                 raise DataError(
-                    f"{where}.{key}: {str(path)!a} has bytes in its name that are no text; rename it."
-                )
+                    f"{where}.{key}: {path!a} has bytes in its name that are no text; rename it."
+                ) from None
+            stem = unicodedata.normalize("NFC", stem.removesuffix(suffix))
             if stem in found:
                 raise DataError(
                     f"{where}.{key}: {found[stem]} and {path} have the same id {stem!r}; rename one."
                 )
-            found[stem] = str(path)
+            found[stem] = path
         if not found:
             braces = " Braces are not read: * and mask_suffix do." if "{" in pattern else ""
             raise DataError(
-                f"{where}.{key}: no file matches {pattern!r} in {folder}. Correct the pattern.{braces}"
+                f"{where}.{key}: no file matches {pattern!r} in {self.path.parent}. Correct the pattern.{braces}"
             )
         return found

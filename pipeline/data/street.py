@@ -7,8 +7,6 @@ CamVid      root/{train,val,test}/*.png   root/{train,val,test}annot/*.png (0-10
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from pipeline.data.base import Sample
@@ -19,14 +17,7 @@ from pipeline.data.classes import (
     CITYSCAPES_PALETTE,
     CITYSCAPES_RAW,
 )
-from pipeline.data.files import (
-    FileDataSet,
-    files_by_id,
-    folder_of,
-    raw_table,
-    refuse_missing,
-    root_of,
-)
+from pipeline.data.files import FileDataSet, files_by_id, folder_of, paired, raw_table, refuse_missing
 from pipeline.ops.labels import IGNORE
 
 IMAGE, CONVERTED, PUBLISHED = "_leftImg8bit.png", "_gtFine_labelTrainIds.png", "_gtFine_labelIds.png"
@@ -42,19 +33,10 @@ def _published_table() -> np.ndarray:
 
 
 class Cityscapes(FileDataSet):
-    """Nineteen classes; "test" is val, whose labels are public. Every class is seen unless `unseen` says otherwise.
+    """Nineteen classes; "test" is val, whose labels are public. Every class is seen unless `unseen` says otherwise."""
 
-    Raises: DataError listing the samples, for images without a mask.
-    """
-
-    name = "cityscapes"
+    name, names, own_palette = "cityscapes", CITYSCAPES_CLASSES, np.array(CITYSCAPES_PALETTE)
     tables = (raw_table(len(CITYSCAPES_CLASSES)), _published_table())  # converted, published
-
-    def __init__(self, root: str, *, limit: int | None = None, unseen: Sequence[str] = ()) -> None:
-        super().__init__(
-            limit=limit, classes=CITYSCAPES_CLASSES, unseen=unseen, palette=np.array(CITYSCAPES_PALETTE)
-        )
-        self.root = root_of(root, "cityscapes")
 
     def list_samples(self, part: str) -> list[Sample]:
         part = {"train": "train", "test": "val"}[part]
@@ -84,22 +66,14 @@ class Cityscapes(FileDataSet):
 
 
 class CamVid(FileDataSet):
-    """Eleven classes, raw 11 is unlabelled. Raises: DataError listing the samples, for images without a mask."""
+    """Eleven classes, raw 11 is unlabelled."""
 
-    name = "camvid"
+    name, names, own_palette = "camvid", CAMVID_CLASSES, np.array(CAMVID_PALETTE)
     table = raw_table(len(CAMVID_CLASSES), ignored=(CAMVID_VOID, 255))
-
-    def __init__(self, root: str, *, limit: int | None = None, unseen: Sequence[str] = ()) -> None:
-        super().__init__(limit=limit, classes=CAMVID_CLASSES, unseen=unseen, palette=np.array(CAMVID_PALETTE))
-        self.root = root_of(root, "camvid")
 
     def list_samples(self, part: str) -> list[Sample]:
         todo = "data.root must hold train/, trainannot/, test/ and testannot/."
-        images = files_by_id(folder_of(self.root / part, todo), ".png")
-        annotations = folder_of(self.root / f"{part}annot", todo)
-        masks = files_by_id(annotations, ".png")
-        refuse_missing(images, masks, "images have no mask", annotations, "Complete the download.")
-        return [Sample(i, images[i], masks[i]) for i in sorted(images)]
+        return paired(self.root / part, ".png", self.root / f"{part}annot", todo)
 
     def label_hint(self, raw: set[int]) -> str:
         return (

@@ -17,21 +17,8 @@ from pipeline.data.base import DataError, check_names, unknown
 from pipeline.data.files import INVALID, raw_table, root_of
 from pipeline.ops.labels import IGNORE, no_class
 
-KEYS = (
-    *(
-        "name",
-        "classes",
-        "unseen",
-        "seen",
-        "ignore",
-        "reduce_zero_label",
-        "values",
-        "palette",
-        "read_masks",
-        "exif",
-    ),
-    *("train", "test", "tags"),
-)
+_MASKS = ("ignore", "reduce_zero_label", "values", "palette", "read_masks", "exif")
+KEYS = ("name", "classes", "unseen", "seen", *_MASKS, "train", "test", "tags")
 PART_KEYS = ("images", "masks", "mask_suffix", "list")
 BY_COLOUR, BY_INDEX = "by_colour", "by_index"
 UPRIGHT, AS_STORED = "upright", "as_stored"
@@ -204,9 +191,8 @@ def table_of_ids(
         )
     most = max(255, ignore, *values)
     table = raw_table(len(classes), shift=shift, ignored=(0,) if reduced else (), most=most)
-    table[[i for i in set(values.values()) if i != IGNORE]] = (
-        INVALID  # these have the raw ids that values gives them
-    )
+    # These have the raw ids that values gives them.
+    table[[i for i in set(values.values()) if i != IGNORE]] = INVALID
     if table[ignore] >= 0 and ignore not in values:
         hint = " If the classes start at 1, set reduce_zero_label: true instead." if ignore == 0 else ""
         raise DataError(f"{path}: ignore: {ignore} is the id of class {classes[table[ignore]]!r}.{hint}")

@@ -83,9 +83,7 @@ class Seen:
     doubts: list[str] = field(default_factory=list)  # pairs about which something can't be decided
     with_255: dict[int, int] = field(default_factory=dict)  # value -> masks that hold it and 255 alone
     first_with_255: str = ""  # a file of these
-    num_several: dict[bool, int] = field(
-        default_factory=lambda: {True: 0, False: 0}
-    )  # with 255 or not, others
+    num_several: dict[bool, int] = field(default_factory=lambda: {True: 0, False: 0})  # with 255 or not
     palettes: Palettes = field(default_factory=lambda: Palettes())
     pixels: np.ndarray = field(default_factory=lambda: np.zeros(1, np.int64))  # by label, IGNORE last
     masks: np.ndarray = field(default_factory=lambda: np.zeros(1, np.int64))  # that hold the label

@@ -329,9 +329,7 @@ def training_batches(
     """The batches of iterations start..stop-1, this process's places of each."""
     train = views.config.train
     places = _Batches(Plan(views.rows, train.batch, train.seed), start, stop, process, num_processes)
-    num_bytes = (
-        len(views.rows) * views.num_views * 5 * views.size**2
-    )  # three colours, and labels of two bytes
+    num_bytes = len(views.rows) * views.num_views * 5 * views.size**2  # three colours, labels of 2 bytes
     fits = num_bytes <= views.replayed.room_bytes
     kept_bytes = sum(array.nbytes for array in views.kept.values())
     workers = loader_processes(

@@ -116,7 +116,5 @@ def purity(pseudo: Tensor, labels: Tensor) -> tuple[int, int]:
         return 0, 0
     width = int(truth.max()) + 1  # classes
     pairs = width * pseudo[is_counted].long() + truth[is_counted]
-    table = torch.bincount(pairs, minlength=width * (MAX_MASKS + 1)).view(
-        -1, width
-    )  # (mask, class) token counts
+    table = torch.bincount(pairs, minlength=width * (MAX_MASKS + 1)).view(-1, width)  # (mask, class)
     return int(table.amax(1).sum()), int(is_counted.sum())

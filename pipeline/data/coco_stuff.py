@@ -31,7 +31,7 @@ class CocoStuff(FileDataSet):
     """COCO-Stuff 164k in either form of its masks. Split: coco-stuff-156-15."""
 
     name, names, splits = "coco_stuff", COCO_STUFF_CLASSES, COCO_STUFF_SPLITS
-    tables = (raw_table(len(COCO_STUFF_CLASSES)), _published_table())  # converted, published
+    table, tables = _published_table(), {CONVERTED: raw_table(len(COCO_STUFF_CLASSES))}
 
     def list_samples(self, part: str) -> list[Sample]:
         folder = FOLDERS[part]
@@ -49,10 +49,6 @@ class CocoStuff(FileDataSet):
             masks, images, "masks have no image", annotations, "Complete the download of the images."
         )
         return [Sample(i, images[i], masks[i]) for i in sorted(images)]
-
-    def table_of(self, sample: Sample) -> np.ndarray:
-        converted = sample.mask is not None and sample.mask.endswith(CONVERTED)
-        return self.tables[0 if converted else 1]
 
     def label_hint(self, raw: set[int]) -> str:
         if max(raw) > 181:

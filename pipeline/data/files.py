@@ -48,6 +48,7 @@ class FileDataSet(DataSet):
     own_palette: np.ndarray | None = None
     splits: Splits = {}  # noqa: RUF012 - nobody writes into it
     table: np.ndarray
+    tables: Mapping[str, np.ndarray] = {}  # of masks whose names end like that, instead
 
     def __init__(
         self,
@@ -86,7 +87,8 @@ class FileDataSet(DataSet):
 
     def table_of(self, sample: Sample) -> np.ndarray:
         """The table for this sample's mask."""
-        return self.table
+        name = str(sample.mask)
+        return next((table for ending, table in self.tables.items() if name.endswith(ending)), self.table)
 
     def label_hint(self, raw: set[int]) -> str:
         """What may be behind raw ids that the table doesn't know, and what to do."""

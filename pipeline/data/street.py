@@ -35,8 +35,8 @@ def _published_table() -> np.ndarray:
 class Cityscapes(FileDataSet):
     """Nineteen classes; "test" is val, whose labels are public. Every class is seen unless `unseen` says otherwise."""
 
-    name, names, own_palette = "cityscapes", CITYSCAPES_CLASSES, np.array(CITYSCAPES_PALETTE)
-    tables = (raw_table(len(CITYSCAPES_CLASSES)), _published_table())  # converted, published
+    name, names, own_palette = "cityscapes", CITYSCAPES_CLASSES, CITYSCAPES_PALETTE
+    table, tables = _published_table(), {CONVERTED: raw_table(len(CITYSCAPES_CLASSES))}
 
     def list_samples(self, part: str) -> list[Sample]:
         part = {"train": "train", "test": "val"}[part]
@@ -60,15 +60,11 @@ class Cityscapes(FileDataSet):
         )
         return [Sample(i, images[i], chosen[i]) for i in sorted(images)]
 
-    def table_of(self, sample: Sample) -> np.ndarray:
-        converted = sample.mask is not None and sample.mask.endswith(CONVERTED)
-        return self.tables[0 if converted else 1]
-
 
 class CamVid(FileDataSet):
     """Eleven classes, raw 11 is unlabelled."""
 
-    name, names, own_palette = "camvid", CAMVID_CLASSES, np.array(CAMVID_PALETTE)
+    name, names, own_palette = "camvid", CAMVID_CLASSES, CAMVID_PALETTE
     table = raw_table(len(CAMVID_CLASSES), ignored=(CAMVID_VOID, 255))
 
     def list_samples(self, part: str) -> list[Sample]:

@@ -237,8 +237,8 @@ def predict(
         float | None,
         typer.Option(
             callback=_finite,
-            help="'none of these', id 255, where the best name's score is below this; the score is the sigmoid of "
-            "its logit with gamma, 0 to 1 (a learned classifier's: the largest softmax)",
+            help="'none of these', the mask's largest value, where the best name's score is below this; the score is "
+            "the sigmoid of its logit with gamma, 0 to 1 (a learned classifier's: the largest softmax)",
         ),
     ] = None,
     mode: Annotated[
@@ -362,11 +362,15 @@ def verify(config: ConfigOption = DEFAULT, set_: SetOption = []) -> None:  # noq
 
 @app.command(rich_help_panel=DATA)
 def prepare(
-    kind: Annotated[str, typer.Argument(help="voc, context, coco14: what published annotations are of")],
+    kind: Annotated[
+        str, typer.Argument(help="voc, context, context459, coco14: what published annotations are of")
+    ],
     root: Annotated[Path, typer.Option("--root", help="the data set's folder, the data.root of a config")],
     source: Annotated[
         Path | None,
-        typer.Option("--source", help="voc: SBD's folder; context: the JSON, or the folder of .mat"),
+        typer.Option(
+            "--source", help="voc: SBD's folder; context: the JSON, or the folder of .mat (of context459)"
+        ),
     ] = None,
 ) -> None:
     """Convert published annotations to indexed masks and lists. Resumes by itself."""

@@ -24,10 +24,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.config import Eval, load
-from pipeline.data.base import IGNORE, DataSet, open_data_set
+from pipeline.data.base import DataSet, open_data_set
 from pipeline.learning.loading import made_ahead
 from pipeline.learning.scoring import batched, loaded, predictions
 from pipeline.models.student import build_student
+from pipeline.ops.labels import IGNORE
 from pipeline.ops.metrics import SweptConfusion
 
 CASES = {  # side, channels, seen and unseen classes, images

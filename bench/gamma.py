@@ -24,9 +24,10 @@ from pipeline.data.base import data_of, open_data_set
 from pipeline.learning.checkpoint import load_student
 from pipeline.learning.inference import best_by_group, class_logits, predicted
 from pipeline.ops import metrics
+from pipeline.ops.labels import IGNORE
 from pipeline.running.console import progress
 
-IGNORE, NO_CANDIDATE = 255, -1e9
+NO_CANDIDATE = -1e9
 
 
 def main() -> None:

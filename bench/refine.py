@@ -24,12 +24,12 @@ from pipeline.data.base import data_of
 from pipeline.looking.facts import done_shards
 from pipeline.looking.tagged import Tagged
 from pipeline.ops import metrics, pamr
+from pipeline.ops.labels import IGNORE
 from pipeline.ops.masks import class_scores
 from pipeline.running.manifests import run_config
 from pipeline.teaching import crf
 from pipeline.teaching.seeds import POWERS
 
-IGNORE = 255
 REFINED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "none": lambda image, scores: scores,
     "pamr": pamr.refine,

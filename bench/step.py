@@ -40,6 +40,7 @@ from pipeline.models.glm import ClsBank
 from pipeline.models.student import build_student, parameter_groups
 from pipeline.models.vla import VisualLanguageAdapter
 from pipeline.ops import losses as plain
+from pipeline.ops.labels import IGNORE
 
 OBJECTS, IGNORED = 15, 0.25  # potential objects an image, share of the ignored area
 CASES = {
@@ -88,11 +89,11 @@ class Bench:
         labels = torch.randint(0, seen, (n, blocks, blocks))
         pseudo = torch.randint(1, OBJECTS + 1, (n, blocks, blocks))
         ignored = torch.rand(n, blocks, blocks) < IGNORED
-        labels, pseudo = labels.masked_fill(ignored, 255), pseudo.masked_fill(~ignored, 0)
+        labels, pseudo = labels.masked_fill(ignored, IGNORE), pseudo.masked_fill(~ignored, 0)
         images = torch.randint(0, 256, (n, 3, side, side), dtype=torch.uint8).float()
         return {
             "image": images.contiguous(memory_format=torch.channels_last),
-            "labels": labels.repeat_interleave(32, 1).repeat_interleave(32, 2).to(torch.uint8),
+            "labels": labels.repeat_interleave(32, 1).repeat_interleave(32, 2).to(torch.int16),
             "pseudo": pseudo.repeat_interleave(2, 1).repeat_interleave(2, 2).to(torch.uint8),
             "cls": torch.randn(n, channels),
             "sample": torch.arange(n),
@@ -115,7 +116,7 @@ class Bench:
         size = dense.shape[2:]
         labels = F.interpolate(self.batch["labels"][:, None].float(), size, mode="nearest-exact")[:, 0].long()
         weight = self.learner.text_seen.to(dense.dtype)[:, :, None, None]
-        loss = F.cross_entropy(F.conv2d(dense, weight).float(), labels, ignore_index=255)
+        loss = F.cross_entropy(F.conv2d(dense, weight).float(), labels, ignore_index=IGNORE)
         self.floor_optimiser.zero_grad()
         loss.backward()
         self.floor_optimiser.step()
@@ -156,7 +157,7 @@ def terms(bench: Bench, rounds: int) -> list[tuple[str, float, float, float]]:
     dense = bench.dense().detach().float().requires_grad_()
     size = dense.shape[2:]
     labels = F.interpolate(batch["labels"][:, None].float(), size, mode="nearest-exact")[:, 0]
-    ids, _, num = plain.combined_labels(labels.to(torch.uint8), batch["pseudo"], learner.seen_ids)
+    ids, _, num = plain.combined_labels(labels.to(torch.int16), batch["pseudo"], learner.seen_ids)
     width = len(learner.text_seen) + num
     means, present = losses.centroids(dense, ids, width)
     means = means.detach()[present].requires_grad_()

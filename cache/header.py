@@ -136,7 +136,10 @@ def _pairs(
                 yield f"{section}.{key}", there.get(key), asked.get(key)
         else:
             yield f"attribute {section!r}", there, asked
-    yield "what is of an unusual dtype", found[HEADER]["dtypes"], wanted[HEADER]["dtypes"]
+    later = {
+        name: dtype for name, dtype in found[HEADER]["dtypes"].items() if ARRAYS[name].stage != "extract"
+    }
+    yield "what is of an unusual dtype", found[HEADER]["dtypes"], later | wanted[HEADER]["dtypes"]
     for axis, size in wanted[HEADER]["sizes"].items():
         if axis != "N" or len(found_samples) > size:
             yield f"size {axis}", found[HEADER]["sizes"].get(axis, size), size

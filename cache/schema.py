@@ -169,8 +169,11 @@ _SPECS = (
     ),
 )
 ARRAYS = {spec.name: spec for spec in _SPECS}
+OF_CLASSES = ("named", "cam_class", "mask")  # class ids: 16 bits where 254 is one
 # The other dtypes that an array may have; a cache's header says which one it has.
-VARIANTS = {("tokens", "int8"): replace(ARRAYS["tokens"], dtype="int8", fill=-128)}
+VARIANTS = {("tokens", "int8"): replace(ARRAYS["tokens"], dtype="int8", fill=-128)} | {
+    (name, "uint16"): replace(ARRAYS[name], dtype="uint16", fill=65534) for name in OF_CLASSES
+}
 # The ids, by row. An array and not an attribute, because attributes are read at every opening by every
 # worker, and 100,000 ids are megabytes of them. 4096 a file: few files, and appending rewrites the last alone.
 SAMPLE = ArraySpec(

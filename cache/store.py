@@ -87,17 +87,31 @@ class Store:
         store.add_arrays(arrays, sizes)
         return store
 
-    def add_arrays(self, names: Iterable[str], sizes: Mapping[str, int], *, replace: bool = False) -> None:
+    def add_arrays(
+        self,
+        names: Iterable[str],
+        sizes: Mapping[str, int],
+        *,
+        replace: bool = False,
+        dtypes: Mapping[str, str] | None = None,
+    ) -> None:
         """Adds arrays that aren't there yet; `sizes` needs only the axes that are new. Hold the lock.
 
         An array of another shape is an error, or with `replace` is dropped first if it is of the same stage as
-        `names`, asked for or not; one that only lacks rows gets them.
+        `names`, asked for or not; one that only lacks rows gets them. `dtypes` are those of `names` that may have
+        several; one that is there in another is dropped.
         Raises: StaleCache naming both shapes, CacheWriteFailed.
         """
         names, merged = list(names), self.sizes | {axis: int(size) for axis, size in sizes.items()}
         unknown = [name for name in names if name not in ARRAYS]
         if unknown:
             raise ValueError(f"{self.path}: no such arrays as {unknown}; the schema has {list(ARRAYS)}.")
+        header = {**self._found[HEADER], "sizes": merged}
+        for name, dtype in (dtypes or {}).items():
+            if dtype != self.spec(name).dtype:
+                remove(self.data / name)
+                others = {other: of for other, of in header["dtypes"].items() if other != name}
+                header["dtypes"] = others | ({} if dtype == ARRAYS[name].dtype else {name: dtype})
         longer = []
         for name in self.arrays:
             found, wanted = self._zarr(name).shape, self.spec(name).shape(merged)
@@ -110,8 +124,7 @@ class Store:
                         f"{self.data / name} to have it made again, or point cache.path elsewhere."
                     )
                 remove(self.data / name)
-        if merged != self.sizes:
-            header = {**self._found[HEADER], "sizes": merged}
+        if header != self._found[HEADER]:
             self._found = write_attributes(self.path, {**self._found, HEADER: header})
         for name in [*longer, *(name for name in names if not self.has(name))]:
             made = _encoded(self.spec(name), self.spec(name).shape(merged))

@@ -36,8 +36,6 @@ from pipeline.teaching.maps import explained_maps, explained_teacher, fitted, te
 from pipeline.teaching.names import checked_tags
 from pipeline.teaching.seeds import add_refined, add_seeds, new_stats, summarise
 
-NO_CLASS = 255  # in cam_class: no further class in this image
-
 
 def cams(config: Config, *, workers: int = 0, scheduler: str | None = None) -> dict[str, Any]:
     """Runs the stage to its end, or finds it there; returns the manifest with its summary. Raises: see run_stage."""
@@ -128,7 +126,7 @@ def shard_maps(
                 if name in blocks:
                     blocks[name][row] = 0
                     blocks[name][row, :num, :height, :width] = values[place, :num].numpy()
-            blocks["cam_class"][row] = NO_CLASS
+            blocks["cam_class"][row] = np.iinfo(blocks["cam_class"].dtype).max  # no further class
             blocks["cam_class"][row, :num] = tags[row]
             blocks["cam_shape"][row] = height, width
             add_seeds(stats, data, samples[row], tags[row], raw[place, :num], maps[place, :num])
@@ -160,9 +158,9 @@ def _refine(
     )
     for (row, image, _), scores in zip(waiting, REFINERS[section.refine](pairs), strict=True):
         best, ids = scores.max(0)
-        mask = torch.tensor([background, *tags[row]], dtype=torch.uint8)[ids]
+        mask = torch.tensor([background, *tags[row]])[ids]
         height, width = image.shape[1:]
-        blocks["mask"][row], blocks["confidence"][row] = NO_CLASS, 0
+        blocks["mask"][row], blocks["confidence"][row] = np.iinfo(blocks["mask"].dtype).max, 0
         blocks["mask"][row, :height, :width] = mask.numpy()
         blocks["confidence"][row, :height, :width] = (
             (FULL_CONFIDENCE * best).round().clamp(0, FULL_CONFIDENCE).numpy()

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from cache.errors import damaged
 from cache.ledger import Ledger
-from cache.schema import ARRAYS
 from cache.store import SIDES, Store
 from cache.verify import NOT_NAMED, OK
 from pipeline.config import Config
 from pipeline.data.survey import Seen, never_seen
+from pipeline.ops.labels import to_file
 from pipeline.ops.quantise import dequantised
 from pipeline.ops.views import IGNORED
 from pipeline.running.checked import check_labels
@@ -86,8 +86,9 @@ class Clustering(ShardStage):
             names = object_names(
                 part.config, part.data, part.samples, made["view"], blocks["pseudo"], is_ok, text, most
             )
-            names[~is_ok] = ARRAYS["named"].fill
-            blocks["named"] = names
+            spec = store.spec("named")
+            blocks["named"] = to_file(names, spec.dtype)
+            blocks["named"][~is_ok] = spec.fill
         return Made(blocks, stats)
 
     def summary(self, run: Run, stats: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -23,14 +23,15 @@ from PIL import Image
 
 from pipeline.config import UserError
 from pipeline.data.base import MAX_PIXELS, DataError, read_image
-from pipeline.learning.segmenter import NONE, Asked, Name, Segmenter, check, parsed_names
+from pipeline.learning.segmenter import Asked, Name, Segmenter, check, parsed_names
 from pipeline.looking.overlay import Share, painted, shares
 from pipeline.looking.visitors import ANY, Door, is_loopback, is_own, listening, uploads
+from pipeline.ops.labels import IGNORE
 from pipeline.running.console import say
 
 KEEP_S = 3600  # uploads are removed when they are this old
 MOST_UPLOADED = "100mb"
-MOST_TEXT = 10_000  # characters of all names; 255 of them have 39 each
+MOST_TEXT = 10_000  # characters of all names
 GAMMAS = (0.0, 5.0)  # what the slider offers: the range of the evaluation's sweep
 FONTS = ["system-ui", "sans-serif"]  # of the machine that looks on: none is fetched
 # Colours come from gradio's own variables, so that light and dark mode both fit.
@@ -221,9 +222,9 @@ def _table(found: list[Share], asked: Asked) -> str:
     """A row for every name that was found: its colour, itself, its part of the image, and whether it had labels."""
     rows = []
     for share in found:
-        look = 'hatched"' if share.id == NONE else f'" style="background: rgb{share.colour}"'
+        look = 'hatched"' if share.id == IGNORE else f'" style="background: rgb{share.colour}"'
         swatch = f'<span class="swatch {look}></span>'
-        trained = "" if share.id == NONE else "yes" if asked.is_trained[share.id] else "no"
+        trained = "" if share.id == IGNORE else "yes" if asked.is_trained[share.id] else "no"
         rows.append(
             f'<tr><td>{swatch} {html.escape(share.title)}</td><td class="share">{share.percent}</td>'
             f"<td>{trained}</td></tr>"

@@ -192,8 +192,8 @@ def _described(data: DataSet, seen: Seen) -> str:
     if not total:
         return line + ", no labels"
     shares = [(count / total, label) for label, count in enumerate(seen.pixels) if count]
-    names = [*data.classes, *["?"] * (255 - len(data.classes)), "ignored"]
-    said = [f"{label} {names[label]} {100 * share:.1f} %" for share, label in sorted(shares, reverse=True)]
+    names = [*(f"{i} {name}" for i, name in enumerate(data.classes)), "ignored"]
+    said = [f"{names[label]} {100 * share:.1f} %" for share, label in sorted(shares, reverse=True)]
     return f"{line}; labels {', '.join(said[:8])}{f' and {len(said) - 8} more' if len(said) > 8 else ''}"
 
 

@@ -30,7 +30,7 @@ from pipeline.data.files import file_stamp, image_sizes
 from pipeline.data.inputs import Picture
 from pipeline.learning.loading import made_ahead
 from pipeline.learning.segmenter import Asked, Name, Segmenter, check, parsed_names
-from pipeline.looking.overlay import painted, palette_of, shares, with_legend
+from pipeline.looking.overlay import file_of, painted, shares, with_legend
 from pipeline.running.console import progress, say
 
 MASK, OVERLAY, PROBABILITIES = ".mask.png", ".overlay.png", ".probabilities.npy"
@@ -64,8 +64,8 @@ class Loaded:
 def predict(run: Path, pictures: Sequence[Picture], out: Path, wanted: Wanted) -> Iterator[tuple[Path, Path]]:
     """Segments each picture and yields the paths of its overlay and its indexed mask, also of those already there.
 
-    The mask's ids follow the names, NONE where all were rejected; gamma is for names that the run never had labels
-    for. A picture that can't be read is named and passed over.
+    The mask's ids follow the names, 255 where all were rejected; with more than 255 names it has 16 bits, and 65535
+    there. Gamma is for names that the run never had labels for. A picture that can't be read is named and passed over.
     Raises: CheckpointError, UserError; at the end a UserError that counts what was passed over.
     """
     check(wanted.reject, wanted.mode, wanted.gamma)
@@ -194,12 +194,11 @@ def _written(
     picture = with_legend(painted(item.image, ids, len(asked.names)), shares(ids, asked.titles))
     with whole_file(overlay) as file:
         picture.save(file, "PNG")
-    indexed, facts = Image.fromarray(ids, mode="P"), PngInfo()
-    indexed.putpalette(palette_of(len(asked.names)).tobytes())
+    facts = PngInfo()
     for key, value in ((STAMP, item.stamp), (RECIPE, recipe)):
         facts.add_text(key, value)
     with whole_file(mask) as file:
-        indexed.save(file, "PNG", pnginfo=facts)
+        file_of(ids, len(asked.names)).save(file, "PNG", pnginfo=facts)
     return overlay, mask
 
 

@@ -1,8 +1,9 @@
 """Data sets that need a conversion before they can be pointed to: masks as indexed PNGs, lists of samples.
 
-    python cli.py prepare voc      --root VOCdevkit/VOC2012 --source benchmark_RELEASE          (SBD)
-    python cli.py prepare context  --root VOCdevkit/VOC2010 --source trainval_merged.json       (or the folder of .mat)
-    python cli.py prepare coco14   --root coco14                            (its annotations/instances_*2014.json)
+    python cli.py prepare voc        --root VOCdevkit/VOC2012 --source benchmark_RELEASE     (SBD)
+    python cli.py prepare context    --root VOCdevkit/VOC2010 --source trainval_merged.json  (or the folder of .mat)
+    python cli.py prepare context459 --root VOCdevkit/VOC2010 --source trainval              (the folder of .mat)
+    python cli.py prepare coco14     --root coco14                       (its annotations/instances_*2014.json)
 
 A mask appears whole or not at all, and those that are there stay: a killed conversion goes on where it was. The lists
 are written last, so a list is only there when its masks are.
@@ -25,11 +26,19 @@ from PIL import Image
 from cache.files import write_atomic
 from pipeline.data.base import MAX_PIXELS, DataError, unknown
 from pipeline.data.classes import COCO_CLASSES
-from pipeline.data.convert import coco_mask, context_mask, context_mask_of_runs, sbd_mask
+from pipeline.data.convert import (
+    coco_mask,
+    context_map,
+    context_mask,
+    context_mask_of_runs,
+    context_names,
+    sbd_mask,
+)
 from pipeline.data.files import files_by_id, folder_of, read_ids, refuse_missing
 from pipeline.running.console import progress, say
 
 PARTS = ("train", "val")
+CONTEXT_LISTS, LABELS = Path("ImageSets", "SegmentationContext"), "labels.txt"
 
 
 @dataclass(frozen=True)
@@ -81,7 +90,7 @@ def _write_list(path: Path, ids: Sequence[str]) -> None:
         )
     if not path.is_file():
         write_atomic(path, "".join(f"{i}\n" for i in ids).encode())
-    say(f"{path}: {len(ids)} images")
+    say(f"{path}: {len(ids)} lines")
 
 
 def _voc(root: Path, source: Path | None) -> Conversion:
@@ -104,21 +113,34 @@ def _context(root: Path, source: Path | None) -> Conversion:
     """Masks of 59 classes, from the merged JSON or from the folder of .mat, and the lists of both parts."""
     if source is None:
         raise DataError("prepare context: --source is missing: trainval_merged.json, or the folder of .mat.")
-    out, lists = root / "SegmentationClassContext", root / "ImageSets" / "SegmentationContext"
     if source.is_dir():
-        mats = files_by_id(source, ".mat")
-        ids = {
-            part: read_ids(root / "ImageSets" / "Main" / f"{part}.txt", "Complete VOC 2010.")
-            for part in PARTS
-        }
-        for part in PARTS:
-            refuse_missing(ids[part], mats, f"{part} images have no .mat", source, "Complete the download.")
-        makers: dict[str, Callable[[], np.ndarray]] = {i: partial(context_mask, Path(mats[i])) for i in mats}
-    else:
-        ids, makers = _of_merged(source)
-    wanted = [i for part in PARTS for i in ids[part]]
-    masks = {out / f"{i}.png": makers[i] for i in wanted}
-    return Conversion(masks, {lists / f"{part}.txt": sorted(ids[part]) for part in PARTS})
+        return _of_mats(root, source, "SegmentationClassContext", context_mask)
+    return _of_context(root, "SegmentationClassContext", *_of_merged(source))
+
+
+def _context459(root: Path, source: Path | None) -> Conversion:
+    """The same with all 459 classes, in 16 bits, from the folder of .mat, and their names from labels.txt beside it."""
+    if source is None or not source.is_dir():
+        raise DataError("prepare context459: --source must be the folder of .mat; the JSON has 59 classes.")
+    within = source / LABELS
+    names = context_names(within if within.is_file() else source.resolve().parent / LABELS)
+    made = _of_mats(root, source, "SegmentationClassContext459", context_map)
+    return Conversion(made.masks, {**made.lists, root / CONTEXT_LISTS / "classes459.txt": names})
+
+
+def _of_mats(root: Path, source: Path, folder: str, read: Callable[[Path], np.ndarray]) -> Conversion:
+    mats, main = files_by_id(source, ".mat"), root / "ImageSets" / "Main"
+    ids = {part: read_ids(main / f"{part}.txt", "Complete VOC 2010.") for part in PARTS}
+    for part in PARTS:
+        refuse_missing(ids[part], mats, f"{part} images have no .mat", source, "Complete the download.")
+    return _of_context(root, folder, ids, {i: partial(read, Path(mats[i])) for i in mats})
+
+
+def _of_context(
+    root: Path, folder: str, ids: Mapping[str, list[str]], makers: Mapping[str, Callable[[], np.ndarray]]
+) -> Conversion:
+    masks = {root / folder / f"{i}.png": makers[i] for part in PARTS for i in ids[part]}
+    return Conversion(masks, {root / CONTEXT_LISTS / f"{part}.txt": sorted(ids[part]) for part in PARTS})
 
 
 def _of_merged(path: Path) -> tuple[dict[str, list[str]], dict[str, Callable[[], np.ndarray]]]:
@@ -189,6 +211,7 @@ def _image_of(image: Any, key: str) -> dict[str, Any]:
 CONVERSIONS: dict[str, Callable[[Path, Path | None], Conversion]] = {
     "voc": _voc,
     "context": _context,
+    "context459": _context459,
     "coco14": _coco14,
 }
 AS_PUBLISHED = {

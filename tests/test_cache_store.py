@@ -397,6 +397,23 @@ def test_arguments_that_do_not_fit(tmp_path, changes):
         make(tmp_path / "new", **changes)
 
 
+def test_class_ids_of_16_bits(filled):
+    """An array in another dtype is dropped, and the header says which one it has; extraction stays what it was."""
+    filled.add_arrays(["named"], {"K_c": 5}, dtypes={"named": "uint8"})
+    filled.write_shard("named", 1, np.zeros((6, 2, 5), np.uint8))
+    filled.add_arrays(["named"], {}, dtypes={"named": "uint8"})
+    assert filled.size_bytes("named", 1)
+    filled.add_arrays(["named"], {}, dtypes={"named": "uint16"})
+    assert not filled.size_bytes("named", 1)
+    ids = np.full((6, 2, 5), 300, np.uint16)
+    filled.write_shard("named", 1, ids)
+    again = Store.open(filled.path)
+    assert np.array_equal(again.read_shard("named", 1), ids)
+    make(filled.path)
+    again.add_arrays(["named"], {}, dtypes={"named": "uint8"})
+    assert Store.open(filled.path).spec("named").dtype == "uint8"
+
+
 def test_adding_arrays_of_another_stage(filled):
     filled.add_arrays(["pseudo", "centroids"], {"K_c": 5})
     assert Store.open(filled.path).sizes == SIZES | {"K_c": 5}

@@ -246,7 +246,9 @@ def test_masks_at_pixels(few, tmp_path, refine):
     assert verify(config) == []
     views = CachedViews(config, data_of(config.data))
     labels = views.whole(3)["labels"].numpy()
-    assert np.array_equal(labels, np.where(confidence[3] >= 190, mask[3], 255))  # train.confidence 0.95
+    assert np.array_equal(
+        labels, np.where(confidence[3] >= 190, mask[3].astype(int), -1)
+    )  # train.confidence 0.95
 
 
 # --- free text ------------------------------------------------------------------------------------
@@ -285,7 +287,7 @@ class TwoPixels:
     classes, background = ("background", "bee"), 0
 
     def labels(self, sample):
-        return np.array([[0, 1, 255]], np.uint8)
+        return np.array([[0, 1, -1]], np.int16)
 
 
 def test_seeds_by_hand():

@@ -58,12 +58,12 @@ def test_labels_are_the_cams_that_are_sure(tagged):
     classes = [int(i) for i in store.read_rows("cam_class", [7])[0] if i != 255]
     cam = torch.from_numpy(store.read_rows("cam", [7])[0, : len(classes), :16, :16])
     mask, confidence = mask_and_confidence(cam, classes, 0, (128, 128), 1.0)
-    assert torch.equal(item["labels"], mask.where(confidence >= 0.4, 255))
-    assert set(item["labels"].unique().tolist()) <= {0, *data.tags(data.samples("train")[7]), 255}
+    assert torch.equal(item["labels"], mask.where(confidence >= 0.4, -1))
+    assert set(item["labels"].unique().tolist()) <= {0, *data.tags(data.samples("train")[7]), -1}
     every = CachedViews(tagged("labels", "train.confidence=0"), data).whole(7)["labels"]
     assert torch.equal(every, mask)
     none = CachedViews(tagged("labels", "train.confidence=1"), data).whole(7)["labels"]
-    assert set(none.unique().tolist()) <= {0, 255}  # only where every map is exactly 0 is background sure
+    assert set(none.unique().tolist()) <= {0, -1}  # only where every map is exactly 0 is background sure
     with pytest.raises(DataError, match=r"data\.unseen names bee"):
         CachedViews(
             tagged("labels", "data.unseen=[bee]"), data_of(tagged("labels", "data.unseen=[bee]").data)
@@ -73,19 +73,19 @@ def test_labels_are_the_cams_that_are_sure(tagged):
 def test_the_loss_is_cross_entropy_on_labelled_pixels():
     torch.manual_seed(0)
     dense, text = torch.randn(2, 5, 4, 4, requires_grad=True), torch.eye(5)
-    labels = torch.randint(0, 5, (2, 16, 16), dtype=torch.uint8)
-    labels[0, :8] = 255
+    labels = torch.randint(0, 5, (2, 16, 16), dtype=torch.int16)
+    labels[0, :8] = -1
     learner = Learner(None, torch.nn.Identity(), torch.nn.Identity(), text, torch.arange(5))
     terms, counts = closed_set_terms(Train(), learner, dense, {"labels": labels})
     small = labels[:, 2::4, 2::4].long()  # nearest at the centres of 4 x 4 cells
-    wanted = cross_entropy(dense, small, ignore_index=255)
+    wanted = cross_entropy(dense, small, ignore_index=-1)
     assert torch.allclose(terms["ce"], wanted)
     (found,), (plain,) = (
         torch.autograd.grad(loss, dense, retain_graph=True) for loss in (terms["ce"], wanted)
     )
     assert torch.allclose(found, plain, atol=1e-6)
     assert counts["labelled"] == pytest.approx(0.75)
-    nothing, _ = closed_set_terms(Train(), learner, dense, {"labels": torch.full_like(labels, 255)})
+    nothing, _ = closed_set_terms(Train(), learner, dense, {"labels": torch.full_like(labels, -1)})
     assert nothing["ce"] == 0
 
 

@@ -12,6 +12,7 @@ from PIL import Image
 
 from pipeline.data.base import BadImage, DataError, DataSet, Sample, open_data_set, read_image
 from pipeline.data.files import FileDataSet, file_stamp, raw_table
+from pipeline.ops.labels import IGNORE
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 
@@ -22,12 +23,15 @@ class Pair(FileDataSet):
     name = "pair"
     table = raw_table(3)
 
-    def __init__(self, folder: Path, **described):
-        super().__init__(**{"classes": ("cat", "dog", "sky"), "unseen": ("dog",)} | described)
-        self.folder = folder
+    def __init__(self, folder: Path, limit=None, **described):
+        self.others = {"classes": ("cat", "dog", "sky"), "unseen": ("dog",)} | described
+        super().__init__(str(folder), limit=limit)
+
+    def describe(self, root: str) -> dict:
+        return super().describe(root) | self.others
 
     def list_samples(self, part: str) -> list[Sample]:
-        return [Sample("a", str(self.folder / "a.png"), str(self.folder / "m.png"))]
+        return [Sample("a", str(self.root / "a.png"), str(self.root / "m.png"))]
 
 
 def pair(folder: Path, mask: Image.Image, size=(3, 2), **described) -> tuple[Pair, Sample]:
@@ -189,8 +193,8 @@ def test_labels_are_the_stored_ids(tmp_path, mode):
         mask.putpalette([9, 9, 9] * 256)  # equal colours: only the indices count
     data, sample = pair(tmp_path, mask)
     labels = data.labels(sample)
-    assert labels.dtype == np.uint8
-    assert np.array_equal(labels, ids)
+    assert labels.dtype == np.int16
+    assert np.array_equal(labels, np.where(ids == 255, IGNORE, ids))
 
 
 def test_two_valued_mask(tmp_path):
@@ -200,7 +204,7 @@ def test_two_valued_mask(tmp_path):
 
 def test_seen_labels_hide_the_unseen(tmp_path):
     data, sample = pair(tmp_path, grey([[0, 1, 2], [255, 1, 2]]))
-    assert data.seen_labels(sample).tolist() == [[0, 255, 2], [255, 255, 2]]
+    assert data.seen_labels(sample).tolist() == [[0, -1, 2], [-1, -1, 2]]
     assert (data.seen_ids, data.unseen_ids) == ((0, 2), (1,))
 
 
@@ -263,7 +267,7 @@ def test_jpeg_4_bit_broken_and_missing_masks(tmp_path):
 
 def test_defaults_of_a_data_set(tmp_path):
     data = Pair(tmp_path)
-    assert data.ignore == 255
+    assert data.ignore == IGNORE == -1
     assert data.palette.shape == (3, 3)
     assert len({tuple(colour) for colour in data.palette}) == 3
     assert pickle.loads(pickle.dumps(data)).classes == data.classes
@@ -279,7 +283,7 @@ def test_defaults_of_a_data_set(tmp_path):
         ({"classes": ("cat", "dog", "cat")}, "classes: 'cat' is listed twice"),
         ({"classes": ("dog", False)}, "name 1 is False; want text"),
         ({"classes": ("dog", " ")}, "name 1 is ' '"),
-        ({"classes": tuple(map(str, range(256))), "unseen": ()}, "256 classes; want 1 to 255"),
+        ({"classes": tuple(map(str, range(32768))), "unseen": ()}, "32768 classes; want 1 to 32767"),
         ({"classes": (), "unseen": ()}, "0 classes"),
         ({"palette": np.zeros((2, 3))}, r"palette of shape \(2, 3\); want \(3, 3\)"),
         ({"limit": 0}, "data.limit is 0"),

@@ -99,7 +99,7 @@ def test_reduce_zero_label(tmp_path):
     write(tmp_path, reduce_zero_label=True)
     data = opened(tmp_path)
     Image.fromarray(np.array([[0, 1, 2, 3]] * 3, np.uint8)).save(tmp_path / "masks" / "a.png")
-    assert data.labels(data.samples("train")[0])[0].tolist() == [255, 0, 1, 2]
+    assert data.labels(data.samples("train")[0])[0].tolist() == [-1, 0, 1, 2]
     Image.fromarray(np.full((3, 4), 4, np.uint8)).save(tmp_path / "masks" / "a.png")
     with pytest.raises(DataError, match=r"label id 4 .* raw ids are 1 to the number of classes"):
         data.labels(data.samples("train")[0])
@@ -107,8 +107,8 @@ def test_reduce_zero_label(tmp_path):
 
 def test_ignore_value(tmp_path):
     data = opened(write(tmp_path, ignore=7, value=7))
-    assert (data.labels(data.samples("train")[0]) == 255).all()
-    assert data.ignore == 255  # what leaves the data set is always 255
+    assert (data.labels(data.samples("train")[0]) == -1).all()
+    assert data.ignore == -1  # what leaves the data set is always -1
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def test_not_a_description(tmp_path, text, message):
 
 
 def test_no_named_splits(tmp_path):
-    with pytest.raises(DataError, match="a folder has no named splits"):
+    with pytest.raises(DataError, match="folder has no named splits"):
         opened(write(tmp_path), split="voc-15-5")
 
 

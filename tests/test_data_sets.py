@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 from pipeline.data.base import DataError, open_data_set
-from pipeline.data.classes import COCO_STUFF_CLASSES, VOC_CLASSES
+from pipeline.data.classes import COCO_STUFF_CLASSES, CONTEXT_CLASSES, VOC_CLASSES
+from pipeline.ops.labels import counts
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
@@ -47,9 +48,9 @@ def test_voc_background_is_ignored_and_own_masks_come_first(voc):
     data = open_data_set("voc", root=str(voc))
     b, a = data.samples("train")
     assert (b.id, a.id) == ("b", "a")
-    assert data.labels(a).tolist() == [[255, 0, 19, 255]]
-    assert data.labels(b).tolist() == [[255, 4, 4, 4]]
-    assert data.seen_labels(a).tolist() == [[255, 0, 255, 255]]  # 19, tvmonitor, is unseen
+    assert data.labels(a).tolist() == [[-1, 0, 19, -1]]
+    assert data.labels(b).tolist() == [[-1, 4, 4, 4]]
+    assert data.seen_labels(a).tolist() == [[-1, 0, -1, -1]]  # 19, tvmonitor, is unseen
     assert data.unseen_ids == (15, 16, 17, 18, 19)
 
 
@@ -105,8 +106,8 @@ def test_context(tmp_path):
         save_list(tmp_path / "ImageSets" / "SegmentationContext" / f"{name}.txt", "a")
     data = open_data_set("context", root=str(tmp_path))
     sample = data.samples("test")[0]
-    assert data.labels(sample).tolist() == [[255, 0, 58, 19]]
-    assert data.seen_labels(sample).tolist() == [[255, 255, 58, 255]]  # aeroplane and cow are unseen
+    assert data.labels(sample).tolist() == [[-1, 0, 58, 19]]
+    assert data.seen_labels(sample).tolist() == [[-1, -1, 58, -1]]  # aeroplane and cow are unseen
     assert sorted(data.unseen_ids) == [0, 6, 7, 14, 19, 24, 31, 33, 48, 54]
     other = open_data_set("context", root=str(tmp_path), split="context-49-10-cascade")
     assert other.unseen_ids == (0, 2, 3, 7, 9, 13, 17, 19, 31, 37)
@@ -135,14 +136,14 @@ def test_coco_stuff_converted_masks(tmp_path):
         root / "annotations" / "train2017" / "1.png", (11, 11, 11, 11)
     )  # the published one lies beside it
     data = open_data_set("coco_stuff", root=str(root))
-    assert data.labels(data.samples("train")[0]).tolist() == [[0, 170, 9, 255]]
+    assert data.labels(data.samples("train")[0]).tolist() == [[0, 170, 9, -1]]
     assert [s.id for s in data.samples("test")] == ["1"]
 
 
 def test_coco_stuff_published_masks(tmp_path):
     # Raw 12 (stop sign) follows the gap at 11; 181 - 11 gaps = 170.
     data = open_data_set("coco_stuff", root=str(coco(tmp_path, ".png", (10, 12, 181, 255))))
-    assert data.labels(data.samples("train")[0]).tolist() == [[10, 11, 170, 255]]
+    assert data.labels(data.samples("train")[0]).tolist() == [[10, 11, 170, -1]]
     assert data.classes[11] == "stop sign"
 
 
@@ -180,20 +181,19 @@ def test_coco_stuff_half_converted(tmp_path):
 @pytest.mark.shared_data
 def test_real_coco_stuff_loads():
     data = open_data_set("coco_stuff", root=str(SHARED / "coco_stuff164k"))
-    found, grey = np.zeros(256, int), []
+    found, grey = np.zeros(172, int), []
     for part in ("train", "test"):
         samples = data.samples(part)
         assert len(samples) == len({s.id for s in samples}) == 100
         for sample in samples:
             image, labels = data.image(sample), data.labels(sample)
-            assert image.dtype == labels.dtype == np.uint8
+            assert (image.dtype, labels.dtype) == (np.uint8, np.int16)
             assert image.shape == (*labels.shape, 3)
-            found += np.bincount(labels.ravel(), minlength=256)
+            found += counts(labels, 171)
             if (image == image[..., :1]).all():
                 grey.append(sample.id)
-    assert found[171:255].sum() == 0
     assert found[0] > 0  # person
-    assert 0.05 < found[255] / found.sum() < 0.2
+    assert 0.05 < found[-1] / found.sum() < 0.2
     assert {"000000000086", "000000007888"} <= set(grey)  # stored as greyscale JPEGs
     assert len(open_data_set("coco_stuff", root=str(SHARED / "coco_stuff164k"), limit=3).samples("test")) == 3
 
@@ -209,7 +209,7 @@ def test_real_voc_loads():
         assert image.shape == (*labels.shape, 3)
         present |= set(np.unique(labels).tolist())
     assert 14 in present  # person
-    assert present <= {*range(20), 255}
+    assert present <= {*range(20), -1}
     assert data.identity("train") == data.identity("train") != data.identity("test")
 
 
@@ -248,7 +248,7 @@ def test_cityscapes_in_both_forms_of_its_masks(tmp_path):
     data = open_data_set("cityscapes", root=str(root))
     first, second = data.samples("test")
     assert (first.id, second.id) == ("bonn_1", "ulm_1")
-    assert data.labels(first).tolist() == [[0, 18, 255, 255]]  # road, bicycle, unlabelled, caravan
+    assert data.labels(first).tolist() == [[0, 18, -1, -1]]  # road, bicycle, unlabelled, caravan
     assert (data.classes[0], data.classes[18]) == ("road", "bicycle")
     save_mask(root / "gtFine" / "val" / "ulm" / "ulm_1_gtFine_labelTrainIds.png", (0, 18, 255, 3))
     half = open_data_set("cityscapes", root=str(root))
@@ -257,7 +257,7 @@ def test_cityscapes_in_both_forms_of_its_masks(tmp_path):
     save_mask(root / "gtFine" / "val" / "bonn" / "bonn_1_gtFine_labelTrainIds.png", (0, 18, 255, 19))
     whole = open_data_set("cityscapes", root=str(root))
     bonn, ulm = whole.samples("test")
-    assert whole.labels(ulm).tolist() == [[0, 18, 255, 3]]
+    assert whole.labels(ulm).tolist() == [[0, 18, -1, 3]]
     with pytest.raises(DataError, match="label id 19 is none of cityscapes's 19 classes"):
         whole.labels(bonn)
 
@@ -268,8 +268,8 @@ def test_camvid(tmp_path):
     save_mask(root / "testannot" / "a.png", (0, 10, 11, 255))
     data = open_data_set("camvid", root=str(root), unseen=["bicyclist"])
     (sample,) = data.samples("test")
-    assert data.labels(sample).tolist() == [[0, 10, 255, 255]]
-    assert data.seen_labels(sample).tolist() == [[0, 255, 255, 255]]
+    assert data.labels(sample).tolist() == [[0, 10, -1, -1]]
+    assert data.seen_labels(sample).tolist() == [[0, -1, -1, -1]]
     save_mask(root / "testannot" / "a.png", (0, 10, 31, 255))
     with pytest.raises(DataError, match=r"label id 31 .* reduced them from 32 classes"):
         data.labels(sample)
@@ -281,7 +281,47 @@ def test_ade20k(tmp_path):
     save_mask(root / "annotations" / "validation" / "a.png", (0, 1, 150, 255))
     data = open_data_set("ade20k", root=str(root))
     (sample,) = data.samples("test")
-    assert data.labels(sample).tolist() == [[255, 0, 149, 255]]
+    assert data.labels(sample).tolist() == [[-1, 0, 149, -1]]
     assert (len(data.classes), data.classes[0], data.classes[149]) == (150, "wall", "flag")
     with pytest.raises(DataError, match=r"training: no such folder. data.root must be ADEChallengeData2016"):
         data.samples("train")
+
+
+def test_context_with_all_its_classes(tmp_path):
+    lists, masks = (tmp_path / "ImageSets" / "SegmentationContext", tmp_path / "SegmentationClassContext459")
+    save_image(tmp_path / "JPEGImages" / "a.jpg")
+    masks.mkdir()
+    Image.fromarray(np.array([[0, 1, 255, 459]], np.uint16)).save(masks / "a.png")
+    for name in ("train", "val"):
+        save_list(lists / f"{name}.txt", "a")
+    whole = {"root": str(tmp_path), "num_classes": 459}
+    with pytest.raises(DataError, match=r"classes459.txt: .*prepare context459"):
+        open_data_set("context", **whole)
+    names = [*CONTEXT_CLASSES, *(f"thing {i}" for i in range(400))]
+    save_list(lists / "classes459.txt", *names[:458])
+    with pytest.raises(DataError, match=r"classes459.txt: 458 names; want those of 459"):
+        open_data_set("context", **whole)
+    save_list(lists / "classes459.txt", *names)
+    data = open_data_set("context", **whole)
+    (sample,) = data.samples("test")
+    assert data.labels(sample).tolist() == [[-1, 0, 254, 458]]
+    assert (data.classes, data.unseen, data.palette.shape) == (tuple(names), (), (459, 3))
+    assert len({tuple(colour) for colour in data.palette.tolist()}) == 459
+    assert str(lists / "classes459.txt") in data.files("test")
+    assert len(open_data_set("context", split="context-49-10", **whole).unseen) == 10
+    closed = open_data_set("context", background=True, **whole)
+    assert closed.labels(closed.samples("test")[0]).tolist() == [[0, 1, 255, 459]]
+    Image.fromarray(np.array([[0, 1, 255, 460]], np.uint16)).save(masks / "a.png")
+    with pytest.raises(DataError, match=r"label id 460 is none of context's 459 classes.* 1-459"):
+        data.labels(sample)
+    with pytest.raises(DataError, match=r"num_classes is 60; .* 59 or 459"):
+        open_data_set("context", root=str(tmp_path), num_classes=60)
+
+
+@pytest.mark.parametrize("kind", ["cityscapes", "camvid", "ade20k", "coco14"])
+def test_kinds_without_a_published_split(kind, tmp_path):
+    with pytest.raises(
+        DataError, match=f"data.split is 'x', but {kind} has no named splits; use data.unseen"
+    ):
+        open_data_set(kind, root=str(tmp_path), split="x")
+    assert open_data_set(kind, root=str(tmp_path)).unseen == ()

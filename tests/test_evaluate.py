@@ -21,6 +21,7 @@ from pipeline.looking.gallery import scores_of
 from pipeline.models.student import build_student
 from pipeline.models.teacher import Teacher
 from pipeline.ops import metrics
+from pipeline.ops.labels import IGNORE, from_file
 from pipeline.running.table import config_fingerprint
 from tests.conftest import ROOT, is_one_line_error
 
@@ -33,13 +34,13 @@ def by_definition(truths, guesses, num_classes, seen, unseen):
     """Pixel accuracy, each class's IoU, S, U and their harmonic mean in percent, straight from their words."""
     right = total = 0
     for truth, guess in zip(truths, guesses, strict=True):
-        right += int(((truth == guess) & (truth != 255)).sum())
-        total += int((truth != 255).sum())
+        right += int(((truth == guess) & (truth != IGNORE)).sum())
+        total += int((truth != IGNORE).sum())
     ious = []
     for c in range(num_classes):
         both = either = 0
         for truth, guess in zip(truths, guesses, strict=True):
-            is_known = truth != 255
+            is_known = truth != IGNORE
             both += int(((truth == c) & (guess == c)).sum())
             either += int((((truth == c) | (guess == c)) & is_known).sum())
         ious.append(both / either if either else math.nan)
@@ -56,18 +57,18 @@ def by_definition(truths, guesses, num_classes, seen, unseen):
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 10**6))
 def test_swept_scores_are_the_definitions(seed):
-    """Images of different sizes, some all 255; classes that are nowhere, or only in the prediction."""
+    """Images of different sizes, some without a label; classes that are nowhere, or only in the prediction."""
     rng = np.random.default_rng(seed)
     num, gammas = int(rng.integers(2, 9)), (0.0, 0.5, 2.0)
     unseen = sorted(rng.permutation(num)[: rng.integers(0, num)].tolist())
     seen = [c for c in range(num) if c not in unseen]
-    swept = metrics.SweptConfusion(num, gammas, 255)
+    swept = metrics.SweptConfusion(num, gammas, IGNORE)
     truths, guesses = [], {gamma: [] for gamma in gammas}
     for _ in range(int(rng.integers(1, 5))):
         size = rng.integers(1, 9, 2)
-        truth = rng.choice([*range(max(1, num - 2)), 255], size).astype(np.uint8)
+        truth = rng.choice([*range(max(1, num - 2)), IGNORE], size).astype(np.int16)
         if rng.random() < 0.3:
-            truth[:] = 255
+            truth[:] = IGNORE
         best_seen, best_unseen = (rng.choice(ids or [0], size) for ids in (seen, unseen))
         needed = rng.integers(-2, 6, size) / 2 if unseen else np.full(size, np.inf)
         swept.update(*(torch.from_numpy(np.asarray(a)) for a in (truth, best_seen, best_unseen, needed)))
@@ -84,12 +85,12 @@ def test_swept_scores_are_the_definitions(seed):
 def test_an_images_own_score_by_hand():
     # Class 0 has 4 pixels, 2 of them right, and is said nowhere else: 2 / 4. Class 1 has one, right, and is said once
     # more: 1 / 2. Class 4 is only said: 0. The pixel without a label counts nowhere.
-    truth, guess = np.array([[0, 0, 0], [1, 255, 0]]), np.array([[0, 0, 4], [1, 1, 1]])
-    assert metrics.image_iou(truth, guess, 5, 255) == pytest.approx((1 / 2 + 1 / 2 + 0) / 3)
-    assert math.isnan(metrics.image_iou(np.full((2, 2), 255), np.zeros((2, 2), int), 5, 255))
+    truth, guess = np.array([[0, 0, 0], [1, IGNORE, 0]]), np.array([[0, 0, 4], [1, 1, 1]])
+    assert metrics.image_iou(truth, guess, 5, IGNORE) == pytest.approx((1 / 2 + 1 / 2 + 0) / 3)
+    assert math.isnan(metrics.image_iou(np.full((2, 2), IGNORE), np.zeros((2, 2), int), 5, IGNORE))
     rng = np.random.default_rng(3)
-    truth, guess = (rng.choice([0, 1, 3, 255], (9, 7)).astype(np.uint8), rng.integers(0, 5, (9, 7)))
-    ours, theirs = metrics.image_iou(truth, guess, 5, 255), scores_of(guess.astype(np.uint8), truth, 5)
+    truth, guess = (rng.choice([0, 1, 3, IGNORE], (9, 7)).astype(np.int16), rng.integers(0, 5, (9, 7)))
+    ours, theirs = metrics.image_iou(truth, guess, 5, IGNORE), scores_of(guess.astype(np.int16), truth, 5)
     assert 100 * ours == pytest.approx(theirs[1])
 
 
@@ -194,7 +195,7 @@ def naive(run, text, folder, gamma, unseen):
         logits = interpolate(planes, image.shape[:2], mode="bilinear", align_corners=False)[0]
         logits[unseen] += gamma
         guesses.append(logits.argmax(0).numpy())
-        truths.append(np.asarray(Image.open(path.with_name(f"{path.stem}_ids.png"))))
+        truths.append(from_file(np.asarray(Image.open(path.with_name(f"{path.stem}_ids.png")))))
     return truths, guesses
 
 

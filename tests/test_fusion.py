@@ -146,9 +146,9 @@ def test_mask_centroids_by_hand():
 
 
 def test_purity_by_hand():
-    # Mask 1: classes 7, 7, 8 -> 2 of 3. Mask 2: class 8 -> 1 of 1. Annotated, padding and 255 don't count.
+    # Mask 1: classes 7, 7, 300 -> 2 of 3. Mask 2: class 300 -> 1 of 1. Annotated, padding and no label don't count.
     pseudo = torch.tensor([[1, 1, 1, 2], [2, 0, 255, 255]], dtype=torch.uint8)
-    labels = torch.tensor([[7, 7, 8, 8], [255, 3, 3, 255]], dtype=torch.uint8)
+    labels = torch.tensor([[7, 7, 300, 300], [-1, 3, 3, -1]], dtype=torch.int16)
     assert purity(pseudo, labels) == (3, 4)
     assert purity(torch.zeros(2, 2, dtype=torch.uint8), torch.zeros(2, 2, dtype=torch.uint8)) == (0, 0)
 

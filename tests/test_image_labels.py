@@ -46,7 +46,7 @@ def test_voc_with_background(voc):
     assert (data.classes[0], data.classes[1], data.classes[20]) == ("background", "aeroplane", "tvmonitor")
     assert data.palette[:2].tolist() == [[0, 0, 0], [128, 0, 0]]  # VOC's own colours
     a, b = data.samples("train")
-    assert data.labels(a).tolist() == data.seen_labels(a).tolist() == [[0, 1, 20, 255]]
+    assert data.labels(a).tolist() == data.seen_labels(a).tolist() == [[0, 1, 20, -1]]
     assert data.tags(a) == (15, 20)  # person, though one is difficult; parts of objects are none
     assert data.tags(b) == ()
     assert open_data_set("voc", root=str(voc), background=True, split="voc-15-5").unseen_ids == (
@@ -120,7 +120,7 @@ def test_coco14_in_its_layouts(tmp_path, images, masks):
     train = data.samples("train")
     assert [s.id for s in train] == ["000000000009", "000000000025"]
     assert [s.id for s in data.samples("test")] == ["000000000042"]
-    assert data.labels(train[0]).tolist() == [[0, 1, 80, 255]]
+    assert data.labels(train[0]).tolist() == [[0, 1, 80, -1]]
     assert [data.tags(s) for s in train] == [(1, 80), ()]
 
 

@@ -61,7 +61,7 @@ def indexed(ids, order):
 def test_values_give_raw_ids_their_classes(pairs):
     raw = [[0, 255, 7, 2]] * 3
     data = pairs([raw], values={0: "soil", 255: 1, 7: "ignore"})
-    assert labels(data)[0].tolist() == [0, 1, 255, 2], "bloom keeps its position"
+    assert labels(data)[0].tolist() == [0, 1, -1, 2], "bloom keeps its position"
     data = pairs([[[0, 1, 2, 255]] * 3], values={255: "leaf"})
     with pytest.raises(DataError, match="label id 1 "):
         labels(data)
@@ -86,7 +86,7 @@ def test_values_give_raw_ids_their_classes(pairs):
         ({"read_masks": "colour"}, "read_masks is 'colour'; want by_colour or by_index"),
         ({"read_masks": "by_colour"}, "no palette"),
         ({"ignore": [0, 0, 0]}, "no palette"),
-        ({"ignore": [0, 0], "palette": COLOURS.tolist()}, "want a raw id, 0 to 255, or colours"),
+        ({"ignore": [0, 0], "palette": COLOURS.tolist()}, "want a raw id, 0 to 65535, or colours"),
         ({"ignore": [0, 0, 0], "palette": COLOURS.tolist()}, "is the colour of class 'soil'"),
         ({"palette": [[1, 1, 1]] * 3, "read_masks": "by_colour"}, "'soil' and 'leaf' have the same colour"),
         ({"value": {255: 1}}, "unknown key 'value'; the nearest valid one is 'values'"),
@@ -204,7 +204,7 @@ def test_coloured_masks(pairs):
         labels(pairs([shown]))
     assert (labels(pairs([shown], palette=COLOURS.tolist())) == IDS).all()
     alpha = np.dstack([shown, np.where(IDS == 2, 0, 255).astype(np.uint8)])
-    assert labels(pairs([alpha], palette=COLOURS.tolist()))[:, 0].tolist() == [0, 1, 255]
+    assert labels(pairs([alpha], palette=COLOURS.tolist()))[:, 0].tolist() == [0, 1, -1]
     with pytest.raises(DataError, match="half transparent"):
         labels(pairs([np.dstack([shown, np.full((3, 4), 9, np.uint8)])], palette=COLOURS.tolist()))
     shown[0, 0] = (224, 224, 192)
@@ -213,7 +213,7 @@ def test_coloured_masks(pairs):
     ):
         labels(pairs([shown], palette=COLOURS.tolist()))
     data = pairs([shown], palette=COLOURS.tolist(), ignore=[[224, 224, 192], [9, 9, 9]])
-    assert labels(data)[0].tolist() == [255, 0, 0, 0]
+    assert labels(data)[0].tolist() == [-1, 0, 0, 0]
     with pytest.raises(DataError, match="three channels are equal"):
         labels(pairs([np.dstack([IDS] * 3)]))
     with pytest.raises(DataError, match=r"has no colours .mode L"):
@@ -226,7 +226,9 @@ def test_an_indexed_mask_with_a_strange_colour(pairs):
     ids[0, 0] = 255
     void = Image.fromarray(ids, mode="P")
     void.putpalette(np.concatenate([COLOURS, np.full((253, 3), 224, np.uint8)]).tobytes())
-    assert (labels(pairs([void], palette=COLOURS.tolist())) == ids).all()
+    assert (
+        labels(pairs([void], palette=COLOURS.tolist())) == np.where(ids == 255, -1, ids.astype(int))
+    ).all()
     void.putpalette(np.concatenate([COLOURS[[1, 0, 2]], np.full((253, 3), 224, np.uint8)]).tobytes())
     with pytest.raises(DataError, match=r"index 0 has the colour \[128, 0, 0\].*read_masks: by_index"):
         labels(pairs([void], palette=COLOURS.tolist()))

@@ -11,6 +11,7 @@ from hypothesis.extra.numpy import arrays
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from pipeline.looking.results import result_table
+from pipeline.ops import metrics
 from pipeline.ops.metrics import harmonic_mean, iou_per_class, pixel_accuracy, summary
 
 
@@ -99,3 +100,21 @@ def test_on_how_much_a_score_was_measured():
         "a (1 of 2 seen, 1 of 1 unseen (1 without a test pixel))",
         "b",
     ]
+
+
+def test_many_classes_are_counted_as_few_are(monkeypatch):
+    rng = np.random.default_rng(0)
+    truth, seen, unseen = (torch.from_numpy(rng.integers(-low, 300, (40, 30))) for low in (1, 0, 0))
+    needed = torch.from_numpy(rng.normal(size=(40, 30)).astype(np.float32))
+    found = []
+    for most in (1, 2**60):  # places are sorted, or all of them counted; in 64 bits, or 32
+        monkeypatch.setattr(metrics, "MANY_PLACES", most)
+        monkeypatch.setattr(metrics, "MOST_PLACES", most)
+        swept = metrics.SweptConfusion(300, (0.0, 0.5), -1)
+        for _ in range(2):
+            swept.update(truth, seen, unseen, needed)
+        found.append([swept.matrix(gamma) for gamma in (0.0, 0.5)])
+    assert np.array_equal(*found)
+    guess = torch.where(needed < 0.5, unseen, seen)
+    pairs = (300 * truth + guess)[truth >= 0]
+    assert np.array_equal(found[0][1], 2 * torch.bincount(pairs, minlength=90_000).view(300, 300).numpy())

@@ -9,9 +9,10 @@ from pipeline.cluster import cluster
 from pipeline.data.base import data_of, open_data_set
 from pipeline.extract import extract
 from pipeline.learning.batches import CachedViews, Place
+from pipeline.ops.labels import IGNORE, from_file
 from pipeline.ops.masks import named_labels
 from pipeline.running.table import config_fingerprint
-from pipeline.teaching.names import UNNAMED, named, on_tokens
+from pipeline.teaching.names import named, on_tokens
 from pipeline.train import train
 from tests.conftest import TINY, is_one_line_error
 
@@ -22,8 +23,8 @@ def test_a_mask_gets_the_tag_that_is_highest_over_it():
     # Two masks on 2 x 3 tokens. Means of tags 7 and 9: mask 1 has 0.4 and 0.2, mask 2 has 0.1 and 0.25.
     pseudo = np.array([[1, 1, 0], [2, 2, 255]], np.uint8)
     maps = np.array([[[0.3, 0.5, 1], [0.1, 0.1, 1]], [[0.2, 0.2, 1], [0.5, 0.0, 1]]], np.float32)
-    assert named(pseudo, maps, [7, 9], 3, 0.0).tolist() == [7, 9, UNNAMED]
-    assert named(pseudo, maps, [7, 9], 3, 0.3).tolist() == [7, UNNAMED, UNNAMED]
+    assert named(pseudo, maps, [7, 9], 3, 0.0).tolist() == [7, 9, IGNORE]
+    assert named(pseudo, maps, [7, 9], 3, 0.3).tolist() == [7, IGNORE, IGNORE]
 
 
 def test_a_whole_images_map_at_a_views_tokens():
@@ -36,12 +37,12 @@ def test_a_whole_images_map_at_a_views_tokens():
 
 
 def test_named_objects_become_labels():
-    labels = torch.tensor([[3, 255, 255, 255], [255, 255, 255, 255]], dtype=torch.uint8)
+    labels = torch.tensor([[3, -1, -1, -1], [-1, -1, -1, -1]], dtype=torch.int16)
     pseudo = torch.tensor([[1, 2]], dtype=torch.uint8)
-    found, left = named_labels(labels, pseudo, torch.tensor([8, 255], dtype=torch.uint8))
-    assert found.tolist() == [[3, 8, 255, 255], [8, 8, 255, 255]]
+    found, left = named_labels(labels, pseudo, torch.tensor([300, -1], dtype=torch.int16))
+    assert found.tolist() == [[3, 300, -1, -1], [300, 300, -1, -1]]
     assert left.tolist() == [[0, 2]]
-    assert labels[1, 0] == 255, "what came in stays as it was"
+    assert labels[1, 0] == IGNORE, "what came in stays as it was"
     assert pseudo[0, 0] == 1
 
 
@@ -60,16 +61,17 @@ def tagged(tmp_path_factory):
 def test_a_cache_with_names(tagged):
     data, store = data_of(tagged.data), Store.open(tagged.cache_path)
     pseudo, names = (store.read_rows(name, np.arange(70)) for name in ("pseudo", "named"))
+    names = from_file(names)
     num_named = num_right = 0
     for row, sample in enumerate(data.samples("train")):
         tags = {tag for tag in data.tags(sample) if tag in data.unseen_ids}
-        found = set(np.unique(names[row]).tolist()) - {UNNAMED}
+        found = set(np.unique(names[row]).tolist()) - {IGNORE}
         assert found <= tags, "only what the image is tagged with"
         truth = data.labels(sample).reshape(16, 8, 16, 8)
         for mask, name in enumerate(names[row, 0].tolist(), 1):
             inside = pseudo[row, 0] == mask
-            if name == UNNAMED or not inside.any():
-                assert name == UNNAMED or inside.any(), "no name without an object"
+            if name == IGNORE or not inside.any():
+                assert name == IGNORE or inside.any(), "no name without an object"
                 continue
             num_named += 1
             num_right += np.bincount(truth.transpose(0, 2, 1, 3)[inside].ravel()).argmax() == name

@@ -16,11 +16,12 @@ from pipeline.data.inputs import pictures
 from pipeline.learning.checkpoint import Checkpoint, save_student
 from pipeline.learning.inference import best_by_group, class_logits, predicted
 from pipeline.learning.scoring import Loaded, predictions
-from pipeline.learning.segmenter import NONE, Segmenter, parsed_names
+from pipeline.learning.segmenter import Segmenter, parsed_names
 from pipeline.looking.overlay import LARGEST, NONE_COLOUR, Share, painted, palette_of, shares, with_legend
 from pipeline.models.student import build_student
 from pipeline.models.teacher import Teacher
 from pipeline.ops import enlarge
+from pipeline.ops.labels import IGNORE
 from pipeline.ops.metrics import SweptConfusion
 from tests.conftest import ROOT, is_one_line_error
 
@@ -245,9 +246,9 @@ def test_names_by_hand():
     for text, words in (("cat,Cat", "'cat' stands there twice"), ("a|b,b", "'b' stands"), (" ,", "0 names")):
         with pytest.raises(UserError, match=words):
             parsed_names(text)
-    with pytest.raises(UserError, match="256 names"):
-        parsed_names(",".join(map(str, range(256))))
-    assert len(parsed_names(",".join(map(str, range(255))))) == 255
+    with pytest.raises(UserError, match="32768 names; want 1 to 32767"):
+        parsed_names(",".join(map(str, range(32768))))
+    assert len(parsed_names(",".join(map(str, range(300))))) == 300
 
 
 def test_gamma_is_for_names_that_never_had_a_label(tmp_path):
@@ -325,15 +326,15 @@ def test_winners_gamma_and_threshold_by_hand(colours):
     assert halves(0.5, None) == (2, 2)
     # sigmoid(0.8) = 0.690, sigmoid(0.2) = 0.550
     assert halves(0.0, 0.54) == (0, 1)
-    assert halves(0.0, 0.56) == (0, NONE)
-    assert halves(0.0, 0.70) == (NONE, NONE)
+    assert halves(0.0, 0.56) == (0, IGNORE)
+    assert halves(0.0, 0.70) == (IGNORE, IGNORE)
     # with gamma 0.5: left bloom, sigmoid(0.9) = 0.711; right bloom, sigmoid(0.5) = 0.622
-    assert halves(0.5, 0.70) == (2, NONE)
+    assert halves(0.5, 0.70) == (2, IGNORE)
     learned = colours.config.student.model_copy(update={"classifier": "learned"})
     colours.config = colours.config.model_copy(update={"student": learned})
     # softmax of (0.8, 0, 0.4): e^0.8 / (e^0.8 + 1 + e^0.4) = 0.472; of (0, 0.2, 0): e^0.2 / (e^0.2 + 2) = 0.379
-    assert halves(0.0, 0.40) == (0, NONE)
-    assert halves(0.0, 0.48) == (NONE, NONE)
+    assert halves(0.0, 0.40) == (0, IGNORE)
+    assert halves(0.0, 0.48) == (IGNORE, IGNORE)
 
 
 def test_one_name_alone_can_be_rejected(colours):
@@ -342,7 +343,7 @@ def test_one_name_alone_can_be_rejected(colours):
     (scores,) = colours.scores([image], colours.ask((("soil",),)))
     ids = colours.decide(scores, (64, 64), 0.6)  # sigmoid(1) = 0.73, sigmoid(0) = 0.5
     assert (ids[:, :30] == 0).all()
-    assert (ids[:, 34:] == NONE).all()
+    assert (ids[:, 34:] == IGNORE).all()
 
 
 @pytest.mark.parametrize("mode", ["whole", "slide"])
@@ -393,7 +394,7 @@ def test_a_tie_goes_to_the_name_that_has_labels(colours):
     logits = torch.full((3, 2, 2), 0.25)
     best = best_by_group(logits, [1, 2], [0])
     assert (predicted(best, 0.0) == 1).all()
-    swept = SweptConfusion(3, (0.0,), 255)
+    swept = SweptConfusion(3, (0.0,), IGNORE)
     swept.update(torch.ones(2, 2, dtype=torch.uint8), *best)
     assert swept.matrix(0.0)[1].tolist() == [0, 4, 0]
     # Unequal again, names apart: the softmax comes back in the order that was asked for.
@@ -421,7 +422,7 @@ def test_an_image_too_long_for_windows_is_said_to_be_so(run, size):
 
 
 def test_shares_and_colours_by_hand():
-    ids = np.array([[0, 0, 1, NONE], [0, 0, NONE, NONE]], np.uint8)
+    ids = np.array([[0, 0, 1, IGNORE], [0, 0, IGNORE, IGNORE]], np.int16)
     found = shares(ids, ("a", "b"))
     assert [(share.title, share.part) for share in found] == [
         ("a", 0.5),
@@ -431,9 +432,9 @@ def test_shares_and_colours_by_hand():
     assert found[0].colour == (128, 0, 0)
     assert Share(0, "a", 0.004, (0, 0, 0)).percent == "< 1 %"
     assert found[1].percent == "12 %"
-    assert palette_of(2)[[0, 1, 2, NONE]].tolist() == [[128, 0, 0], [0, 128, 0], [0, 0, 0], list(NONE_COLOUR)]
+    assert palette_of(2).tolist() == [[128, 0, 0], [0, 128, 0], list(NONE_COLOUR)]
     image = np.full((400, 400, 3), 100, np.uint8)
-    halves = np.repeat(np.array([[0, 1]], np.uint8), 200, 1).repeat(400, 0)
+    halves = np.repeat(np.array([[0, 1]], np.int16), 200, 1).repeat(400, 0)
     shown = np.asarray(painted(image, halves, 2))
     # 0.45 * 100 + 0.55 * 128 = 115.4; 0.45 * 100 = 45
     assert np.abs(shown[200, 100].astype(int) - (115, 45, 45)).max() <= 1
@@ -442,7 +443,7 @@ def test_shares_and_colours_by_hand():
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 9000), (9000, 1), (3000, 3000)])
 def test_an_overlay_is_neither_tiny_nor_endless(size):
-    ids = np.zeros(size, np.uint8)
+    ids = np.zeros(size, np.int16)
     ids[0, 0] = 1
     page = with_legend(painted(np.zeros((*size, 3), np.uint8), ids, 2), shares(ids, ("a", "b" * 40)))
     assert max(page.size) < LARGEST + 1000
@@ -450,7 +451,7 @@ def test_an_overlay_is_neither_tiny_nor_endless(size):
 
 
 def test_a_long_legend_stands_in_columns():
-    ids = np.arange(200, dtype=np.uint8).repeat(400).reshape(400, 200)
+    ids = np.arange(200, dtype=np.int16).repeat(400).reshape(400, 200)
     page = with_legend(
         painted(np.zeros((400, 200, 3), np.uint8), ids, 200), shares(ids, [f"name {i}" for i in range(200)])
     )
@@ -530,7 +531,7 @@ def test_everything_rejected_and_probabilities(run, tmp_path, run_cli):
     done = run_cli("predict", photo, "--run", run, "--out", out, "--reject", 1, "--probabilities")
     assert done.returncode == 0, done.stderr
     mask = mask_of(out, "a")
-    assert set(np.unique(np.asarray(mask))) == {NONE}
+    assert set(np.unique(np.asarray(mask))) == {255}
     assert tuple(np.asarray(mask.convert("RGB"))[0, 0]) == NONE_COLOUR
     probabilities = np.load(out / "a.probabilities.npy")
     assert (probabilities.dtype, probabilities.shape) == (np.float16, (3, 30, 40))

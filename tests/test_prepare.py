@@ -122,8 +122,8 @@ def test_voc_from_sbd(sbd, run_cli):
     data = open_data_set("voc", root=str(voc))
     a, b = data.samples("train")
     assert (a.id, b.id) == ("a", "b")
-    assert data.labels(a).tolist() == [[255, 1, 1, 255]]  # VOC's own mask comes first
-    assert data.labels(b).tolist() == [[255, 0, 19, 4]]
+    assert data.labels(a).tolist() == [[-1, 1, 1, -1]]  # VOC's own mask comes first
+    assert data.labels(b).tolist() == [[-1, 0, 19, 4]]
 
 
 def test_a_conversion_that_stopped_goes_on(sbd, run_cli):
@@ -185,6 +185,29 @@ def test_context_in_both_forms(form, tmp_path, run_cli):
         (root / "JPEGImages" / f"{name}.jpg").touch()
     data = open_data_set("context", root=str(root))
     assert [sample.id for part in ("train", "test") for sample in data.samples(part)] == ["a", "b"]
+
+
+def test_context_with_all_its_classes(tmp_path, run_cli):
+    root, source = tmp_path / "VOC2010", tmp_path / "published" / "trainval"
+    source.mkdir(parents=True)
+    raw = np.array([[2, 459, 255, 0]], np.uint16)
+    for part, name in (("train", "a"), ("val", "b")):
+        save_list(root / "ImageSets" / "Main" / f"{part}.txt", name)
+        savemat(source / f"{name}.mat", {"LabelMap": raw})
+    command = ("prepare", "context459", "--root", root, "--source")
+    assert is_one_line_error(run_cli(*command, tmp_path / "x.json"), "must be the folder of .mat")
+    assert is_one_line_error(run_cli(*command, source), "labels.txt", "comes with the .mat files")
+    labels = [f"{i}: thing {i}" for i in range(460)]
+    save_list(source.parent / "labels.txt", *labels[:-1])
+    assert is_one_line_error(run_cli(*command, source), "labels.txt: has no name for class 459")
+    save_list(source.parent / "labels.txt", *labels)
+    done = run_cli(*command, source)
+    assert done.returncode == 0, done.stderr
+    save_image(root / "JPEGImages" / "b.jpg")
+    data = open_data_set("context", root=str(root), num_classes=459)
+    (sample,) = data.samples("test")
+    assert data.labels(sample).tolist() == [[1, 458, 254, -1]]
+    assert data.classes[::458] == ("thing 1", "thing 459")
 
 
 def test_coco14(tmp_path, run_cli):

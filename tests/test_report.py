@@ -37,8 +37,8 @@ RED, GREEN = (200, 0, 0), (0, 200, 0)
 
 def test_error_map_by_hand():
     # Class 0 is seen, 1 unseen, 2 seen: right, unseen as seen, seen as unseen, seen as seen, no label.
-    truth = np.array([[1, 1, 0, 0, 255]], np.uint8)
-    guess = np.array([[1, 0, 1, 2, 0]], np.uint8)
+    truth = np.array([[1, 1, 0, 0, -1]], np.int16)
+    guess = np.array([[1, 0, 1, 2, 0]], np.int16)
     assert panels.error_map(truth, guess, [1]).tolist() == [[0, 1, 2, 3, 4]]
 
 

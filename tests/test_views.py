@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.ops.labels import IGNORE
 from pipeline.ops.views import draw_views, inside, replay_image, replay_labels, token_state, view_of
 
 MEAN = (124, 116, 104)
@@ -173,8 +174,9 @@ def test_impossible_boxes(box, message):
 def test_other_images_are_refused():
     with pytest.raises(ValueError, match="uint8 wanted"):
         replay_image(noise(8, 8).astype(np.float32), (0, 0, 8, 8), 8, MEAN)
-    with pytest.raises(ValueError, match="uint8 wanted"):
-        replay_labels(noise(8, 8), (0, 0, 8, 8), 8)
+    for labels in (noise(8, 8), np.zeros((8, 8), np.uint8)):
+        with pytest.raises(ValueError, match="int16 wanted"):
+            replay_labels(labels, (0, 0, 8, 8), 8)
 
 
 def replay_hash() -> str:
@@ -184,7 +186,7 @@ def replay_hash() -> str:
     for box in draw_views("voc", "replay", 5, 500, 375, 128):
         digest.update(box.tobytes())
         digest.update(replay_image(image, box, 128, MEAN).numpy().tobytes())
-        digest.update(replay_labels(image[..., 0], box, 128).numpy().tobytes())
+        digest.update(replay_labels(image[..., 0].astype(np.int16), box, 128).numpy().tobytes())
     digest.update(bytes(view_of("replay", epoch, 5) for epoch in range(5)))
     return digest.hexdigest()
 
@@ -202,28 +204,28 @@ def test_another_process_with_other_threads_replays_the_same_bits():
 # --- labels and tokens ---------------------------------------------------------------------------
 
 
-def test_labels_are_nearest_and_255_outside():
-    labels = np.array([[1, 2], [3, 4]], np.uint8)
+def test_labels_are_nearest_and_without_a_class_outside():
+    labels = np.array([[1, 2], [3, 400]], np.int16)
     assert replay_labels(labels, (0, 0, 2, 2), 4).tolist() == [
         [1, 1, 2, 2],
         [1, 1, 2, 2],
-        [3, 3, 4, 4],
-        [3, 3, 4, 4],
+        [3, 3, 400, 400],
+        [3, 3, 400, 400],
     ]
     # Box columns -1..0 and rows 0..1: the left half is outside.
-    assert replay_labels(labels, (-1, 0, 1, 2), 2).tolist() == [[255, 1], [255, 3]]
+    assert replay_labels(labels, (-1, 0, 1, 2), 2).tolist() == [[IGNORE, 1], [IGNORE, 3]]
     assert inside((-1, 0, 1, 2), 2, 2, 2).tolist() == [[False, True], [False, True]]
     # 4 pixels to 2: output centres 1.0 and 3.0 are the edges of pixels 1 and 3, which they belong to.
-    row = np.array([[1, 2, 3, 4]], np.uint8)
+    row = np.array([[1, 2, 3, 4]], np.int16)
     assert replay_labels(row, (0, 0, 4, 1), 2).tolist() == [[2, 4], [2, 4]]
 
 
 @settings(max_examples=40, deadline=None)
 @given(box=boxes, height=st.integers(1, 30), width=st.integers(1, 30))
-def test_labels_are_255_exactly_outside(box, height, width):
+def test_labels_are_missing_exactly_outside(box, height, width):
     x0, y0, w, h = box
     corner = (x0, y0, x0 + w, y0 + h)
-    labels = np.zeros((height, width), np.uint8)
+    labels = np.zeros((height, width), np.int16)
     assert torch.equal(replay_labels(labels, corner, 16) == 0, inside(corner, width, height, 16))
 
 
@@ -231,13 +233,13 @@ def test_token_state_by_hand():
     # Patches of 2 x 2, four side by side in two rows.
     labels = torch.tensor(
         [
-            [0, 0, 0, 255, 0, 255, 255, 255],
-            [0, 0, 0, 0, 0, 255, 255, 255],
-            [0, 255, 255, 255, 255, 255, 255, 255],
-            [0, 255, 255, 255, 255, 255, 255, 255],
+            [0, 0, 0, -1, 0, -1, -1, -1],
+            [0, 0, 0, 0, 0, -1, -1, -1],
+            [0, -1, -1, -1, -1, -1, -1, -1],
+            [0, -1, -1, -1, -1, -1, -1, -1],
             *[[0] * 8] * 4,
         ],
-        dtype=torch.uint8,
+        dtype=torch.int16,
     )
     within = torch.ones(8, 8, dtype=torch.bool)
     within[2:4, 1] = False  # patch (1, 0): two of four pixels outside: padding
@@ -248,7 +250,7 @@ def test_token_state_by_hand():
 
 
 def test_padding_comes_before_ignored_and_too_few_of_both_is_annotated():
-    labels = torch.tensor([[255, 255], [255, 255]], dtype=torch.uint8)
+    labels = torch.full((2, 2), IGNORE, dtype=torch.int16)
     within = torch.tensor([[True, True], [False, False]])
     assert token_state(labels, within, 2).tolist() == [[2]]  # half outside, half ignored
     labels[0, 1] = 3

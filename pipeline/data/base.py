@@ -1,5 +1,7 @@
 """What a data set is to the stages: classes, their split into seen and unseen, samples, images, labels.
 
+In memory labels are int16, IGNORE (-1) without a class, whatever number a file has for that: see ops/labels.py.
+
 Axes: H, W pixels of one image, K classes. Coordinates are those of the upright image: an EXIF
 orientation is applied to the image, and a mask is read as it is stored, which must be upright (mmseg's
 loaders do the same: the image is turned, the annotation is not). A mask with such a tag is an error.
@@ -27,10 +29,10 @@ import numpy as np
 from PIL import Image
 
 from pipeline.config import Data, UserError
-from pipeline.data.classes import Splits, bitwise_palette
+from pipeline.data.classes import bitwise_palette
+from pipeline.ops.labels import IGNORE, LABEL, MOST_CLASSES, counts
 
 PARTS = ("train", "test")
-IGNORE = 255  # label of a pixel without annotation, in everything that leaves this folder
 STAMP_THREADS = 8  # waiting for the disk or the network, not computing
 # PIL warns above this and reads on up to twice as much: over 1 GB a decoding thread. Here it is an error.
 MAX_PIXELS = 89_478_485  # PIL's own MAX_IMAGE_PIXELS, a quarter of a GiB of 24-bit pixels
@@ -92,7 +94,8 @@ class Sample:
 
 @dataclass(frozen=True)
 class MaskFacts:
-    """What one mask holds: pixels by label (256,), and where it is a file its raw values, colours and doubts.
+    """What one mask holds: pixels by label (K + 1,), those without one last; where it is a file its raw values,
+    colours and doubts.
 
     `colours` are those of the indices that occur, if the mask has a palette and is read by index; `doubt` says in a
     sentence what about the pair of image and mask can't be decided.
@@ -107,7 +110,7 @@ class MaskFacts:
 class DataSet(ABC):
     """Classes, split and samples; the four abstract methods say where images and labels come from.
 
-    Raises: DataError for class names that are repeated, blank or read alike by CLIP, more than 255 of them, unknown or
+    Raises: DataError for class names that are repeated, blank or read alike by CLIP, more than MOST_CLASSES, unknown or
     repeated unseen names, no seen class left, or a palette of another shape than (K, 3).
     """
 
@@ -127,12 +130,12 @@ class DataSet(ABC):
         self.name = name or type(self).name
         self._by_id: dict[str, dict[str, Sample]] = {}
         self.classes = tuple(classes)
+        if not 1 <= len(self.classes) <= MOST_CLASSES:
+            raise DataError(
+                f"{self.name}: {len(self.classes)} classes; want 1 to {MOST_CLASSES}, ids being 16 bits with a sign."
+            )
         check_names(f"{self.name}: classes", self.classes, self.classes)
         _refuse_alike(f"{self.name}: classes", self.classes)
-        if not 1 <= len(self.classes) <= IGNORE:
-            raise DataError(
-                f"{self.name}: {len(self.classes)} classes; want 1 to 255, ids being 8 bits and 255 ignored."
-            )
         self.unseen = check_names(f"{self.name}: unseen", unseen, self.classes)
         if len(self.unseen) == len(self.classes):
             raise DataError(
@@ -164,7 +167,7 @@ class DataSet(ABC):
 
     @abstractmethod
     def labels(self, sample: Sample) -> np.ndarray | None:
-        """(H, W) uint8, class ids 0..K-1 and 255, or None without a mask. Raises: DataError."""
+        """(H, W) int16, class ids 0..K-1 and IGNORE, or None without a mask. Raises: DataError."""
 
     @abstractmethod
     def stamp(self, sample: Sample) -> str:
@@ -174,13 +177,6 @@ class DataSet(ABC):
         """The same of the mask; where image and labels are made together, one stamp stands for both."""
         return self.stamp(sample)
 
-    def label_meaning(self) -> str:
-        """Hex digits of what turns a mask's stored pixels into class ids, beside the mask itself.
-
-        It is part of `mask_stamp` wherever it isn't the kind's usual one, which stamps of earlier versions imply.
-        """
-        return meaning_of(getattr(self, "table", None))
-
     def files(self, part: str) -> list[str]:
         """The files that a part is read from, sorted: images, masks, and what describes them. Raises: DataError."""
         return []
@@ -188,15 +184,15 @@ class DataSet(ABC):
     def mask_facts(self, sample: Sample) -> MaskFacts | None:
         """What a mask holds, None without one. Raises: DataError as `labels`."""
         labels = self.labels(sample)
-        return None if labels is None else MaskFacts(np.bincount(labels.ravel(), minlength=256))
+        return None if labels is None else MaskFacts(counts(labels, len(self.classes)))
 
     def seen_labels(self, sample: Sample) -> np.ndarray | None:
-        """What training may see: `labels` with the ids of unseen classes set to 255."""
+        """What training may see: `labels` with the ids of unseen classes set to IGNORE."""
         labels = self.labels(sample)
         if labels is None:
             return None
-        table = np.arange(256, dtype=np.uint8)
-        table[list(self.unseen_ids)] = IGNORE
+        table = np.arange(len(self.classes) + 1, dtype=LABEL)
+        table[[*self.unseen_ids, IGNORE]] = IGNORE
         return table[labels]
 
     def tags(self, sample: Sample) -> tuple[int, ...]:
@@ -233,16 +229,6 @@ class DataSet(ABC):
         return self._by_id[part]
 
 
-def meaning_of(*tables: np.ndarray | None) -> str:
-    """8 hex digits over what tables of raw ids make of them, but for ids that stay as they are or aren't known."""
-    changed = [
-        {raw: int(label) for raw, label in enumerate(table) if label >= 0 and label != raw}
-        for table in tables
-        if table is not None
-    ]
-    return hashlib.blake2b(repr(changed).encode(), digest_size=4).hexdigest() if any(changed) else "0" * 8
-
-
 def key_of(word: str) -> str:
     """What CLIP's tokenizer reads of a word: no HTML escapes, composed characters, single spaces, lower case."""
     plain = unicodedata.normalize("NFC", html.unescape(html.unescape(word)))
@@ -264,27 +250,18 @@ def check_names(where: str, names: object, known: Sequence[str]) -> tuple[str, .
     """The names as a tuple, if they are text, not blank, not repeated and all among the known ones."""
     if isinstance(names, str) or not isinstance(names, Sequence):
         raise DataError(f"{where}: want a list of names, found {names!r}.")
+    valid, listed = set(known), set[str]()
     for place, name in enumerate(names):
         if not isinstance(name, str) or not name.strip():
             raise DataError(
                 f"{where}: name {place} is {name!r}; want text (in YAML, quote words such as 'no' or '7')."
             )
-        if name in names[:place]:
+        if name in listed:
             raise DataError(f"{where}: {name!r} is listed twice.")
-        if name not in known:
+        listed.add(name)
+        if name not in valid:
             raise unknown(f"{where}: no class is called", name, known)
     return tuple(names)
-
-
-def chosen_split(kind: str, splits: Splits, unseen: Sequence[str] | None, split: str | None) -> Sequence[str]:
-    """The unseen names: those given, else those of the named split, else those of the first split."""
-    if unseen is not None:
-        return unseen
-    if split is None:
-        return next(iter(splits.values()))
-    if split not in splits:
-        raise unknown(f"data.split: {kind} has no split", split, splits)
-    return splits[split]
 
 
 def read_image(path: str | Path, *, as_stored: bool = False) -> np.ndarray:
@@ -385,7 +362,7 @@ def open_data_set(kind: str, **options: Any) -> DataSet:
         raise unknown("data.kind: unknown kind", kind, KINDS)
     module, name = KINDS[kind]
     factory = getattr(importlib.import_module(module), name)
-    parameters = inspect.signature(factory).parameters
+    parameters = options_of(factory)
     for option in options:
         if option not in parameters:
             raise unknown(f"data: kind {kind!r} has no option", option, parameters)
@@ -395,6 +372,19 @@ def open_data_set(kind: str, **options: Any) -> DataSet:
                 f"data.{option} is missing, and kind {kind!r} needs it; it has {', '.join(parameters)}."
             )
     return factory(**options)
+
+
+def options_of(factory: type) -> dict[str, inspect.Parameter]:
+    """What a data set's constructor takes, and where it hands on the rest (`**`) what its base class's takes."""
+    found: dict[str, inspect.Parameter] = {}
+    for one in factory.__mro__:
+        if "__init__" in vars(one):
+            given = list(inspect.signature(one.__dict__["__init__"]).parameters.values())[1:]  # without self
+            kept = [each for each in given if each.kind is not each.VAR_KEYWORD]
+            found = {each.name: each for each in kept} | found
+            if len(kept) == len(given):
+                break
+    return found
 
 
 @functools.lru_cache(maxsize=1)

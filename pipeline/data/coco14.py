@@ -17,6 +17,7 @@ import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from pipeline.data.base import DataError, Sample, unknown
 from pipeline.data.classes import BACKGROUND, COCO_CLASSES, bitwise_palette, with_black
@@ -27,7 +28,6 @@ from pipeline.data.files import (
     read_ids,
     refuse_missing,
     refuse_repeated,
-    root_of,
 )
 
 FOLDERS = {"train": "train2014", "test": "val2014"}
@@ -38,27 +38,26 @@ GAPS = "COCO's category ids go to 90, with gaps: convert the masks to 0-80"
 class Coco14(FileDataSet):
     """COCO 2014 with 81 classes, none unseen. An image's labels are the ids of its mask, or of its instances.
 
-    Raises: DataError for an unknown source of tags; listing the samples, for what is missing.
+    Raises: see FileDataSet; DataError for an unknown source of tags.
     """
 
-    name = "coco14"
-    background = 0
+    name, names, background = "coco14", (BACKGROUND, *COCO_CLASSES), 0
+    own_palette = with_black(bitwise_palette(len(COCO_CLASSES)))
     table = raw_table(1 + len(COCO_CLASSES))
 
     def __init__(
         self,
         root: str,
         *,
-        limit: int | None = None,
         train_list: str | None = None,
         test_list: str | None = None,
         tags: str = "masks",
+        **shared: Any,
     ) -> None:
         if tags not in TAGS:
             raise unknown("data.tags: coco14 has no image-level labels from", tags, TAGS)
-        palette = with_black(bitwise_palette(len(COCO_CLASSES)))
-        super().__init__(limit=limit, classes=(BACKGROUND, *COCO_CLASSES), palette=palette)
-        self.root, self.tags_from = root_of(root, "coco14"), tags
+        super().__init__(root, **shared)
+        self.tags_from = tags
         self.lists = {"train": train_list, "test": test_list}
 
     def list_samples(self, part: str) -> list[Sample]:

@@ -10,13 +10,11 @@ stopped half-way is an error, not a mixture.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
-from pipeline.data.base import Sample, chosen_split
+from pipeline.data.base import Sample
 from pipeline.data.classes import COCO_STUFF_CLASSES, COCO_STUFF_RAW_GAPS, COCO_STUFF_SPLITS
-from pipeline.data.files import FileDataSet, files_by_id, folder_of, raw_table, refuse_missing, root_of
+from pipeline.data.files import FileDataSet, files_by_id, folder_of, raw_table, refuse_missing
 
 FOLDERS = {"train": "train2017", "test": "val2017"}
 CONVERTED = "_labelTrainIds.png"
@@ -30,26 +28,10 @@ def _published_table() -> np.ndarray:
 
 
 class CocoStuff(FileDataSet):
-    """COCO-Stuff 164k in either form of its masks. Split: coco-stuff-156-15.
+    """COCO-Stuff 164k in either form of its masks. Split: coco-stuff-156-15."""
 
-    Raises: DataError for an unknown split or name; listing the samples, for images without a mask and masks
-    without an image.
-    """
-
-    name = "coco_stuff"
-    tables = (raw_table(len(COCO_STUFF_CLASSES)), _published_table())  # converted, published
-
-    def __init__(
-        self,
-        root: str,
-        *,
-        limit: int | None = None,
-        unseen: Sequence[str] | None = None,
-        split: str | None = None,
-    ) -> None:
-        unseen = chosen_split("coco_stuff", COCO_STUFF_SPLITS, unseen, split)
-        super().__init__(limit=limit, classes=COCO_STUFF_CLASSES, unseen=unseen)
-        self.root = root_of(root, "coco_stuff")
+    name, names, splits = "coco_stuff", COCO_STUFF_CLASSES, COCO_STUFF_SPLITS
+    table, tables = _published_table(), {CONVERTED: raw_table(len(COCO_STUFF_CLASSES))}
 
     def list_samples(self, part: str) -> list[Sample]:
         folder = FOLDERS[part]
@@ -67,10 +49,6 @@ class CocoStuff(FileDataSet):
             masks, images, "masks have no image", annotations, "Complete the download of the images."
         )
         return [Sample(i, images[i], masks[i]) for i in sorted(images)]
-
-    def table_of(self, sample: Sample) -> np.ndarray:
-        converted = sample.mask is not None and sample.mask.endswith(CONVERTED)
-        return self.tables[0 if converted else 1]
 
     def label_hint(self, raw: set[int]) -> str:
         if max(raw) > 181:

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.data.base import IGNORE, DataError
+from pipeline.data.base import DataError
 from pipeline.data.files import INVALID
+from pipeline.ops.labels import IGNORE
 
 
 def known_colours(

@@ -1,64 +1,59 @@
-"""PASCAL Context in mmseg's layout: 59 classes, background without a label or as a class of its own.
+"""PASCAL Context in mmseg's layout: 59 classes or all 459, background without a label or as a class of its own.
 
-root/JPEGImages/*.jpg  root/SegmentationClassContext/*.png
+root/JPEGImages/*.jpg  root/SegmentationClassContext/*.png     0 (no label, or background), 1-59
 root/ImageSets/SegmentationContext/{train,val}.txt
+root/SegmentationClassContext459/*.png                         16 bits: 0 (no label), 1-459 as published
+root/ImageSets/SegmentationContext/classes459.txt              their names, one a line
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from pipeline.data.base import Sample, chosen_split
-from pipeline.data.classes import (
-    BACKGROUND,
-    CONTEXT_CLASSES,
-    CONTEXT_SPLITS,
-    bitwise_palette,
-    with_black,
-)
-from pipeline.data.files import FileDataSet, raw_table, root_of
-from pipeline.data.voc import listed_samples
+from pipeline.data.base import DataError
+from pipeline.data.classes import CONTEXT_CLASSES, CONTEXT_NUM_RAW, CONTEXT_SPLITS
+from pipeline.data.files import read_ids, root_of
+from pipeline.data.voc import VocLayout
 
-LISTS = {"train": "train", "test": "val"}
+LISTS, NAMES = {"train": "train", "test": "val"}, "classes459.txt"
 
 
-class Context(FileDataSet):
-    """Without `background`: raw 0 and 255 -> 255, 1..59 -> 0..58; split context-49-10 (CLIPTeacher's), or
-    context-49-10-cascade. With it: 60 classes, raw ids as they are, none unseen unless asked for.
+class Context(VocLayout):
+    """Split context-49-10 (CLIPTeacher's), or context-49-10-cascade; of `num_classes` 459 none unless asked for.
 
-    Raises: DataError for an unknown split or name; listing the samples, for what is missing.
+    Raises: see FileDataSet; DataError for another number of classes, or without the names of 459.
     """
 
-    name = "context"
+    name, splits = "context", CONTEXT_SPLITS
+    names: Sequence[str] = CONTEXT_CLASSES
+    lists_folder, mask_folders = "SegmentationContext", ("SegmentationClassContext",)
 
-    def __init__(
-        self,
-        root: str,
-        *,
-        limit: int | None = None,
-        unseen: Sequence[str] | None = None,
-        split: str | None = None,
-        background: bool = False,
-    ) -> None:
-        is_closed = background and split is None and unseen is None
-        super().__init__(
-            limit=limit,
-            classes=(BACKGROUND, *CONTEXT_CLASSES) if background else CONTEXT_CLASSES,
-            unseen=() if is_closed else chosen_split("context", CONTEXT_SPLITS, unseen, split),
-            palette=with_black(bitwise_palette(len(CONTEXT_CLASSES))) if background else None,
-        )
-        first = len(self.classes) - len(CONTEXT_CLASSES)
-        self.background = 0 if background else None
-        self.table = raw_table(len(self.classes), shift=1 - first, ignored=(255,) if background else (0, 255))
-        self.root = root_of(root, "context")
+    def __init__(self, root: str, *, num_classes: int = len(CONTEXT_CLASSES), **shared: Any) -> None:
+        if num_classes not in (len(CONTEXT_CLASSES), CONTEXT_NUM_RAW):
+            raise DataError(f"data.num_classes is {num_classes!r}; PASCAL Context's are 59 or 459.")
+        self.is_whole = num_classes == CONTEXT_NUM_RAW
+        if self.is_whole:
+            self.mask_folders = ("SegmentationClassContext459",)
+        super().__init__(root, **shared)
+
+    def describe(self, root: str) -> dict[str, Any]:
+        if not self.is_whole:
+            return super().describe(root)
+        path = root_of(root, self.name) / "ImageSets" / self.lists_folder / NAMES
+        self.names = read_ids(path, "`cli.py prepare context459` makes it, and the masks.")
+        if len(self.names) != CONTEXT_NUM_RAW:
+            raise DataError(f"{path}: {len(self.names)} names; want those of {CONTEXT_NUM_RAW} classes.")
+        return super().describe(root) | {"unseen": ()}
+
+    def list_names(self, part: str) -> str:
+        return LISTS[part]
 
     def description_files(self, part: str) -> list[Path]:
-        return [self.root / "ImageSets" / "SegmentationContext" / f"{LISTS[part]}.txt"]
-
-    def list_samples(self, part: str) -> list[Sample]:
-        lists, names = self.root / "ImageSets" / "SegmentationContext", LISTS[part]
-        return listed_samples(self.root, lists, names, ("SegmentationClassContext",))
+        return [*super().description_files(part), *([self.lists / NAMES] if self.is_whole else [])]
 
     def label_hint(self, raw: set[int]) -> str:
+        if self.is_whole:
+            return " Masks must hold 0 (no label) and 1-459, as published."
         return " Masks must hold 0 (background) and 1-59, as mmseg converts them, not the 459 original ids."

@@ -4,7 +4,8 @@
     Context      trainval/<id>.mat, LabelMap: ids of 459 classes; or trainval_merged.json: runs of 59 of them
     COCO 2014    annotations/instances_{train,val}2014.json: polygons and runs of eighty objects
 
-Axes: H, W pixels of one image. Every function gives (H, W) uint8 ids as the loaders of this folder read them.
+Axes: H, W pixels of one image. Every function gives (H, W) ids as the loaders of this folder read them, uint8 but
+for the map of 459 classes.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from pipeline.data.base import DataError
-from pipeline.data.classes import COCO_CLASSES, CONTEXT_CLASSES, VOC_CLASSES
+from pipeline.data.classes import COCO_CLASSES, CONTEXT_CLASSES, CONTEXT_NUM_RAW, VOC_CLASSES
+from pipeline.data.files import read_ids
+from pipeline.ops.labels import file_dtype
 
 # The 59 classes among PASCAL Context's 459 (its labels.txt), in the order of CONTEXT_CLASSES: both are alphabetical.
 # The same ids as in mmseg's converter (tools/dataset_converters/pascal_context.py).
@@ -26,7 +29,6 @@ CONTEXT_RAW = (
     *(158, 159, 162, 187, 189, 207, 220, 232, 258, 259, 260, 284, 295, 296, 308, 324, 326, 347, 349, 354),
     *(355, 360, 366, 368, 397, 415, 416, 420, 424, 427, 440, 445, 454, 458),
 )
-CONTEXT_NUM_RAW = 459
 # COCO's run lengths as text: six bits a character from this one on, five of them value, one for "more follows".
 FIRST_CHARACTER, VALUE_BITS, MORE, SIGN = 48, 5, 32, 16
 
@@ -43,7 +45,24 @@ def sbd_mask(path: Path) -> np.ndarray:
 
 def context_mask(path: Path) -> np.ndarray:
     """PASCAL Context's map of 459 classes as 59: 0 for all others, 1-59. Raises: DataError."""
-    return context_ids(_checked(path, np.asarray(_loaded(path, "LabelMap")), CONTEXT_NUM_RAW))
+    return context_ids(context_map(path))
+
+
+def context_map(path: Path) -> np.ndarray:
+    """PASCAL Context's map as published, 0-459: (H, W) uint16. Raises: DataError."""
+    return _checked(path, np.asarray(_loaded(path, "LabelMap")), CONTEXT_NUM_RAW)
+
+
+def context_names(path: Path) -> list[str]:
+    """The names of the 459 classes from PASCAL Context's labels.txt, `1: accordion` a line. Raises: DataError."""
+    names = dict(
+        line.split(":", 1) for line in read_ids(path, "It comes with the .mat files.") if ":" in line
+    )
+    found = [names.get(str(i), "").strip() for i in range(1, CONTEXT_NUM_RAW + 1)]
+    if not all(found):
+        first = 1 + [bool(name) for name in found].index(False)
+        raise DataError(f"{path}: has no name for class {first}; want `id: name`, 1 to 459, a line each.")
+    return found
 
 
 def context_ids(raw: np.ndarray) -> np.ndarray:
@@ -144,4 +163,4 @@ def _checked(path: Path, ids: np.ndarray, most: int) -> np.ndarray:
         raise DataError(
             f"{path}: a map of shape {ids.shape}, {ids.dtype}; want two axes of whole numbers 0-{most}."
         )
-    return ids.astype(np.uint8 if most < 256 else np.int64)
+    return ids.astype(file_dtype(most))

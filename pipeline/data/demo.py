@@ -17,8 +17,9 @@ from functools import lru_cache
 
 import numpy as np
 
-from pipeline.data.base import IGNORE, DataError, DataSet, Sample, check_names
+from pipeline.data.base import DataError, DataSet, Sample, check_names
 from pipeline.data.classes import BACKGROUND
+from pipeline.ops.labels import IGNORE, LABEL
 
 Colour = tuple[int, int, int]
 Pattern = Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -84,7 +85,7 @@ SHADOW_REACH = 1.45  # in radii from a thing's centre: nothing of it is drawn be
 
 @dataclass(frozen=True)
 class Scene:
-    """image (H, W, 3) uint8, labels (H, W) uint8 class ids."""
+    """image (H, W, 3) uint8, labels (H, W) uint8: positions in CLASSES."""
 
     image: np.ndarray
     labels: np.ndarray
@@ -254,8 +255,8 @@ def _is_share(found: object) -> bool:
 
 
 def _table(members: Mapping[str, Sequence[str]]) -> tuple[np.ndarray, np.ndarray]:
-    """From the world's ids to those of a data set whose classes stand for the world's: (256,) ids, (K, 3) colours."""
-    table, colours = np.full(256, IGNORE, np.uint8), []
+    """From the world's ids to those of a data set whose classes stand for the world's: (W,) ids, (K, 3) colours."""
+    table, colours = np.full(len(CLASSES), IGNORE, LABEL), []
     for place, (name, parts) in enumerate(members.items()):
         ids = [CLASSES.index(part) for part in check_names(f"demo: classes: {name}", parts, CLASSES)]
         if not ids or (table[ids] != IGNORE).any():

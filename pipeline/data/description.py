@@ -13,24 +13,12 @@ from typing import Any
 import numpy as np
 
 from pipeline import reading
-from pipeline.data.base import IGNORE, DataError, check_names, unknown
+from pipeline.data.base import DataError, check_names, unknown
 from pipeline.data.files import INVALID, raw_table, root_of
+from pipeline.ops.labels import IGNORE, no_class
 
-KEYS = (
-    *(
-        "name",
-        "classes",
-        "unseen",
-        "seen",
-        "ignore",
-        "reduce_zero_label",
-        "values",
-        "palette",
-        "read_masks",
-        "exif",
-    ),
-    *("train", "test", "tags"),
-)
+_MASKS = ("ignore", "reduce_zero_label", "values", "palette", "read_masks", "exif")
+KEYS = ("name", "classes", "unseen", "seen", *_MASKS, "train", "test", "tags")
 PART_KEYS = ("images", "masks", "mask_suffix", "list")
 BY_COLOUR, BY_INDEX = "by_colour", "by_index"
 UPRIGHT, AS_STORED = "upright", "as_stored"
@@ -169,7 +157,7 @@ def values_of(path: Path, classes: tuple[str, ...], values: object) -> dict[int,
         is_id = isinstance(name, int) and not isinstance(name, bool)
         if isinstance(name, str) and name in classes:
             found[raw] = classes.index(name)
-        elif name == "ignore" or (is_id and name == IGNORE):
+        elif name == "ignore" or (is_id and name == no_class(len(classes))):
             found[raw] = IGNORE
         elif is_id and 0 <= name < len(classes):
             found[raw] = name
@@ -187,10 +175,12 @@ def table_of_ids(
     *,
     is_stated: bool,
 ) -> np.ndarray:
-    """(256 or more,) int16: raw ids -> class ids, IGNORE or INVALID. `is_stated`: `ignore` isn't the default."""
+    """(R,) int16: raw ids -> class ids, IGNORE or INVALID. `is_stated`: `ignore` isn't the default."""
     shift = 1 if reduced else 0
-    if not isinstance(ignore, int) or isinstance(ignore, bool) or not 0 <= ignore <= 255:
-        raise DataError(f"{path}: ignore is {ignore!r}; want the raw id of unlabelled pixels, 0 to 255.")
+    if not isinstance(ignore, int) or isinstance(ignore, bool) or not 0 <= ignore <= MOST_RAW:
+        raise DataError(
+            f"{path}: ignore is {ignore!r}; want the raw id of unlabelled pixels, 0 to {MOST_RAW}."
+        )
     if values and reduced:
         raise DataError(
             f"{path}: reduce_zero_label and values: values alone says it all, leave the other out."
@@ -199,15 +189,14 @@ def table_of_ids(
         raise DataError(
             f"{path}: ignore: {ignore} is {classes[values[ignore]]!r} in values; leave one of them out."
         )
-    table = raw_table(len(classes), shift=shift, ignored=(0,) if reduced else ())
-    table[[i for i in set(values.values()) if i != IGNORE]] = (
-        INVALID  # these have the raw ids that values gives them
-    )
-    if 0 <= table[ignore] != IGNORE and ignore not in values:
+    most = max(255, ignore, *values)
+    table = raw_table(len(classes), shift=shift, ignored=(0,) if reduced else (), most=most)
+    # These have the raw ids that values gives them.
+    table[[i for i in set(values.values()) if i != IGNORE]] = INVALID
+    if table[ignore] >= 0 and ignore not in values:
         hint = " If the classes start at 1, set reduce_zero_label: true instead." if ignore == 0 else ""
         raise DataError(f"{path}: ignore: {ignore} is the id of class {classes[table[ignore]]!r}.{hint}")
     table[ignore] = IGNORE
-    table = np.concatenate([table, np.full(max(0, max(values, default=0) - 255), INVALID, np.int16)])
     for raw, label in values.items():
         table[raw] = label
     lost = [name for i, name in enumerate(classes) if not (table == i).any()]
@@ -222,6 +211,7 @@ def ignored_colours(path: Path, ignored: list[Any]) -> list[tuple[int, int, int]
     for colour in colours:
         if len(colour) != 3 or not all(type(value) is int and 0 <= value <= 255 for value in colour):
             raise DataError(
-                f"{path}: ignore is {ignored!r}; want a raw id, 0 to 255, or colours [r, g, b] of whole numbers 0-255."
+                f"{path}: ignore is {ignored!r}; want a raw id, 0 to {MOST_RAW}, or colours [r, g, b] of whole "
+                "numbers 0-255."
             )
     return [(colour[0], colour[1], colour[2]) for colour in colours]

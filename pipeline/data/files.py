@@ -15,42 +15,71 @@ import numpy as np
 from PIL import Image
 
 from pipeline.data.base import (
-    IGNORE,
     PARTS,
     BadImage,
     DataError,
     DataSet,
     MaskFacts,
     Sample,
-    meaning_of,
     opened,
     orientation,
     read_image,
     unknown,
 )
+from pipeline.data.classes import Splits
+from pipeline.ops.labels import IGNORE, LABEL, counts
 
-INVALID = -1  # entry of a table of raw ids: no such id
+INVALID = -2  # entry of a table of raw ids: no such id
 STAMP_BYTES = 16 * 1024  # read from each end of a file for its stamp
 
 
 class FileDataSet(DataSet):
-    """Images and indexed masks in files. A subclass lists its samples and says what raw ids mean.
+    """Images and indexed masks in files. A subclass names its classes, lists its samples and says what raw ids mean.
 
-    `table` (256 or more,) int16 maps raw ids of a mask to class ids, 255 or INVALID; `limit` keeps the first N
-    samples of each part, for tries.
+    It lies in the folder `root`; of each part only the first `limit` samples are taken, for tries. Its unseen
+    classes are `unseen`, or else those of `split`, or else those of the first of the published `splits`.
+    `table` (R,) int16 maps the raw ids of a mask to class ids, IGNORE or INVALID.
+    Raises: DataError for a folder that isn't there, an unknown split or name, a limit below 1; listing the
+    samples, for what is missing.
     """
 
     has_files = True
+    names: Sequence[str] = ()  # of its classes
+    own_palette: np.ndarray | None = None
+    splits: Splits = {}  # noqa: RUF012 - nobody writes into it
     table: np.ndarray
+    tables: Mapping[str, np.ndarray] = {}  # of masks whose names end like that, instead
 
-    def __init__(self, *, limit: int | None = None, **described: Any) -> None:
-        super().__init__(**described)
+    def __init__(
+        self,
+        root: str,
+        *,
+        limit: int | None = None,
+        unseen: Sequence[str] | None = None,
+        split: str | None = None,
+    ) -> None:
         if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
             raise DataError(
                 f"data.limit is {limit!r}; want a whole number of samples, 1 or more, or null for all."
             )
         self.limit = limit
         self._samples: dict[str, list[Sample]] = {}
+        described = {"unseen": next(iter(self.splits.values()), ())} | self.describe(root)
+        if split is not None:
+            described["unseen"] = self._unseen_of(split)
+        super().__init__(**described if unseen is None else described | {"unseen": unseen})
+
+    def describe(self, root: str) -> dict[str, Any]:
+        """What DataSet is constructed with. It finds out where the data set lies, too."""
+        self.root = root_of(root, self.name)
+        return {"classes": self.names, "palette": self.own_palette}
+
+    def _unseen_of(self, split: str) -> Sequence[str]:
+        if not self.splits:
+            raise DataError(f"data.split is {split!r}, but {self.name} has no named splits; use data.unseen.")
+        if split not in self.splits:
+            raise unknown(f"data.split: {self.name} has no split", split, self.splits)
+        return self.splits[split]
 
     @abstractmethod
     def list_samples(self, part: str) -> list[Sample]:
@@ -58,7 +87,8 @@ class FileDataSet(DataSet):
 
     def table_of(self, sample: Sample) -> np.ndarray:
         """The table for this sample's mask."""
-        return self.table
+        name = str(sample.mask)
+        return next((table for ending, table in self.tables.items() if name.endswith(ending)), self.table)
 
     def label_hint(self, raw: set[int]) -> str:
         """What may be behind raw ids that the table doesn't know, and what to do."""
@@ -90,7 +120,7 @@ class FileDataSet(DataSet):
         if stored.pixels.ndim == 2:
             raw = frozenset(values_in(stored.pixels))
             colours = None if stored.palette is None else _colours_of(stored.palette, raw)
-        return MaskFacts(np.bincount(labels.ravel(), minlength=256), raw, colours, doubt)
+        return MaskFacts(counts(labels, len(self.classes)), raw, colours, doubt)
 
     def _read(self, sample: Sample) -> tuple[StoredMask, np.ndarray, str] | None:
         """A sample's mask as stored, its labels, and what can't be decided about the pair. Raises: DataError."""
@@ -101,7 +131,7 @@ class FileDataSet(DataSet):
         return stored, self.labels_of(sample, stored), doubt
 
     def labels_of(self, sample: Sample, stored: StoredMask) -> np.ndarray:
-        """(H, W) uint8 class ids and 255 of a mask as it is stored. Raises: DataError."""
+        """(H, W) int16 class ids and IGNORE of a mask as it is stored. Raises: DataError."""
         if stored.pixels.ndim != 2:
             raise DataError(
                 f"{sample.mask}: mode {stored.mode}: a picture of colours. A mask has one channel, whose values are "
@@ -118,7 +148,7 @@ class FileDataSet(DataSet):
                 f"nor ignored.{self.label_hint(set(strange))}"
                 f"{'' if stored.palette is None else self.colour_hint(stored)}"
             )
-        return ids.astype(np.uint8)
+        return np.asarray(ids)
 
     def colour_hint(self, stored: StoredMask) -> str:
         """What to do about a mask that is a picture of colours, or whose indices have colours and can't be read."""
@@ -158,18 +188,9 @@ class FileDataSet(DataSet):
     def stamp(self, sample: Sample) -> str:
         return file_stamp(sample.image)
 
-    def label_meaning(self) -> str:
-        return meaning_of(*getattr(self, "tables", (getattr(self, "table", None),)))
-
-    def usual_meaning(self) -> str:
-        """The meaning that a stamp doesn't state: here any, since the options it follows from are in fingerprints."""
-        return self.label_meaning()
-
     def mask_stamp(self, sample: Sample) -> str:
-        if sample.mask is None:
-            return "no mask"
-        meaning = self.label_meaning()
-        return file_stamp(sample.mask) + ("" if meaning == self.usual_meaning() else f" {meaning}")
+        """What the mask's pixels mean follows from options, which fingerprints have."""
+        return "no mask" if sample.mask is None else file_stamp(sample.mask)
 
     def files(self, part: str) -> list[str]:
         found = {path for sample in self.samples(part) for path in (sample.image, sample.mask) if path}
@@ -247,9 +268,9 @@ def read_mask(path: str | Path) -> np.ndarray:
 
 
 def values_in(pixels: np.ndarray) -> list[int]:
-    """The values that occur, sorted; counted where they are bytes, since sorting the pixels takes ten times as long."""
-    if pixels.dtype == np.uint8:
-        return np.flatnonzero(np.bincount(pixels.ravel(), minlength=256)).tolist()
+    """The values that occur, sorted; counted up to 16 bits, since sorting the pixels takes ten times as long."""
+    if pixels.dtype in (np.uint8, np.uint16):
+        return np.flatnonzero(np.bincount(pixels.ravel())).tolist()
     return np.unique(pixels).tolist()
 
 
@@ -339,9 +360,22 @@ def refuse_missing(ids: Iterable[str], have: Mapping[str, str], what: str, where
         raise DataError(f"{where}: {len(missing)} {what}: {first}. {todo}")
 
 
-def raw_table(num: int, *, shift: int = 0, ignored: Iterable[int] = (IGNORE,)) -> np.ndarray:
-    """(256,) int16: raw ids shift..shift+num-1 -> 0..num-1, the ignored ones -> 255, all others INVALID."""
-    table = np.full(256, INVALID, np.int16)
+def paired(images: Path, ending: str, masks: Path, todo: str) -> list[Sample]:
+    """The images of a folder that end in `ending`, each with the PNG of the same name in another, by name.
+
+    Raises: DataError for images without a mask, or for a folder that isn't there, ending in what to do.
+    """
+    found, of_id = files_by_id(folder_of(images, todo), ending), files_by_id(folder_of(masks, todo), ".png")
+    refuse_missing(found, of_id, "images have no mask", masks, "Complete the download.")
+    return [Sample(i, found[i], of_id[i]) for i in sorted(found)]
+
+
+def raw_table(num: int, *, shift: int = 0, ignored: Sequence[int] = (255,), most: int = 255) -> np.ndarray:
+    """Raw ids shift..shift+num-1 -> 0..num-1, the ignored ones -> IGNORE, all others INVALID.
+
+    (R,) int16, R as many as these and `most` ask for, at least 256.
+    """
+    table = np.full(1 + max(shift + num - 1, most, *ignored), INVALID, LABEL)
     table[shift : shift + num] = np.arange(num)
     table[list(ignored)] = IGNORE
     return table

@@ -3,7 +3,7 @@
     name: orchard
     classes: [apple, pear, leaf, sky]
     unseen: [pear]                # or `seen`, or both; the rest is the other
-    ignore: 255                   # raw id of pixels without a label
+    ignore: 255                   # raw id of pixels without a label; the default with more than 255 classes is 65535
     train: {images: "train/*.jpg", masks: "train_masks/*.png"}   # masks may be left out
     test: {images: "test/*.jpg", masks: "test_masks/*_ids.png", mask_suffix: _ids, list: test.txt}
     tags: tags.yaml               # `id: [apple, pear]`, which classes an image holds; left out: its mask says so
@@ -25,6 +25,7 @@ says it where both would do.
 from __future__ import annotations
 
 import hashlib
+import os
 import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -33,7 +34,6 @@ from typing import Any
 import numpy as np
 
 from pipeline.data.base import (
-    IGNORE,
     PARTS,
     BadImage,
     DataError,
@@ -75,6 +75,7 @@ from pipeline.data.files import (
     values_in,
 )
 from pipeline.data.patterns import matching
+from pipeline.ops.labels import IGNORE, LABEL, no_class
 
 
 class FolderDataSet(FileDataSet):
@@ -87,58 +88,48 @@ class FolderDataSet(FileDataSet):
 
     name = "folder"
 
-    def __init__(
-        self,
-        root: str,
-        *,
-        limit: int | None = None,
-        unseen: Sequence[str] | None = None,
-        split: str | None = None,
-    ) -> None:
-        self.path = yaml_path(root)
-        described = read_description(self.path)
-        if split is not None:
-            raise DataError(
-                f"data.split is {split!r}, but a folder has no named splits; use unseen in {self.path}."
-            )
-        classes = check_names(
-            f"{self.path}: classes", described.get("classes"), described.get("classes") or []
-        )
-        super().__init__(
-            limit=limit,
-            name=str(described.get("name") or self.path.parent.name),
-            classes=classes,
-            unseen=unseen_of(self.path, classes, described) if unseen is None else unseen,
-            palette=palette_of(self.path, described.get("palette"), len(classes)),
-        )
-        self.parts = {
-            part: part_of(self.path, part, described[part]) for part in PARTS if described.get(part)
-        }
+    def __init__(self, root: str, **shared: Any) -> None:
+        super().__init__(root, **shared)
+        described, path = self.yaml, self.path
+        self.parts = {part: part_of(path, part, described[part]) for part in PARTS if described.get(part)}
         if not self.parts:
             raise DataError(
-                f"{self.path}: neither train nor test is described; give at least `train: {{images: ...}}`."
+                f"{path}: neither train nor test is described; give at least `train: {{images: ...}}`."
             )
         self.stated = frozenset(key for key, value in described.items() if value is not None)
-        self.background = classes.index(BACKGROUND) if BACKGROUND in classes else None
-        self.tags_path = tags_path(self.path, described.get("tags"))
-        self.listed_tags = None if self.tags_path is None else read_tags(self.tags_path, classes)
-        self.reduce_zero_label = is_reduced(self.path, described.get("reduce_zero_label", False))
-        self.exif = one_of(self.path, "exif", described.get("exif"), (UPRIGHT, AS_STORED)) or UPRIGHT
+        self.background = self.classes.index(BACKGROUND) if BACKGROUND in self.classes else None
+        self.tags_path = tags_path(path, described.get("tags"))
+        self.listed_tags = None if self.tags_path is None else read_tags(self.tags_path, self.classes)
+        self.reduce_zero_label = is_reduced(path, described.get("reduce_zero_label", False))
+        self.exif = one_of(path, "exif", described.get("exif"), (UPRIGHT, AS_STORED)) or UPRIGHT
+        # What a mask says of pixels without a class, unless `ignore` does.
+        self.no_class = no_class(len(self.classes))
         self._read_masks_by(described)
+
+    def describe(self, root: str) -> dict[str, Any]:
+        self.path = yaml_path(root)
+        self.yaml = found = read_description(self.path)
+        classes = check_names(f"{self.path}: classes", found.get("classes"), found.get("classes") or [])
+        return {
+            "name": str(found.get("name") or self.path.parent.name),
+            "classes": classes,
+            "unseen": unseen_of(self.path, classes, found),
+            "palette": palette_of(self.path, found.get("palette"), len(classes)),
+        }
 
     def _read_masks_by(self, described: Mapping[str, Any]) -> None:
         """What turns pixels into class ids: `table` for raw ids, `colours` (code -> class) where there is a palette."""
         path, classes = self.path, self.classes
         self.read_masks = one_of(path, "read_masks", described.get("read_masks"), (BY_COLOUR, BY_INDEX))
-        ignored = described.get("ignore", IGNORE)
+        ignored = described.get("ignore", self.no_class)
         colours = ignored_colours(path, ignored) if isinstance(ignored, list) else []
         if colours:
-            ignored = IGNORE
+            ignored = self.no_class
         values = values_of(path, classes, described.get("values"))
         self.raw_meaning = {
             "reduced": self.reduce_zero_label,
             "ignored": ignored,
-            "values": sorted(values.items()),
+            "values": self._as_in_files(values),
         }
         self.table = table_of_ids(
             path, classes, ignored, self.reduce_zero_label, values, is_stated="ignore" in described
@@ -162,7 +153,7 @@ class FolderDataSet(FileDataSet):
             return self._of_colours(sample, stored.pixels)
         if stored.palette is not None and self._is_by_colour(sample, stored):
             codes = code_of(stored.palette)
-            table = np.array([self.colours.get(int(code), INVALID) for code in codes], np.int16)
+            table = np.array([self.colours.get(int(code), INVALID) for code in codes], LABEL)
             return self._checked_colours(sample, table[stored.pixels], codes[stored.pixels])
         if stored.palette is None and self.read_masks == BY_COLOUR:
             raise DataError(
@@ -195,7 +186,7 @@ class FolderDataSet(FileDataSet):
         return code in self.colours and (index >= len(self.table) or self.colours[code] != self.table[index])
 
     def _of_colours(self, sample: Sample, pixels: np.ndarray) -> np.ndarray:
-        """Labels of a picture of colours, (H, W, 3 or 4) uint8 -> (H, W) uint8; what is transparent has none."""
+        """Labels of a picture of colours, (H, W, 3 or 4) uint8 -> (H, W) int16; what is transparent has none."""
         assert self.colours is not None
         codes = code_of(pixels[..., :3])
         ids = label_of_code(tuple(self.colours.items()))[codes]
@@ -205,7 +196,7 @@ class FolderDataSet(FileDataSet):
                 raise DataError(
                     f"{sample.mask}: half transparent pixels; want each opaque, or without a label."
                 )
-            ids = np.where(alpha == 0, np.int16(IGNORE), ids)
+            ids = np.where(alpha == 0, LABEL(IGNORE), ids)
         return self._checked_colours(sample, ids, codes)
 
     def _checked_colours(self, sample: Sample, ids: np.ndarray, codes: np.ndarray) -> np.ndarray:
@@ -219,7 +210,7 @@ class FolderDataSet(FileDataSet):
                 f"pixels). Correct `palette` in {self.path.name}, or list colours without a label there: "
                 f"`ignore: [{rgb(int(most))}]`. Masks must not be smoothed or compressed with loss."
             )
-        return ids.astype(np.uint8)
+        return ids
 
     def colour_hint(self, stored: StoredMask) -> str:
         if stored.palette is not None:
@@ -239,10 +230,19 @@ class FolderDataSet(FileDataSet):
         )
 
     def label_meaning(self) -> str:
-        return _digest(self.raw_meaning, self.colours)
+        """Hex digits of what turns a mask's stored pixels into class ids, beside the mask itself."""
+        return self._digest(self.raw_meaning, self.colours)
 
     def usual_meaning(self) -> str:
-        return _digest({"reduced": False, "ignored": IGNORE, "values": []}, None)
+        """The one that stamps don't state: those of earlier versions imply it."""
+        return self._digest({"reduced": False, "ignored": self.no_class, "values": []}, None)
+
+    def _as_in_files(self, table: Mapping[int, int]) -> list[tuple[int, int]]:
+        return sorted((key, self.no_class if label == IGNORE else label) for key, label in table.items())
+
+    def _digest(self, raw: Mapping[str, Any], colours: Mapping[int, int] | None) -> str:
+        said = repr((sorted(raw.items()), self._as_in_files(colours) if colours else None))
+        return hashlib.blake2b(said.encode(), digest_size=4).hexdigest()
 
     def mask_stamp(self, sample: Sample) -> str:
         """Of all that labels come from: the mask, what its pixels mean, and the image's tags where they are listed."""
@@ -258,7 +258,7 @@ class FolderDataSet(FileDataSet):
                     colours = colours if image.mode in ("P", "RGB", "RGBA") else None
             except DataError:  # whoever reads it says what is wrong
                 pass
-        meaning = _digest(self.raw_meaning, colours)
+        meaning = self._digest(self.raw_meaning, colours)
         return "" if meaning == self.usual_meaning() else f" {meaning}"
 
     # --- how an image is read ---
@@ -307,12 +307,11 @@ class FolderDataSet(FileDataSet):
                 f"the classes start at 1, set `reduce_zero_label: true` in {self.path.name}; if background "
                 "is a class, list it first."
             )
-        if self.colours is None and len(raw) == 1 and num == 2 and raw != {IGNORE}:
+        if self.colours is None and len(raw) == 1 and num == 2 and raw != {self.no_class}:
             return f" If {min(raw)} means {self.classes[1]!r}, set `values: {{{min(raw)}: 1}}` in {self.path.name}."
-        if raw == {IGNORE}:
-            return (
-                f" 255 is the usual value for pixels without a label: set `ignore: 255` in {self.path.name}."
-            )
+        if raw & {255, 65535} == raw:
+            usual = min(raw)
+            return f" {usual} is the usual value for pixels without a label: set `ignore: {usual}` in {self.path.name}."
         return (
             f" List the missing classes in {self.path.name}, say what ids mean by `values: {{{min(raw)}: ...}}`, "
             "or give the id of unlabelled pixels as `ignore`."
@@ -363,11 +362,10 @@ class FolderDataSet(FileDataSet):
 
     def _ids_of(self, listed: Sequence[str], images: Mapping[str, str], where: str) -> list[str]:
         """The ids of a list's lines: ids, or the names of images, alone or with their folders as in the pattern."""
-        folder = self.path.parent
+        top = os.path.join(self._top(), "")
         by_name: dict[str, str] = {}
         for i, path in images.items():
-            below = str(Path(path).relative_to(folder)) if Path(path).is_relative_to(folder) else path
-            for name in (Path(path).name, below):
+            for name in (os.path.basename(path), path.removeprefix(top)):
                 by_name[unicodedata.normalize("NFC", name)] = i
         lines = [unicodedata.normalize("NFC", line) for line in listed]
         ids = [line if line in images else by_name.get(line, line) for line in lines]
@@ -381,39 +379,36 @@ class FolderDataSet(FileDataSet):
             raise DataError(f"{where}: the list names {twice!r} twice; list each sample once.")
         return ids
 
+    def _top(self) -> str:
+        return "" if self.path.parent == Path() else str(self.path.parent)
+
     def _matching(self, where: str, key: str, pattern: str, suffix: str) -> dict[str, str]:
-        """id -> path of what a pattern matches, ids being unique."""
-        folder = self.path.parent
-        found: dict[str, str] = {}
-        for name in matching(pattern, folder, f"{where}.{key}: {pattern!r}"):
-            path = folder / name
-            if not path.is_file():
+        """id -> path of what a pattern matches, ids being unique. Plain strings: there may be 100,000 files."""
+        folder, found = self._top(), dict[str, str]()
+        for name in matching(pattern, self.path.parent, f"{where}.{key}: {pattern!r}"):
+            path = os.path.join(folder, name)
+            if not os.path.isfile(path):
                 continue
-            if not path.stem.endswith(suffix):
+            stem = os.path.splitext(os.path.basename(path))[0]
+            if not stem.endswith(suffix):
                 raise DataError(
                     f"{where}.{key}: {path} does not end in the mask_suffix {suffix!r} before its ending."
                 )
-            stem = unicodedata.normalize("NFC", path.stem.removesuffix(suffix))
-            if any(
-                unicodedata.category(character) == "Cs" for character in stem
-            ):  # Python's undecodable bytes
+            try:
+                stem.encode()
+            except UnicodeEncodeError:
                 raise DataError(
-                    f"{where}.{key}: {str(path)!a} has bytes in its name that are no text; rename it."
-                )
+                    f"{where}.{key}: {path!a} has bytes in its name that are no text; rename it."
+                ) from None
+            stem = unicodedata.normalize("NFC", stem.removesuffix(suffix))
             if stem in found:
                 raise DataError(
                     f"{where}.{key}: {found[stem]} and {path} have the same id {stem!r}; rename one."
                 )
-            found[stem] = str(path)
+            found[stem] = path
         if not found:
             braces = " Braces are not read: * and mask_suffix do." if "{" in pattern else ""
             raise DataError(
-                f"{where}.{key}: no file matches {pattern!r} in {folder}. Correct the pattern.{braces}"
+                f"{where}.{key}: no file matches {pattern!r} in {self.path.parent}. Correct the pattern.{braces}"
             )
         return found
-
-
-def _digest(raw: Mapping[str, Any], colours: Mapping[int, int] | None) -> str:
-    """8 hex digits of what the pixels of masks mean."""
-    said = repr((sorted(raw.items()), sorted(colours.items()) if colours else None))
-    return hashlib.blake2b(said.encode(), digest_size=4).hexdigest()

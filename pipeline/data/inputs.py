@@ -21,41 +21,11 @@ LIST = "-"  # in place of a picture: a list of them, a path a line, on the stand
 # What is a picture in a folder or behind a pattern; a file that is named itself is tried whatever it is called.
 ENDINGS = tuple(ending for endings in FORMATS.values() for ending in endings)
 # Pictures that aren't read: cameras' raw files, and formats for which PIL has no decoder, or none that is used here.
-UNREAD = (
-    *(
-        ".heic",
-        ".heif",
-        ".hif",
-        ".jxl",
-        ".jxr",
-        ".psd",
-        ".svg",
-        ".eps",
-        ".pdf",
-        ".xcf",
-        ".exr",
-        ".hdr",
-        ".tga",
-        ".ico",
-    ),
-    *(
-        ".cr2",
-        ".cr3",
-        ".crw",
-        ".nef",
-        ".nrw",
-        ".arw",
-        ".sr2",
-        ".dng",
-        ".orf",
-        ".rw2",
-        ".raf",
-        ".raw",
-        ".pef",
-        ".srw",
-    ),
-    *(".3fr", ".iiq", ".x3f", ".pcx", ".dds", ".qoi", ".fits", ".icns", ".cur"),
+_UNREAD = (
+    ".heic .heif .hif .jxl .jxr .psd .svg .eps .pdf .xcf .exr .hdr .tga .ico .cr2 .cr3 .crw .nef .nrw .arw .sr2 .dng "
+    ".orf .rw2 .raf .raw .pef .srw .3fr .iiq .x3f .pcx .dds .qoi .fits .icns .cur"
 )
+UNREAD = tuple(_UNREAD.split())
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,10 @@ def matching(pattern: str, folder: Path, where: str) -> list[str]:
             for name in files_below(folder / top / head, where)
             if _fits(name.split(os.sep), parts[first:])
         )
-    return sorted(str(top / name) for name in found if Path(name).name.lower() not in LEFT_BY_SYSTEMS)
+    above = str(top) if top.parts else ""
+    return sorted(
+        os.path.join(above, name) for name in found if os.path.basename(name).lower() not in LEFT_BY_SYSTEMS
+    )
 
 
 def files_below(top: Path, where: str) -> Iterator[str]:

@@ -7,8 +7,6 @@ CamVid      root/{train,val,test}/*.png   root/{train,val,test}annot/*.png (0-10
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from pipeline.data.base import Sample
@@ -19,15 +17,8 @@ from pipeline.data.classes import (
     CITYSCAPES_PALETTE,
     CITYSCAPES_RAW,
 )
-from pipeline.data.files import (
-    IGNORE,
-    FileDataSet,
-    files_by_id,
-    folder_of,
-    raw_table,
-    refuse_missing,
-    root_of,
-)
+from pipeline.data.files import FileDataSet, files_by_id, folder_of, paired, raw_table, refuse_missing
+from pipeline.ops.labels import IGNORE
 
 IMAGE, CONVERTED, PUBLISHED = "_leftImg8bit.png", "_gtFine_labelTrainIds.png", "_gtFine_labelIds.png"
 CAMVID_VOID = 11
@@ -42,19 +33,10 @@ def _published_table() -> np.ndarray:
 
 
 class Cityscapes(FileDataSet):
-    """Nineteen classes; "test" is val, whose labels are public. Every class is seen unless `unseen` says otherwise.
+    """Nineteen classes; "test" is val, whose labels are public. Every class is seen unless `unseen` says otherwise."""
 
-    Raises: DataError listing the samples, for images without a mask.
-    """
-
-    name = "cityscapes"
-    tables = (raw_table(len(CITYSCAPES_CLASSES)), _published_table())  # converted, published
-
-    def __init__(self, root: str, *, limit: int | None = None, unseen: Sequence[str] = ()) -> None:
-        super().__init__(
-            limit=limit, classes=CITYSCAPES_CLASSES, unseen=unseen, palette=np.array(CITYSCAPES_PALETTE)
-        )
-        self.root = root_of(root, "cityscapes")
+    name, names, own_palette = "cityscapes", CITYSCAPES_CLASSES, CITYSCAPES_PALETTE
+    table, tables = _published_table(), {CONVERTED: raw_table(len(CITYSCAPES_CLASSES))}
 
     def list_samples(self, part: str) -> list[Sample]:
         part = {"train": "train", "test": "val"}[part]
@@ -78,28 +60,16 @@ class Cityscapes(FileDataSet):
         )
         return [Sample(i, images[i], chosen[i]) for i in sorted(images)]
 
-    def table_of(self, sample: Sample) -> np.ndarray:
-        converted = sample.mask is not None and sample.mask.endswith(CONVERTED)
-        return self.tables[0 if converted else 1]
-
 
 class CamVid(FileDataSet):
-    """Eleven classes, raw 11 -> 255. Raises: DataError listing the samples, for images without a mask."""
+    """Eleven classes, raw 11 is unlabelled."""
 
-    name = "camvid"
-    table = raw_table(len(CAMVID_CLASSES), ignored=(CAMVID_VOID, IGNORE))
-
-    def __init__(self, root: str, *, limit: int | None = None, unseen: Sequence[str] = ()) -> None:
-        super().__init__(limit=limit, classes=CAMVID_CLASSES, unseen=unseen, palette=np.array(CAMVID_PALETTE))
-        self.root = root_of(root, "camvid")
+    name, names, own_palette = "camvid", CAMVID_CLASSES, CAMVID_PALETTE
+    table = raw_table(len(CAMVID_CLASSES), ignored=(CAMVID_VOID, 255))
 
     def list_samples(self, part: str) -> list[Sample]:
         todo = "data.root must hold train/, trainannot/, test/ and testannot/."
-        images = files_by_id(folder_of(self.root / part, todo), ".png")
-        annotations = folder_of(self.root / f"{part}annot", todo)
-        masks = files_by_id(annotations, ".png")
-        refuse_missing(images, masks, "images have no mask", annotations, "Complete the download.")
-        return [Sample(i, images[i], masks[i]) for i in sorted(images)]
+        return paired(self.root / part, ".png", self.root / f"{part}annot", todo)
 
     def label_hint(self, raw: set[int]) -> str:
         return (

@@ -19,9 +19,11 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.data.base import IGNORE, PARTS, BadImage, DataError, DataSet, MaskFacts, Sample
+from pipeline.data.base import PARTS, BadImage, DataError, DataSet, MaskFacts, Sample
 from pipeline.data.classes import PUBLISHED_COUNTS
+from pipeline.ops.labels import IGNORE
 
+WHITE = 255  # the raw id that is a class in black and white masks, and no label in others
 BACKGROUND_NAMES = {"background", "bg", "void", "unlabeled", "unlabelled", "other", "none"}
 MOST_LISTED = 3
 DOMINANT, NEARLY_ALL = 0.5, 0.9  # share of labelled pixels; share of masks
@@ -81,18 +83,16 @@ class Seen:
     doubts: list[str] = field(default_factory=list)  # pairs about which something can't be decided
     with_255: dict[int, int] = field(default_factory=dict)  # value -> masks that hold it and 255 alone
     first_with_255: str = ""  # a file of these
-    num_several: dict[bool, int] = field(
-        default_factory=lambda: {True: 0, False: 0}
-    )  # with 255 or not, others
+    num_several: dict[bool, int] = field(default_factory=lambda: {True: 0, False: 0})  # with 255 or not
     palettes: Palettes = field(default_factory=lambda: Palettes())
-    pixels: np.ndarray = field(default_factory=lambda: np.zeros(256, np.int64))  # by label
-    masks: np.ndarray = field(default_factory=lambda: np.zeros(256, np.int64))  # that hold the label
+    pixels: np.ndarray = field(default_factory=lambda: np.zeros(1, np.int64))  # by label, IGNORE last
+    masks: np.ndarray = field(default_factory=lambda: np.zeros(1, np.int64))  # that hold the label
 
 
 def look(data: DataSet, part: str, most: int) -> Seen:
     """Opens up to `most` images and masks of a part, evenly spread. Raises: DataError of the listing."""
     samples = data.samples(part)
-    seen = _begun(samples, part)
+    seen = _begun(data, samples, part)
     for place in np.unique(np.linspace(0, len(samples) - 1, min(most, len(samples))).astype(int)):
         _look_at(data, samples[place], seen)
     return seen
@@ -102,7 +102,7 @@ def look_at_masks(
     data: DataSet, samples: Sequence[Sample], part: str, tick: Callable[[int], None] = lambda num: None
 ) -> Seen:
     """Opens the mask of every sample, in threads, and no image; `tick` is called with 1 for each."""
-    seen = _begun(samples, part)
+    seen = _begun(data, samples, part)
 
     def facts(sample: Sample) -> MaskFacts | DataError | None:
         try:
@@ -119,8 +119,10 @@ def look_at_masks(
     return seen
 
 
-def _begun(samples: Sequence[Sample], part: str) -> Seen:
-    return Seen(part, len(samples), num_unlabelled=sum(sample.mask is None for sample in samples))
+def _begun(data: DataSet, samples: Sequence[Sample], part: str) -> Seen:
+    none = np.zeros(len(data.classes) + 1, np.int64)
+    num_unlabelled = sum(sample.mask is None for sample in samples)
+    return Seen(part, len(samples), num_unlabelled=num_unlabelled, pixels=none, masks=none.copy())
 
 
 def _look_at(data: DataSet, sample: Sample, seen: Seen) -> None:
@@ -153,8 +155,8 @@ def _add(seen: Seen, sample: Sample, found: MaskFacts | DataError | None) -> Non
     if found.colours is not None:
         seen.palettes.add(found.colours, str(sample.mask))
     if found.raw is not None:
-        others = found.raw - {IGNORE}
-        has_255 = IGNORE in found.raw
+        others = found.raw - {WHITE}
+        has_255 = WHITE in found.raw
         if has_255 and len(others) == 1:
             seen.with_255[min(others)] = seen.with_255.get(min(others), 0) + 1
             seen.first_with_255 = seen.first_with_255 or str(sample.mask)
@@ -220,7 +222,7 @@ def _black_and_white(data: DataSet, seen: Seen) -> Complaint | None:
     Where few masks hold several classes and none of these 255, the few were made by another tool.
     """
     stated, table = _stated(data), getattr(data, "table", None)
-    if stated is None or table is None or "ignore" in stated or table[IGNORE] != IGNORE:
+    if stated is None or table is None or "ignore" in stated or table[WHITE] != IGNORE:
         return None
     if len(seen.with_255) != 1 or seen.num_several[True]:
         return None

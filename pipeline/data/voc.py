@@ -10,11 +10,12 @@ masks lie in SegmentationClassAug. Where both folders have a mask, VOC's own is 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import abstractmethod
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
-from pipeline.data.base import DataError, Sample, chosen_split, unknown
+from pipeline.data.base import DataError, Sample, unknown
 from pipeline.data.classes import BACKGROUND, VOC_CLASSES, VOC_SPLITS, bitwise_palette, with_black
 from pipeline.data.files import (
     FileDataSet,
@@ -25,90 +26,96 @@ from pipeline.data.files import (
     read_ids,
     refuse_missing,
     refuse_repeated,
-    root_of,
 )
+from pipeline.ops.labels import no_class
 
 
-def listed_samples(root: Path, lists: Path, names: str, mask_folders: Sequence[str]) -> list[Sample]:
-    """The samples of lists joined by "+" ("train+aug"), masks from the first folder that has one.
+class VocLayout(FileDataSet):
+    """Lists of ids in ImageSets, their images in JPEGImages, their masks in the first of `mask_folders` that has one.
 
-    Raises: DataError when a folder, a list, an image or a mask is missing, or an id is listed twice.
+    In a mask 0 is what no class is: without a label, and the classes from 1 on; or, with `background`, a class of its
+    own, raw ids being class ids, and no class unseen unless asked for. 255, or 65535 of 16 bits, has no label.
     """
-    if (root / root.name / "JPEGImages").is_dir() or (root / "VOC2012" / "JPEGImages").is_dir():
-        todo = "data.root must be the folder that holds JPEGImages, one further down."
-    else:
-        todo = "data.root must be the folder that holds JPEGImages."
-    images = files_by_id(folder_of(root / "JPEGImages", todo), ".jpg")
-    there = [folder for name in mask_folders if (folder := root / name).is_dir()]
-    if not there:
-        raise DataError(f"{root}: has no folder {' nor '.join(mask_folders)}, where the masks should be.")
-    masks: dict[str, str] = {}
-    for folder in reversed(there):
-        masks |= files_by_id(folder, ".png")
-    have = ", ".join(sorted(path.stem for path in lists.glob("*.txt"))) or "none"
-    ids = [
-        i for name in names.split("+") for i in read_ids(lists / f"{name}.txt", f"The lists there: {have}.")
-    ]
-    refuse_repeated(ids, f"{lists}: {names}")
-    where = f"{lists}: {names}"
-    refuse_missing(
-        ids, images, f"listed images are not in {root / 'JPEGImages'}", where, "Complete the download."
-    )
-    kept = " or ".join(str(folder) for folder in there)
-    refuse_missing(
-        ids,
-        masks,
-        f"listed images have no mask in {kept}",
-        where,
-        "Complete the masks, or take another list.",
-    )
-    return [Sample(i, images[i], masks[i]) for i in ids]
+
+    lists_folder: str
+    mask_folders: tuple[str, ...]
+
+    def __init__(self, root: str, *, background: bool = False, **shared: Any) -> None:
+        self.background = 0 if background else None
+        super().__init__(root, **shared)
+
+    def describe(self, root: str) -> dict[str, Any]:
+        described, num, most = super().describe(root), len(self.names), no_class(1 + len(self.names))
+        if self.background is None:
+            self.table = raw_table(num, shift=1, ignored=(0, most))
+            return described
+        self.table = raw_table(1 + num, ignored=(most,))
+        palette = with_black(bitwise_palette(num))
+        return described | {"classes": (BACKGROUND, *self.names), "palette": palette, "unseen": ()}
+
+    @property
+    def lists(self) -> Path:
+        return self.root / "ImageSets" / self.lists_folder
+
+    @abstractmethod
+    def list_names(self, part: str) -> str:
+        """The lists of a part, joined by "+" ("train+aug")."""
+
+    def description_files(self, part: str) -> list[Path]:
+        return [self.lists / f"{name}.txt" for name in self.list_names(part).split("+")]
+
+    def list_samples(self, part: str) -> list[Sample]:
+        root, lists, names = self.root, self.lists, self.list_names(part)
+        if (root / root.name / "JPEGImages").is_dir() or (root / "VOC2012" / "JPEGImages").is_dir():
+            todo = "data.root must be the folder that holds JPEGImages, one further down."
+        else:
+            todo = "data.root must be the folder that holds JPEGImages."
+        images = files_by_id(folder_of(root / "JPEGImages", todo), ".jpg")
+        there = [folder for name in self.mask_folders if (folder := root / name).is_dir()]
+        if not there:
+            wanted = " nor ".join(self.mask_folders)
+            raise DataError(f"{root}: has no folder {wanted}, where the masks should be.")
+        masks: dict[str, str] = {}
+        for folder in reversed(there):
+            masks |= files_by_id(folder, ".png")
+        have = ", ".join(sorted(path.stem for path in lists.glob("*.txt"))) or "none"
+        where, todo = f"{lists}: {names}", f"The lists there: {have}."
+        ids = [i for name in names.split("+") for i in read_ids(lists / f"{name}.txt", todo)]
+        refuse_repeated(ids, where)
+        what = f"listed images are not in {root / 'JPEGImages'}"
+        refuse_missing(ids, images, what, where, "Complete the download.")
+        what = f"listed images have no mask in {' or '.join(map(str, there))}"
+        refuse_missing(ids, masks, what, where, "Complete the masks, or take another list.")
+        return [Sample(i, images[i], masks[i]) for i in ids]
 
 
 TAGS = ("xml", "masks")
 TRAIN_AUG, SAME_LIST = "train_aug", ("trainaug",)  # mmseg's converter writes it without the underline
 
 
-class Voc(FileDataSet):
-    """VOC 2012. Without `background`: raw 0 and 255 -> 255, 1..20 -> 0..19, split voc-15-5.
+class Voc(VocLayout):
+    """VOC 2012: twenty classes, split voc-15-5. An image's labels (`tags`) are the objects of its XML, difficult ones
+    included, or the ids of its mask.
 
-    With it: 21 classes, raw ids as they are, none unseen unless asked for; an image's labels (`tags`) are the
-    objects of its XML, difficult ones included, or the ids of its mask.
-    Raises: DataError for an unknown split, name or source of tags; listing the samples, for what is missing.
+    Raises: see FileDataSet; DataError for an unknown source of tags.
     """
 
-    name = "voc"
+    name, names, splits = "voc", VOC_CLASSES, VOC_SPLITS
+    lists_folder, mask_folders = "Segmentation", ("SegmentationClass", "SegmentationClassAug")
 
     def __init__(
         self,
         root: str,
         *,
-        limit: int | None = None,
-        unseen: Sequence[str] | None = None,
-        split: str | None = None,
         train_list: str = TRAIN_AUG,
         test_list: str = "val",
-        background: bool = False,
         tags: str = "xml",
+        **shared: Any,
     ) -> None:
         if tags not in TAGS:
             raise unknown("data.tags: voc has no image-level labels from", tags, TAGS)
-        is_closed = background and split is None and unseen is None
-        super().__init__(
-            limit=limit,
-            classes=(BACKGROUND, *VOC_CLASSES) if background else VOC_CLASSES,
-            unseen=() if is_closed else chosen_split("voc", VOC_SPLITS, unseen, split),
-            palette=with_black(bitwise_palette(len(VOC_CLASSES))) if background else None,
-        )
-        first = len(self.classes) - len(VOC_CLASSES)
-        self.background = 0 if background else None
-        self.table = raw_table(len(self.classes), shift=1 - first, ignored=(255,) if background else (0, 255))
-        self.root, self.tags_from = root_of(root, "voc"), tags
-        self.lists = {"train": train_list, "test": test_list}
-
-    def list_samples(self, part: str) -> list[Sample]:
-        lists, names = self.root / "ImageSets" / "Segmentation", self._list_names(part)
-        return listed_samples(self.root, lists, names, ("SegmentationClass", "SegmentationClassAug"))
+        super().__init__(root, **shared)
+        self.tags_from, self.asked_lists = tags, {"train": train_list, "test": test_list}
 
     def tags(self, sample: Sample) -> tuple[int, ...]:
         if self.tags_from == "masks":
@@ -126,17 +133,16 @@ class Voc(FileDataSet):
         return super().mask_stamp(sample) + (f" {file_stamp(path)}" if has_xml else "")
 
     def description_files(self, part: str) -> list[Path]:
-        lists = self.root / "ImageSets" / "Segmentation"
-        found = [lists / f"{name}.txt" for name in self._list_names(part).split("+")]
+        found = super().description_files(part)
         if self.tags_from == "xml":
             found += [path for sample in self.samples(part) if (path := self._annotation(sample)).is_file()]
         return found
 
-    def _list_names(self, part: str) -> str:
+    def list_names(self, part: str) -> str:
         """The lists of a part: those given, or another name of the usual one's file."""
-        lists, names = self.root / "ImageSets" / "Segmentation", self.lists[part]
-        if names == TRAIN_AUG and not (lists / f"{TRAIN_AUG}.txt").is_file():
-            names = next((name for name in SAME_LIST if (lists / f"{name}.txt").is_file()), names)
+        names = self.asked_lists[part]
+        if names == TRAIN_AUG and not (self.lists / f"{TRAIN_AUG}.txt").is_file():
+            names = next((name for name in SAME_LIST if (self.lists / f"{name}.txt").is_file()), names)
         return names
 
     def _annotation(self, sample: Sample) -> Path:

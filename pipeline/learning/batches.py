@@ -25,8 +25,9 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from cache.store import SIDES, Store
 from cache.verify import check_whole, read_recorded
 from pipeline.config import Config
-from pipeline.data.base import IGNORE, DataError, DataSet, Sample
+from pipeline.data.base import DataError, DataSet, Sample
 from pipeline.learning.loading import Kept, loader_processes, made_ahead
+from pipeline.ops.labels import IGNORE, LABEL, from_file
 from pipeline.ops.masks import fitted_size, mask_and_confidence, named_labels
 from pipeline.ops.views import replay_image, replay_labels, view_of
 from pipeline.running.manifests import required_manifest
@@ -91,9 +92,9 @@ class Place:
 class CachedViews(Dataset):
     """Training items: a cached view replayed on its image and labels, with its CLS token and pseudo labels.
 
-    Item: image (3, S, S) uint8, labels (S, S) uint8 (unseen and unannotated 255), pseudo (h, w) uint8,
+    Item: image (3, S, S) uint8, labels (S, S) int16 (unseen and unannotated IGNORE), pseudo (h, w) uint8,
     cls (C,) float32, sample int64 (the row, for GLM's mask). In recipe clip_es the labels are those of the
-    refined CAMs, 255 where they are less sure than train.confidence, and pseudo is a single 0.
+    refined CAMs, IGNORE where they are less sure than train.confidence, and pseudo is a single 0.
     Raises: StaleCache when the cache's samples aren't the data set's, DataError (clip_es with unseen classes).
     """
 
@@ -200,13 +201,13 @@ class CachedViews(Dataset):
         return {"image": image, "labels": labels, "pseudo": pseudo, "cls": cls.float()}
 
     def _labelled(self, labels: Tensor, row: int, view: int) -> tuple[Tensor, Tensor]:
-        """Labels (S, S) and pseudo labels (h, w) uint8; of these a single 0, all annotated, where labels are CAMs."""
+        """Labels (S, S) int16 and pseudo labels (h, w) uint8, a single 0 (all annotated) where labels are CAMs."""
         if self.is_tagged:
             return labels, torch.zeros(1, 1, dtype=torch.uint8)
         pseudo = torch.from_numpy(self._row("pseudo", row)[view])
         if not self.is_named:
             return labels, pseudo
-        return named_labels(labels, pseudo, torch.from_numpy(self._row("named", row)[view]))
+        return named_labels(labels, pseudo, torch.from_numpy(from_file(self._row("named", row)[view])))
 
     def _row(self, array: str, row: int) -> np.ndarray:
         if array in self.kept:
@@ -214,7 +215,7 @@ class CachedViews(Dataset):
         return self.store.read_rows(array, np.array([row]))[0]
 
     def replay(self, sample: Sample, box: np.ndarray) -> tuple[Tensor, Tensor]:
-        """A view as extraction saw it, and the seen labels under it: (3, S, S) uint8, (S, S) uint8.
+        """A view as extraction saw it, and the seen labels under it: (3, S, S) uint8, (S, S) int16.
 
         Not to be written into: it is kept for the next epochs while there is room.
         """
@@ -225,11 +226,11 @@ class CachedViews(Dataset):
         image = self.data.image(sample)
         labels = self._from_cams(sample, image.shape[:2]) if self.is_tagged else self.data.seen_labels(sample)
         if labels is None:
-            labels = np.full(image.shape[:2], IGNORE, np.uint8)
+            labels = np.full(image.shape[:2], IGNORE, LABEL)
         return replay_image(image, box, self.size, self.mean_colour), replay_labels(labels, box, self.size)
 
     def _from_cams(self, sample: Sample, size: tuple[int, ...]) -> np.ndarray:
-        """The classes of an image's pixels by its CAMs, 255 below train.confidence: (H, W) uint8.
+        """The classes of an image's pixels by its CAMs, IGNORE below train.confidence: (H, W) int16.
 
         Source: CLIP-ES's confidence-guided loss (method section 11).
         """
@@ -245,18 +246,19 @@ def mask_from_cams(
 ) -> tuple[Tensor, Tensor]:
     """The class of an image's pixels and its score, as `cams` refined them, or else from the maps.
 
-    `read` gives the image's row of an array. Shapes: -> (H, W) uint8 and (H, W) float32, 0 to 1, `size` (H, W).
+    `read` gives the image's row of an array. Shapes: -> (H, W) int16 and (H, W) float32, 0 to 1, `size` (H, W).
     """
     height, width = int(size[0]), int(size[1])
     if config.cams.refine != "none":
         patch = store.fact(SIDES, "teacher", "patch")
         rows, columns = fitted_size(height, width, config.cams.max_side, patch)
-        kept = torch.from_numpy(np.stack([read(name)[:rows, :columns] for name in ("mask", "confidence")]))
+        found = [from_file(read("mask")[:rows, :columns]), read("confidence")[:rows, :columns]]
+        kept = torch.from_numpy(np.stack(found))
         mask, confidence = interpolate(kept[None].float(), (height, width), mode="nearest-exact")[0]
-        return mask.to(torch.uint8), confidence / FULL_CONFIDENCE
+        return mask.to(torch.int16), confidence / FULL_CONFIDENCE
     assert data.background is not None  # the cams stage has refused others
     rows, columns = read("cam_shape")
-    classes = [int(i) for i in read("cam_class") if i != IGNORE]
+    classes = [int(i) for i in from_file(read("cam_class")) if i != IGNORE]
     cam = torch.from_numpy(read("cam")[: len(classes), :rows, :columns])
     return mask_and_confidence(cam, classes, data.background, (height, width), config.cams.power)
 
@@ -327,7 +329,7 @@ def training_batches(
     """The batches of iterations start..stop-1, this process's places of each."""
     train = views.config.train
     places = _Batches(Plan(views.rows, train.batch, train.seed), start, stop, process, num_processes)
-    num_bytes = len(views.rows) * views.num_views * 4 * views.size**2  # three colours and the labels
+    num_bytes = len(views.rows) * views.num_views * 5 * views.size**2  # three colours, labels of 2 bytes
     fits = num_bytes <= views.replayed.room_bytes
     kept_bytes = sum(array.nbytes for array in views.kept.values())
     workers = loader_processes(

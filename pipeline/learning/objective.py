@@ -17,8 +17,8 @@ from torch.nn.functional import interpolate
 from pipeline.config import Train
 from pipeline.models.glm import CachedNegatives, ClsBank, of_length
 from pipeline.ops import closed_form, losses
+from pipeline.ops.labels import IGNORE
 
-IGNORED_LABEL = 255  # of a label map
 # By train.losses: the plain definitions, or the same with their gradients written out.
 LOSSES: dict[str, ModuleType] = {"plain": losses, "fused": closed_form}
 
@@ -43,7 +43,7 @@ def loss_terms(
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Every weighted term of eq. 11-12 for one batch, and counts worth a curve. Pushes into the CLS bank.
 
-    Shapes: dense (B, C, H, W); batch: labels (B, S, S) uint8, pseudo (B, h, w), cls (B, C), sample (B,).
+    Shapes: dense (B, C, H, W); batch: labels (B, S, S) int16, pseudo (B, h, w), cls (B, C), sample (B,).
     """
     weights, ways, dense, terms = section.weights, LOSSES[section.losses], dense.float(), {}
     if section.glm != "off":
@@ -83,17 +83,17 @@ def closed_set_terms(
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """CLIP-ES's confidence-guided loss: cross-entropy over all classes, on the pixels that CAMs are sure of.
 
-    Shapes: dense (B, C, H, W); batch: labels (B, S, S) uint8, 255 where they aren't sure.
+    Shapes: dense (B, C, H, W); batch: labels (B, S, S) int16, IGNORE where they aren't sure.
     Source: method section 11.
     """
     ids = _on_grid(batch["labels"], dense, section).long()
     if section.loss_grid == "full":
         dense = interpolate(dense, ids.shape[1:], mode="bilinear", align_corners=False)
-    table = ids.new_full((256,), losses.IGNORE)
+    table = ids.new_full((losses.LABEL_VALUES,), losses.IGNORE)
     table[learner.seen_ids] = torch.arange(len(learner.seen_ids), device=ids.device)
     ways = LOSSES[section.losses]
     logits = ways.logits(dense, learner.text_seen, learner.text_seen[:0])
-    share = float((ids != IGNORED_LABEL).float().mean())
+    share = float((ids != IGNORE).float().mean())
     return {"ce": section.weights.ce * ways.cross_entropy(logits, table[ids])}, {"labelled": share}
 
 

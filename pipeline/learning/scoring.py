@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config import Eval
-from pipeline.data.base import IGNORE, BadImage, DataError, DataSet, Sample
+from pipeline.data.base import BadImage, DataError, DataSet, Sample
 from pipeline.learning.inference import (
     Best,
     best_by_group,
@@ -27,6 +27,7 @@ from pipeline.learning.inference import (
 from pipeline.learning.loading import made_ahead
 from pipeline.models.student import DenseStudent
 from pipeline.ops import metrics
+from pipeline.ops.labels import IGNORE, LABEL
 from pipeline.running.checked import check_masks
 from pipeline.running.console import progress
 
@@ -38,7 +39,7 @@ class Extreme:
     name: str
     score: float
     image: np.ndarray  # (H, W, 3) uint8
-    truth: np.ndarray  # class ids and 255
+    truth: np.ndarray  # class ids and IGNORE
     guess: np.ndarray  # class ids
 
 
@@ -105,7 +106,7 @@ class Scored:
             for rank, place in enumerate(places, 1):
                 group = loaded(self.data, [self.samples[place]], self.size)
                 ((guess, truth),) = self._predictions(group)
-                ids = predicted(guess, self.section.gamma).numpy().astype(np.uint8)
+                ids = predicted(guess, self.section.gamma).numpy().astype(LABEL)
                 name = f"{kind}-{rank:02d}-{self.samples[place].id}"
                 yield Extreme(name, self.scores[place], group[0].image, truth.numpy(), ids)
 
@@ -127,7 +128,7 @@ class Loaded:
     """A test image, read by a thread while the student works on others."""
 
     image: np.ndarray  # (H, W, 3) uint8
-    truth: Tensor  # (H, W) uint8
+    truth: Tensor  # (H, W) int16
     view: Tensor  # (3, S, S) uint8, the image squashed
     id: str = ""
 

@@ -27,14 +27,13 @@ from pipeline.learning.checkpoint import load_student, student_file
 from pipeline.learning.inference import dense_logits, slid, squashed
 from pipeline.learning.text import labelled_words, stacked, text_of_names, text_teacher
 from pipeline.ops.enlarge import strips
+from pipeline.ops.labels import IGNORE, LABEL, MOST_CLASSES
 from pipeline.running.rows import different_classes
 
 Name = tuple[str, ...]
 
-NONE = 255  # the id of a pixel that is none of the names
 QUOTED = r'"(?:[^"]|"")*"'  # as in CSV
 MOST_SHOWN = 200  # characters of a list of names in an error
-MOST_NAMES = 255  # ids are 8 bits, and 255 is NONE
 
 # What `reject` is compared with, from the scores that decide (logits, gamma added), (K, R, W) -> (R, W), 0 to 1.
 # A text student's focal loss trains the sigmoid of each name's logit by itself, so it says the same whatever other
@@ -50,13 +49,13 @@ def parsed_names(text: str, own: Sequence[str] = ()) -> tuple[Name, ...]:
 
     What holds a comma or a bar itself is one of `own`, the run's classes, as it stands there, or is put in double
     quotes, a double quote within them doubled.
-    Raises: UserError when there is none, more than 255, or one word twice (case doesn't count).
+    Raises: UserError when there is none, more than MOST_CLASSES, or one word twice (case doesn't count).
     """
     names = tuple(name for name in _split(text, own) if name)
     repeated = [
         word for word, num in Counter(key_of(word) for name in names for word in name).items() if num > 1
     ]
-    if repeated or not 1 <= len(names) <= MOST_NAMES:
+    if repeated or not 1 <= len(names) <= MOST_CLASSES:
         what = f"{repeated[0]!r} stands there twice" if repeated else f"{len(names)} names"
         raise _wrong_names(text, what)
     return names
@@ -65,7 +64,7 @@ def parsed_names(text: str, own: Sequence[str] = ()) -> tuple[Name, ...]:
 def _wrong_names(text: str, what: str) -> UserError:
     shown = text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."
     return UserError(
-        f"--names {shown!r}: {what}; want 1 to {MOST_NAMES} different names, separated by commas, "
+        f"--names {shown!r}: {what}; want 1 to {MOST_CLASSES} different names, separated by commas, "
         "synonyms of one by |, a name that holds one of these in double quotes."
     )
 
@@ -196,24 +195,24 @@ class Segmenter:
         probabilities: np.ndarray | None = None,
         asked: Asked | None = None,
     ) -> np.ndarray:
-        """The winning name of every pixel, NONE where its score (see SCORES) lies below `reject`.
+        """The winning name of every pixel, IGNORE where its score (see SCORES) lies below `reject`.
 
         At a tie the earlier name wins; with `asked` one that was trained with labels before one that wasn't, as eval
         decides between seen and unseen.
 
-        Shapes: scores (K, h, w), size (H, W) -> (H, W) uint8. The softmax of the scores over the names is written
+        Shapes: scores (K, h, w), size (H, W) -> (H, W) int16. The softmax of the scores over the names is written
         into `probabilities` (K, H, W), where given.
         """
-        ids, places = np.empty(size, np.uint8), range(len(scores))
+        ids, places = np.empty(size, LABEL), range(len(scores))
         order = sorted(places, key=lambda name: not asked.is_trained[name]) if asked else list(places)
         is_sorted = order == list(places)
-        names = torch.tensor(order, dtype=torch.uint8, device=scores.device)
+        names = torch.tensor(order, dtype=torch.int16, device=scores.device)
         for rows, enlarged in strips(scores if is_sorted else scores[order], size):
             # (R, W), the first at a tie; argmax takes three times as long.
             best = names[enlarged.max(0).indices]
             if reject is not None:
                 score = SCORES[self.config.student.classifier](enlarged)
-                best[score < reject] = NONE
+                best[score < reject] = IGNORE
             ids[rows] = best.cpu().numpy()
             if probabilities is not None:
                 found = enlarged.softmax(0).cpu().numpy()

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from torchmetrics.classification import MulticlassConfusionMatrix
 
-from pipeline.learning.batches import IGNORE, CachedViews
-from pipeline.ops.losses import logits
+from pipeline.learning.batches import CachedViews
+from pipeline.ops.labels import IGNORE
+from pipeline.ops.losses import LABEL_VALUES, logits
 from pipeline.ops.metrics import iou_per_class
 
 
@@ -44,7 +45,7 @@ def seen_miou(student: nn.Module, views: CachedViews, text_seen: Tensor, seen_id
     Shapes: text_seen (S, C), seen_ids (S,).
     """
     device = text_seen.device
-    index = torch.full((256,), IGNORE, device=device)
+    index = torch.full((LABEL_VALUES,), IGNORE, device=device)
     index[seen_ids] = torch.arange(len(seen_ids), device=device)
     num = max(len(seen_ids), 2)  # what torchmetrics asks for; one that never occurs is left out
     matrix = MulticlassConfusionMatrix(num, ignore_index=IGNORE).to(device)

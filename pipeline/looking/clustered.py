@@ -13,9 +13,10 @@ import numpy as np
 from cache.store import SIDES, Store
 from pipeline.config import Config
 from pipeline.data.base import DataSet, Sample
-from pipeline.looking.gallery import IGNORE, Card, present
-from pipeline.looking.panels import Panel, class_panel, object_palette, object_panel, photo, resized
+from pipeline.looking.gallery import Card, present
+from pipeline.looking.panels import class_panel, object_palette, object_panel, photo, resized
 from pipeline.ops.fusion import is_object, num_objects
+from pipeline.ops.labels import IGNORE, LABEL
 from pipeline.ops.views import replay_image, replay_labels
 
 
@@ -41,7 +42,7 @@ class Clustered:
         """Image, seen labels, clusters before fusion if kept, potential objects, and what training never sees."""
         store, data = self.store, self.data
         image, seen, truth = data.image(sample), data.seen_labels(sample), data.labels(sample)
-        seen = np.full(image.shape[:2], IGNORE, np.uint8) if seen is None else seen
+        seen = np.full(image.shape[:2], IGNORE, LABEL) if seen is None else seen
         notes = []
         if view:
             box, size = store.read_rows("view", [row])[0][view], store.fact(SIDES, "teacher", "image_size")
@@ -61,11 +62,9 @@ class Clustered:
             shown.append(object_panel("pseudo labels", pseudo))
         classes = present(seen)
         if truth is not None:
-            hidden = np.where(seen == IGNORE, truth, IGNORE).astype(np.uint8)
+            hidden = np.where(seen == IGNORE, truth, IGNORE).astype(LABEL)
             if (hidden != IGNORE).any():
-                shown.append(
-                    Panel("hidden truth", "classes", hidden, data.palette, clear=IGNORE, under="ground")
-                )
+                shown.append(class_panel("hidden truth", hidden, data.palette, "ground"))
             classes = present(seen, hidden)
         return Card(sample.id, "train", tuple(shown), classes, num_objects=num, notes=tuple(notes))
 

@@ -21,8 +21,8 @@ def export_labels(
     """Writes the whole image's pseudo labels or CLIP-ES's mask as <sample id>.png, and returns how many.
 
     At the image's own size. Pseudo labels: 0 annotated, 1..P potential objects, 255 padding, the token grid by
-    nearest. Masks: class ids. Quarantined images have none. Raises: MissingCache (no labels yet), UserError (none
-    of the images has any).
+    nearest. Masks: class ids, of more than 255 classes as greys of 16 bits. Quarantined images have none.
+    Raises: MissingCache (no labels yet), UserError (none of the images has any).
     """
     if not taught.done:
         raise MissingCache(f"{store.path}: no labels yet. Run `cli.py {stage}` first.")

@@ -18,12 +18,13 @@ import numpy as np
 from cache.errors import StaleCache
 from cache.store import Store
 from pipeline.config import Config, UserError
-from pipeline.data.base import IGNORE, BadImage, DataError, DataSet, Sample
+from pipeline.data.base import BadImage, DataError, DataSet, Sample
 from pipeline.learning.checkpoint import Checkpoint
 from pipeline.learning.inference import best_by_group, class_logits, predicted
 from pipeline.looking.panels import Panel, Strip, class_panel, error_panel, photo
 from pipeline.models.student import DenseStudent
 from pipeline.ops import metrics
+from pipeline.ops.labels import IGNORE, LABEL
 
 PARTS = {"train": "training image", "test": "test image"}
 CLOSEST = 2000  # names that difflib compares; it is too slow for 100,000
@@ -98,7 +99,7 @@ class Taught(Protocol):
         """The cards of one image, one a view where the recipe has several. Raises: BadImage."""
 
     def exported(self, row: int) -> tuple[np.ndarray, np.ndarray]:
-        """The whole image's labels at its own size, (H, W) uint8, and their palette. Raises: BadImage."""
+        """The whole image's labels at its own size, (H, W) as files hold them, and their palette. Raises: BadImage."""
 
 
 def training_cards(
@@ -147,11 +148,11 @@ class Pupil:
     letter: str = ""
 
     def guess(self, data: DataSet, image: np.ndarray) -> np.ndarray:
-        """Class ids of an image, as `eval` predicts them: (H, W, 3) uint8 -> (H, W) uint8."""
+        """Class ids of an image, as `eval` predicts them: (H, W, 3) uint8 -> (H, W) int16."""
         size = self.checkpoint.config.teacher.image_size
         logits = class_logits(self.student, self.checkpoint.text, image, size, self.config.eval)
         best = best_by_group(logits, list(data.seen_ids), list(data.unseen_ids))
-        return predicted(best, self.gamma).numpy().astype(np.uint8)
+        return predicted(best, self.gamma).numpy().astype(LABEL)
 
 
 def eval_cards(data: DataSet, chosen: Selection, pupils: Sequence[Pupil]) -> Iterator[Card]:

@@ -6,7 +6,6 @@ python -m pipeline.looking.keys > config/README.md
 from __future__ import annotations
 
 import importlib
-import inspect
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +16,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from pipeline.config import Config
-from pipeline.data.base import KINDS, DataError
+from pipeline.data.base import KINDS, DataError, options_of
 
 # What a data set's options mean, the same word meaning the same in all of them.
 DATA_OPTIONS = {
@@ -26,6 +25,7 @@ DATA_OPTIONS = {
     "unseen": "names of the classes without a label in training; instead of a split",
     "split": "a named split into seen and unseen; the first one if left out",
     "background": "what is no object is a class of its own",
+    "num_classes": "59, or 459: all of PASCAL Context's (`prepare context459`)",
     "tags": "where image-level labels come from: xml or masks of voc, masks or json of coco14",
     "train_list": "the training samples: of voc a list, or several joined by +; of coco14 a file below root",
     "test_list": "the list of test samples",
@@ -132,7 +132,7 @@ def _data_options() -> str:
     rows, used = [], set()
     for kind, (module, name) in KINDS.items():
         place = importlib.import_module(module)
-        parameters = inspect.signature(getattr(place, name)).parameters
+        parameters = options_of(getattr(place, name))
         defaults = {
             option: "" if parameter.default is parameter.empty else f" {json.dumps(parameter.default)}"
             for option, parameter in parameters.items()

@@ -9,10 +9,10 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from pipeline.data.classes import bitwise_palette
-from pipeline.looking.panels import HATCH_DARK, HATCH_LIGHT, INK, PAGE, QUIET
+from pipeline.looking.panels import HATCH_DARK, HATCH_LIGHT, INK, PAGE, QUIET, id_picture, resized
+from pipeline.ops.labels import IGNORE, counts, file_dtype, to_file
 
-NONE = 255  # the id of what is none of the names,
-NONE_TITLE = "none of these"
+NONE_TITLE = "none of these"  # IGNORE in a map of ids
 NONE_COLOUR = (224, 224, 192)  # its entry of a mask's palette: VOC's for void, bordering on nothing else's
 OPACITY = 0.55  # of the class colours over the image
 # Pixels a side: enlarged to the one, so that the legend is legible, and cut to the other.
@@ -35,35 +35,41 @@ class Share:
 
 
 def palette_of(num: int) -> np.ndarray:
-    """(256, 3) uint8: VOC's colours for the ids of `num` names, NONE_COLOUR for 255, black for ids of nothing."""
-    palette = np.zeros((256, 3), np.uint8)
-    palette[:num], palette[NONE] = bitwise_palette(num), NONE_COLOUR
-    return palette
+    """(num + 1, 3) uint8: VOC's colours for the ids of `num` names, and last, so at IGNORE, NONE_COLOUR."""
+    return np.concatenate([bitwise_palette(num), np.array([NONE_COLOUR], np.uint8)])
+
+
+def file_of(ids: np.ndarray, num: int) -> Image.Image:
+    """The ids of `num` names (H, W) as a file's picture: indexed with their colours, or greys of 16 bits."""
+    dtype, palette = file_dtype(num), palette_of(num)
+    beyond = np.zeros((max(0, 255 - num), 3), np.uint8)  # black, for ids of nothing
+    return id_picture(to_file(ids, dtype), np.concatenate([palette[:-1], beyond, palette[-1:]]))
 
 
 def shares(ids: np.ndarray, titles: Sequence[str]) -> list[Share]:
     """What is found in a map of ids (H, W), the largest part first; none of the names, if it is there, last."""
-    counts, palette = np.bincount(ids.ravel(), minlength=256), palette_of(len(titles))
-    order = sorted(np.flatnonzero(counts).tolist(), key=lambda i: (i == NONE, -counts[i], i))
+    num, palette = counts(ids, len(titles)), palette_of(len(titles))
+    order = sorted(np.flatnonzero(num[:IGNORE]).tolist(), key=lambda i: (-num[i], i))
+    order += [IGNORE] * bool(num[IGNORE])
     colours = {i: (int(palette[i, 0]), int(palette[i, 1]), int(palette[i, 2])) for i in order}
-    names = {i: NONE_TITLE if i == NONE else titles[i] for i in order}
-    return [Share(i, names[i], float(counts[i] / ids.size), colours[i]) for i in order]
+    names = [*titles, NONE_TITLE]  # the last is IGNORE's
+    return [Share(i, names[i], float(num[i] / ids.size), colours[i]) for i in order]
 
 
 def painted(image: np.ndarray, ids: np.ndarray, num: int) -> Image.Image:
     """The image under the colours of `num` names, none of them hatched, at most LARGEST pixels a side.
 
-    Shapes: image (H, W, 3) uint8, ids (H, W) uint8.
+    Shapes: image (H, W, 3) uint8, ids (H, W) int16.
     """
     height, width = ids.shape
     scale = min(max(1, round(SMALLEST / min(height, width))), LARGEST / max(height, width))
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
     how = Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.NEAREST
     picture = Image.fromarray(image).resize(size, how)
-    small = Image.fromarray(ids).resize(size, Image.Resampling.NEAREST)
-    colours = palette_of(num)[np.asarray(small)]
+    small = resized(ids, size)
+    colours = palette_of(num)[small]
     mixed = Image.blend(picture, Image.fromarray(colours), OPACITY)
-    is_none = Image.fromarray(np.where(np.asarray(small) == NONE, 255, 0).astype(np.uint8))
+    is_none = Image.fromarray(np.where(small == IGNORE, 255, 0).astype(np.uint8))
     mixed.paste(Image.blend(picture, _hatching(size), OPACITY), (0, 0), is_none)
     return mixed
 
@@ -90,7 +96,7 @@ def with_legend(picture: Image.Image, found: Sequence[Share]) -> Image.Image:
     for column, width in zip(columns, widths, strict=True):
         for row, share in enumerate(column):
             y = line // 2 + row * line
-            if share.id == NONE:
+            if share.id == IGNORE:
                 page.paste(_hatching((swatch, swatch)), (x, y))
             else:
                 pen.rectangle((x, y, x + swatch, y + swatch), fill=share.colour)

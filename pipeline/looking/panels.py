@@ -18,8 +18,11 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from pipeline.ops.labels import IGNORE, LABEL, counts, no_class, to_file
+
 Under = Literal["hatch", "ground", "photo"]
 
+MOST_COLOURS = 255  # of an indexed PNG, beside the one that is clear
 PADDING_GREY = (120, 120, 120)
 # Vermilion, blue and yellow of Okabe and Ito's colour-blind-safe set ("Color Universal Design", 2008).
 RIGHT, MISSED_UNSEEN, FALSE_UNSEEN, OTHER_WRONG, UNLABELLED = range(5)
@@ -104,9 +107,20 @@ def photo(image: np.ndarray, title: str = "image") -> Panel:
     return Panel(title, "photo", image)
 
 
-def class_panel(title: str, labels: np.ndarray, palette: np.ndarray) -> Panel:
-    """A map of class ids; 255 (ignored) is clear over hatching."""
-    return Panel(title, "classes", labels, palette, clear=255, under="hatch")
+def class_panel(title: str, labels: np.ndarray, palette: np.ndarray, under: Under = "hatch") -> Panel:
+    """A map of class ids, (H, W) int16; IGNORE is clear over `under`.
+
+    A picture has 256 values: of more classes those that occur are numbered anew, by their area, and what is beyond
+    the 254 largest is black.
+    """
+    num, clear = len(palette), no_class(MOST_COLOURS)
+    if num > MOST_COLOURS:
+        area = counts(labels, num)
+        kept = np.argsort(-area[:num], kind="stable")[: MOST_COLOURS - 1]
+        table = np.full(num + 1, MOST_COLOURS - 1, LABEL)
+        table[kept], table[IGNORE] = np.arange(len(kept)), IGNORE
+        labels, palette = table[labels], np.concatenate([palette[kept], np.zeros((1, 3), np.uint8)])
+    return Panel(title, "classes", to_file(labels, np.uint8), palette, clear=clear, under=under)
 
 
 def object_panel(title: str, pseudo: np.ndarray) -> Panel:
@@ -121,14 +135,13 @@ def error_panel(title: str, truth: np.ndarray, prediction: np.ndarray, unseen: S
 
 
 def error_map(truth: np.ndarray, prediction: np.ndarray, unseen: Sequence[int]) -> np.ndarray:
-    """Kinds of error, codes into ERRORS: truth and prediction (H, W) class ids, truth 255 unlabelled."""
-    is_unseen = np.zeros(256, bool)
-    is_unseen[list(unseen)] = True
+    """Kinds of error, codes into ERRORS: truth and prediction (H, W) class ids, truth IGNORE unlabelled."""
+    is_unseen, is_claimed = np.isin(truth, list(unseen)), np.isin(prediction, list(unseen))
     out = np.full(truth.shape, OTHER_WRONG, np.uint8)
-    out[is_unseen[truth] & ~is_unseen[prediction]] = MISSED_UNSEEN
-    out[~is_unseen[truth] & is_unseen[prediction]] = FALSE_UNSEEN
+    out[is_unseen & ~is_claimed] = MISSED_UNSEEN
+    out[~is_unseen & is_claimed] = FALSE_UNSEEN
     out[truth == prediction] = RIGHT
-    out[truth == 255] = UNLABELLED
+    out[truth == IGNORE] = UNLABELLED
     return out
 
 
@@ -136,10 +149,17 @@ def error_map(truth: np.ndarray, prediction: np.ndarray, unseen: Sequence[int]) 
 
 
 def indexed(ids: np.ndarray, palette: np.ndarray, clear: int | None = None) -> bytes:
-    """A map as an indexed PNG whose pixel values are the ids."""
+    """A map as a PNG whose pixel values are the ids: see `id_picture`."""
+    return png(id_picture(ids, palette), **({} if clear is None else {"transparency": clear}))
+
+
+def id_picture(ids: np.ndarray, palette: np.ndarray) -> Image.Image:
+    """A picture whose pixel values are the ids: uint8 with a palette (K, 3), uint16 as greys of 16 bits."""
+    if ids.dtype == np.uint16:
+        return Image.fromarray(np.ascontiguousarray(ids))
     picture = Image.fromarray(np.ascontiguousarray(ids, np.uint8), mode="P")
     picture.putpalette(_full(palette).tobytes())
-    return png(picture, **({} if clear is None else {"transparency": clear}))
+    return picture
 
 
 def png(picture: Image.Image, **options: int) -> bytes:

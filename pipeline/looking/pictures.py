@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from pipeline.learning.batches import IGNORE, CachedViews
+from pipeline.learning.batches import CachedViews
 from pipeline.learning.objective import Learner
 from pipeline.looking.panels import object_palette
 from pipeline.models.glm import attention_over_largest
+from pipeline.ops.labels import IGNORE
 from pipeline.ops.losses import PSEUDO_IDS, logits
 
 NUM_IMAGES = 4  # the first of the cache: the same ones whenever and wherever

@@ -13,9 +13,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure as Canvas
 
 from cache.store import SIDES, Store
-from pipeline.data.base import IGNORE, BadImage, DataError, DataSet
+from pipeline.data.base import BadImage, DataError, DataSet
 from pipeline.looking.gallery import spread
 from pipeline.ops.fusion import PSEUDO_PADDING, is_object, num_objects
+from pipeline.ops.labels import IGNORE
 from pipeline.teaching.pseudo import token_states
 
 PROBED = 400  # images looked at: a percent or two of error in a share

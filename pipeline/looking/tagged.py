@@ -14,10 +14,10 @@ from cache.store import Store
 from pipeline.config import Config
 from pipeline.data.base import DataSet, Sample
 from pipeline.learning.batches import mask_from_cams
-from pipeline.looking.gallery import IGNORE, Card, present, scores_of
+from pipeline.looking.gallery import Card, present, scores_of
 from pipeline.looking.panels import Panel, class_panel, photo
+from pipeline.ops.labels import IGNORE, LABEL, file_dtype, from_file, to_file
 
-NO_CLASS = 255  # in cam_class: no further class in this image
 # Ends and middle of cividis, which looks alike to those who see all colours and to the colour-blind: Nunez,
 # Anderton and Renslow, "Optimizing colormaps with consideration for color vision deficiency", 2018.
 _LOW, _MIDDLE, _HIGH = (0, 34, 78), (125, 124, 120), (254, 232, 56)
@@ -46,12 +46,12 @@ class Tagged:
 
     def telling(self, rows: Sequence[int]) -> Sequence[bool]:
         """Those that have a class at all."""
-        return [bool(classes[0] != NO_CLASS) for classes in self.store.read_rows("cam_class", rows)]
+        return [bool(c[0] != IGNORE) for c in from_file(self.store.read_rows("cam_class", rows))]
 
     def cards(self, sample: Sample, row: int, has_labels: bool, views: int) -> Iterator[Card]:
         """One card: CAMs are of the whole image, whatever the views."""
         image, truth = self.data.image(sample), self.data.labels(sample)
-        shown, notes, scores, classes = [photo(image)], [], None, [np.zeros(0, np.uint8)]
+        shown, notes, scores, classes = [photo(image)], [], None, [np.zeros(0, LABEL)]
         if has_labels:
             tags, maps = self.maps(row, "cam")
             names = [self.data.classes[tag] for tag in tags]
@@ -62,7 +62,7 @@ class Tagged:
                 shown.append(percent_panel(f"{name}: CAM + CAA", maps[k]))
             mask, sure = self.mask(row, (image.shape[0], image.shape[1]))
             least = self.config.train.confidence
-            used = np.where(sure >= least, mask, IGNORE).astype(np.uint8)
+            used = np.where(sure >= least, mask, IGNORE).astype(LABEL)
             shown += [class_panel("mask", mask, self.data.palette), percent_panel("confidence", sure)]
             shown.append(class_panel("trained on", used, self.data.palette))
             notes = [
@@ -79,13 +79,14 @@ class Tagged:
 
     def exported(self, row: int) -> tuple[np.ndarray, np.ndarray]:
         x0, y0, x1, y1 = (int(v) for v in self.store.read_rows("view", [row])[0][0])  # view 0 is the image
-        return self.mask(row, (y1 - y0, x1 - x0))[0], self.data.palette
+        mask, palette = self.mask(row, (y1 - y0, x1 - x0))[0], self.data.palette
+        return to_file(mask, file_dtype(len(palette))), palette
 
     def maps(self, row: int, name: str) -> tuple[list[int], np.ndarray]:
         """The image's classes and their maps (n, g_h, g_w) float32, without what is beyond them."""
-        classes = self.store.read_rows("cam_class", [row])[0]
+        classes = from_file(self.store.read_rows("cam_class", [row])[0])
         height, width = (int(side) for side in self.store.read_rows("cam_shape", [row])[0])
-        tags = [int(tag) for tag in classes if tag != NO_CLASS]
+        tags = [int(tag) for tag in classes if tag != IGNORE]
         maps = self.store.read_rows(name, [row])[0][: len(tags), :height, :width]
         return tags, maps.astype(np.float32)
 

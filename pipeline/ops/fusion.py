@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.ops.views import ANNOTATED, IGNORE_LABEL, IGNORED, PADDING
+from pipeline.ops.labels import IGNORE
+from pipeline.ops.views import ANNOTATED, IGNORED, PADDING
 
 THRESHOLD = 0.8  # lambda, CLIPTeacher, implementation details
 PSEUDO_PADDING = 255  # cache schema, array `pseudo`
@@ -96,7 +97,7 @@ def mask_centroids(tokens: Tensor, pseudo: Tensor, num: int) -> Tensor:
 def purity(pseudo: Tensor, labels: Tensor) -> tuple[int, int]:
     """How well fused masks follow true classes: tokens of their mask's majority class, and all tokens.
 
-    Counted over the ignored area, where truth is known: tokens labelled 255 are left out.
+    Counted over the ignored area, where truth is known: tokens without a label are left out.
     Divide the sums over many views for a token-weighted purity.
 
     Shapes: pseudo (h, w) uint8; labels (h, w), or (h * p, w * p) read at patch centres: true class ids.
@@ -110,9 +111,10 @@ def purity(pseudo: Tensor, labels: Tensor) -> tuple[int, int]:
             f"labels {tuple(labels.shape)}; a whole multiple of the map's {height} x {width} wanted."
         )
     truth = labels[patch // 2 :: patch, patch // 2 :: patch].long()  # (h, w)
-    is_counted = is_object(pseudo) & (truth != IGNORE_LABEL)
+    is_counted = is_object(pseudo) & (truth != IGNORE)
     if not bool(is_counted.any()):
         return 0, 0
-    pairs = 256 * pseudo[is_counted].long() + truth[is_counted]
-    table = torch.bincount(pairs, minlength=256 * 256).view(256, 256)  # (mask, class) token counts
+    width = int(truth.max()) + 1  # classes
+    pairs = width * pseudo[is_counted].long() + truth[is_counted]
+    table = torch.bincount(pairs, minlength=width * (MAX_MASKS + 1)).view(-1, width)  # (mask, class)
     return int(table.amax(1).sum()), int(is_counted.sum())

@@ -18,10 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORE = -100  # torch's own default ignore_index; 255 would collide with a 256th label id
+IGNORE = -100  # torch's own default ignore_index; of label ids, where a label map's -1 is no id
 TEMPERATURE = 0.07  # tau of eq. 3, CLIPTeacher, implementation details
 FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2.0  # ZegCLIP's sigmoid focal loss
 PSEUDO_IDS = 254  # pseudo maps hold 1..253; 254 (never written) and 255 (padding) are no objects
+LABEL_VALUES = 2**15 + 1  # class ids of 16 bits, and at the end the label map's -1
 
 Params = ParamSpec("Params")
 Result = TypeVar("Result")
@@ -67,7 +68,7 @@ def combined_labels(
     pseudo ids; only those that keep at least one pixel of the grid get a number. With `potential`
     False the ignored area stays ignored (training on seen labels only).
 
-    Shapes: labels (B, H, W) class ids, unseen classes already 255; pseudo (B, h, w) uint8, 0 annotated,
+    Shapes: labels (B, H, W) class ids or -1, unseen classes already -1; pseudo (B, h, w) uint8, 0 annotated,
     1..253 objects; seen_ids (S,) class ids in the order of the text features.
     Source: method section 6; pseudo is read by nearest at pixel centres.
     Raises: ValueError if the batch sizes differ.
@@ -76,7 +77,7 @@ def combined_labels(
         raise ValueError(f"labels {tuple(labels.shape)}, pseudo {tuple(pseudo.shape)}: not one batch.")
     device = labels.device
     seen = torch.as_tensor(seen_ids, dtype=torch.int64, device=device)  # (S,)
-    table = torch.full((256,), IGNORE, dtype=torch.int64, device=device)
+    table = torch.full((LABEL_VALUES,), IGNORE, dtype=torch.int64, device=device)
     table[seen] = torch.arange(len(seen), device=device)
     ids = table[labels.long()]  # (B, H, W)
     if not potential:

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-UNLABELLED = 255
+from pipeline.ops.labels import IGNORE
+
+PSEUDO_VALUES = 256  # of the 8 bits of a pseudo label
 
 
 def class_scores(cam: Tensor, size: tuple[int, int], power: float) -> Tensor:
@@ -36,21 +38,21 @@ def mask_and_confidence(
 ) -> tuple[Tensor, Tensor]:
     """The class of every pixel, and its score. An image without classes is background, confidence 1.
 
-    Shapes: cam (n, g_h, g_w) in 0..1, n class ids -> ids (H, W) uint8, confidence (H, W) float32.
+    Shapes: cam (n, g_h, g_w) in 0..1, n class ids -> ids (H, W) int16, confidence (H, W) float32.
     Raises: ValueError when there are not as many classes as maps.
     """
     if len(cam) != len(classes):
         raise ValueError(f"{len(cam)} maps for {len(classes)} classes.")
     confidence, best = class_scores(cam, size, power).max(0)
-    ids = torch.tensor([background, *classes], dtype=torch.uint8, device=cam.device)
+    ids = torch.tensor([background, *classes], dtype=torch.int16, device=cam.device)
     return ids[best], confidence
 
 
 def thresholded(
     cam: Tensor, classes: Sequence[int], background: int, size: tuple[int, int], threshold: float
 ) -> Tensor:
-    """The class of every pixel when the background has one constant score: (n, g_h, g_w) -> (H, W) uint8."""
-    ids = torch.tensor([background, *classes], dtype=torch.uint8, device=cam.device)
+    """The class of every pixel when the background has one constant score: (n, g_h, g_w) -> (H, W) int16."""
+    ids = torch.tensor([background, *classes], dtype=torch.int16, device=cam.device)
     constant = torch.full((1, *size), threshold, device=cam.device)
     if not len(cam):
         return ids[torch.zeros(size, dtype=torch.long, device=cam.device)]
@@ -61,16 +63,16 @@ def thresholded(
 def named_labels(labels: Tensor, pseudo: Tensor, names: Tensor) -> tuple[Tensor, Tensor]:
     """Potential objects that have a name become labels where there was none, and are no potential objects any more.
 
-    Shapes: labels (S, S), pseudo (h, w), names (K_c,), the class of mask p at p - 1, 255 without; all uint8
+    Shapes: labels (S, S), pseudo (h, w), names (K_c,), the class of mask p at p - 1 or IGNORE
     -> labels, pseudo of the same shapes, neither written into.
     """
-    table = torch.full((256,), UNLABELLED, dtype=torch.uint8)
+    table = torch.full((PSEUDO_VALUES,), IGNORE, dtype=torch.int16)
     table[1 : 1 + len(names)] = names
     known = table[pseudo.long()]  # (h, w)
     wide = known.repeat_interleave(labels.shape[0] // len(known), 0).repeat_interleave(
         labels.shape[1] // known.shape[1], 1
     )
-    return labels.where(labels != UNLABELLED, wide), pseudo.where(known == UNLABELLED, 0)
+    return labels.where(labels != IGNORE, wide), pseudo.where(known == IGNORE, 0)
 
 
 def fitted_size(height: int, width: int, max_side: int, patch: int) -> tuple[int, int]:

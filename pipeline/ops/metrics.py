@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Matrix = Tensor | NDArray
+MANY_PLACES = 2**20  # of truth, class and gamma: above, an image's few are sorted, below all are counted
+MOST_PLACES = 2**31 - 1  # of 32 bits
 
 
 def _counts(matrix: Matrix) -> NDArray:
@@ -48,6 +50,8 @@ class SweptConfusion:
                 f"true classes {int(row.min())} to {int(row.max())}, of {self.num_classes} classes."
             )
         places = len(self.gammas) + 1
+        if self.seen.size + self.seen[0].size > MOST_PLACES:
+            row = row.long()
         row = row * (self.num_classes * places) + turn.flatten()
         can_turn = (turn.flatten() < len(self.gammas)).nonzero()[:, 0]  # elsewhere the unseen one never wins
         self._count(self.seen, row + seen.flatten().to(torch.int32) * places)
@@ -56,8 +60,13 @@ class SweptConfusion:
 
     @staticmethod
     def _count(counts: NDArray, places: Tensor) -> None:
-        found = torch.bincount(places, minlength=counts.size + counts[0].size)[: counts.size]
-        counts += found.view(counts.shape).numpy()
+        if counts.size > MANY_PLACES:
+            found, num = torch.unique(places, return_counts=True)
+            is_known = found < counts.size
+            counts.reshape(-1)[found[is_known].numpy()] += num[is_known].numpy()
+        else:
+            found = torch.bincount(places, minlength=counts.size + counts[0].size)[: counts.size]
+            counts += found.view(counts.shape).numpy()
 
     def matrix(self, gamma: float) -> NDArray:
         """(K, K) int64, rows truth, of one of the gammas."""

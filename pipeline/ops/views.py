@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-IGNORE_LABEL = 255  # method section 1: unannotated pixels, and whatever lies outside the image
+from pipeline.ops.labels import IGNORE, LABEL
+
 SCALE_RATIO = (0.5, 2.0)  # mmseg RandomResize(ratio_range=(0.5, 2.0)), the schedule the paper names
 LONG_TO_SHORT = 4  # mmseg's base scale (2048, 512): the long side may reach 4 times the crop's
 WEIGHT_BITS = 14  # 8-bit pixels x 14-bit weights: partial sums below 2^24 are exact in float32
@@ -156,18 +157,18 @@ def _nearest(start: int, side: int, length: int, size: int) -> tuple[NDArray, ND
 
 
 def replay_labels(labels: NDArray, box: ArrayLike, size: int) -> Tensor:
-    """The label map of a view: nearest at pixel centres, 255 outside the image.
+    """The label map of a view: nearest at pixel centres, IGNORE outside the image.
 
-    Shapes: labels (H, W) uint8, box (4,) -> (size, size) uint8.
+    Shapes: labels (H, W) int16, box (4,) -> (size, size) int16.
     Raises: ValueError for another shape or type, or a box that is empty or fractional.
     """
-    if labels.ndim != 2 or labels.dtype != np.uint8:
-        raise ValueError(f"labels are {labels.shape} {labels.dtype}; (H, W) uint8 wanted.")
+    if labels.ndim != 2 or labels.dtype != LABEL:
+        raise ValueError(f"labels are {labels.shape} {labels.dtype}; (H, W) int16 wanted.")
     x0, y0, x1, y1 = _whole(box)
     rows, in_height = _nearest(y0, y1 - y0, labels.shape[0], size)
     columns, in_width = _nearest(x0, x1 - x0, labels.shape[1], size)
-    replayed = np.where(in_height[:, None] & in_width, labels[rows[:, None], columns], IGNORE_LABEL)
-    return torch.from_numpy(replayed.astype(np.uint8, copy=False))
+    replayed = np.where(in_height[:, None] & in_width, labels[rows[:, None], columns], IGNORE)
+    return torch.from_numpy(replayed.astype(LABEL, copy=False))
 
 
 def inside(box: ArrayLike, width: int, height: int, size: int) -> Tensor:
@@ -182,9 +183,9 @@ def token_state(labels: Tensor | None, inside: Tensor, patch: int) -> Tensor:
     """What clustering does with each token: annotated (0), ignored (1) or padding (2).
 
     Padding: at least half of the patch is outside the image; it comes first. Ignored: at least half of
-    the patch is 255 inside the image. Without labels everything but padding is ignored.
+    the patch has no label inside the image. Without labels everything but padding is ignored.
 
-    Shapes: labels (size, size) uint8 of a view, unseen classes already 255, or None;
+    Shapes: labels (size, size) int16 of a view, unseen classes already IGNORE, or None;
     inside (size, size) bool -> (h, w) uint8.
     Source: method section 3.
     Raises: ValueError if the side is no multiple of `patch` or the two shapes differ.
@@ -199,6 +200,6 @@ def token_state(labels: Tensor | None, inside: Tensor, patch: int) -> Tensor:
         return 2 * cells.sum((1, 3)) >= patch * patch
 
     is_padding = at_least_half(~inside)
-    is_ignored = ~is_padding if labels is None else at_least_half((labels == IGNORE_LABEL) & inside)
+    is_ignored = ~is_padding if labels is None else at_least_half((labels == IGNORE) & inside)
     state = torch.where(is_ignored, IGNORED, ANNOTATED)
     return torch.where(is_padding, PADDING, state).to(torch.uint8)

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from pipeline.config import Config
-from pipeline.data.base import IGNORE, STAMP_THREADS, BadImage, DataError, DataSet, Sample
+from pipeline.data.base import STAMP_THREADS, BadImage, DataError, DataSet, Sample
 from pipeline.data.survey import CERTAIN, Palettes, Seen, look_at_masks, never_seen, no_labels
+from pipeline.ops.labels import IGNORE
 from pipeline.running.console import progress, say
 
 FEW = 16  # training masks that test masks are compared with

@@ -19,10 +19,12 @@ import numpy as np
 
 from cache.errors import CorruptShard
 from cache.ledger import Ledger, lock, refuse_if_locked
+from cache.schema import OF_CLASSES
 from cache.store import Store
 from cache.verify import read_recorded
 from pipeline.config import Config, digest
 from pipeline.data.base import DataSet, Sample, data_of
+from pipeline.ops.labels import file_dtype
 from pipeline.running.console import progress, say
 from pipeline.running.engine import map_shards
 from pipeline.running.manifests import (
@@ -144,7 +146,9 @@ def run_stage(name: str, config: Config, *, workers: int = 0, scheduler: str | N
         store = Store.open(config.cache_path)
         arrays = stage.arrays(config)
         if (sizes := stage.sizes(run, store)) is not None:
-            store.add_arrays(arrays, sizes, replace=True)
+            of_classes = file_dtype(len(data.classes) + 1).name  # one value more: never written
+            dtypes = {name: of_classes for name in arrays if name in OF_CLASSES}
+            store.add_arrays(arrays, sizes, replace=True, dtypes=dtypes)
         stage.begin(run)
         records = _make_shards(config, entry, identity, store, stamps, workers, scheduler)
         stats = [record["stats"] for record in records if "stats" in record]

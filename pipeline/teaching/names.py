@@ -16,10 +16,9 @@ from torch import Tensor
 from torch.nn.functional import grid_sample
 
 from pipeline.config import Config
-from pipeline.data.base import IGNORE, DataError, DataSet, Sample
+from pipeline.data.base import DataError, DataSet, Sample
+from pipeline.ops.labels import IGNORE, LABEL
 from pipeline.teaching.maps import explained_maps, explained_teacher, fitted
-
-UNNAMED = 255
 
 
 def object_names(
@@ -32,14 +31,14 @@ def object_names(
     text: Tensor,
     most: int,
 ) -> np.ndarray:
-    """The class of every potential object, of which the image's tags name one: (n, V, K_c) uint8, 255 without a name.
+    """The class of each potential object, of which the image's tags name one: (n, V, K_c) int16, IGNORE without.
 
     An object is named when the refined map of a tag, which competes with the other tags and with the seen classes
     labelled in the image, has a mean of at least cluster.named_above over it; else it stays a potential object.
     Shapes: boxes (n, V, 4), pseudo (n, V, h, w), usable (n,) bool, text (K, C) unit norm; most is K_c.
     Raises: DataError for a tag that is no class, or an image without tags to read.
     """
-    names = np.full((*pseudo.shape[:2], most), UNNAMED, np.uint8)
+    names = np.full((*pseudo.shape[:2], most), IGNORE, LABEL)
     for row, sample in enumerate(samples):
         if not usable[row]:
             continue
@@ -58,11 +57,11 @@ def object_names(
 
 
 def named(pseudo: np.ndarray, maps: np.ndarray, tags: Sequence[int], most: int, above: float) -> np.ndarray:
-    """The tag of each mask 1..most with the highest mean over it, 255 where that lies below `above` or no mask is.
+    """The tag of each mask 1..most with the highest mean over it, IGNORE where that lies below `above` or no mask is.
 
-    Shapes: pseudo (h, w), maps (T, h, w), 0 to 1 -> (most,) uint8.
+    Shapes: pseudo (h, w), maps (T, h, w), 0 to 1 -> (most,) int16.
     """
-    names = np.full(most, UNNAMED, np.uint8)
+    names = np.full(most, IGNORE, LABEL)
     for mask in range(1, most + 1):
         inside = pseudo == mask
         if inside.any():

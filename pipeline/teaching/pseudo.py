@@ -1,7 +1,7 @@
 """Pseudo labels of one shard's tokens, wherever these come from: the cache, or the teacher a moment ago.
 
 Per view: the unit-norm dense tokens, window centres at two scales, Lloyd's on the ignored tokens
-only, Algorithm 1 on the surviving centres. The split enters here: unseen labels are 255 before a
+only, Algorithm 1 on the surviving centres. The split enters here: unseen labels are IGNORE before a
 token's state is asked for, and the full labels are used for nothing but the purity that is printed.
 
 Axes: n rows of a shard, V views, h = w tokens a side, C channels, K_c initial centres.
@@ -21,6 +21,7 @@ from torch.nn.functional import normalize
 from pipeline.config import Cluster, ConfigError
 from pipeline.data.base import DataSet, Sample
 from pipeline.ops import fusion, kmeans, views
+from pipeline.ops.labels import IGNORE, MOST_CLASSES
 from pipeline.running.devices import device_of
 
 QUARANTINED = 255  # pseudo label of every token of an image without tokens: padding, never trained on
@@ -122,7 +123,7 @@ def backend_of(section: Cluster) -> Backend:
 def token_states(
     data: DataSet, sample: Sample, boxes: np.ndarray, side: int, image_size: int
 ) -> tuple[Tensor, Tensor | None]:
-    """State of every token (V, h, w), and its majority class where the full labels are known (V, h, w; 255 none)."""
+    """State of every token (V, h, w), and its majority class where the full labels are known (V, h, w; IGNORE none)."""
     labels = data.labels(sample)
     seen = data.seen_labels(sample)
     height, width = labels.shape if labels is not None else data.image(sample).shape[:2]
@@ -137,10 +138,11 @@ def token_states(
 
 
 def _majority(labels: Tensor, side: int) -> Tensor:
-    """Most frequent label of each token's patch: (S, S) uint8 -> (h, w) uint8."""
+    """Most frequent label of each token's patch: (S, S) int16 -> (h, w) int16; at a tie the lower class."""
     patch = labels.shape[0] // side
     blocks = labels.reshape(side, patch, side, patch).permute(0, 2, 1, 3).reshape(side * side, patch * patch)
-    return blocks.mode(dim=1).values.reshape(side, side)
+    found = blocks.where(blocks != IGNORE, MOST_CLASSES).mode(dim=1).values  # the lowest at a tie
+    return found.where(found != MOST_CLASSES, IGNORE).reshape(side, side)
 
 
 def pseudo_labels(grid: Tensor, state: Tensor, section: Cluster) -> tuple[Tensor, Tensor, Tensor]:

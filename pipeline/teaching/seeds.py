@@ -17,7 +17,8 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from pipeline.data.base import IGNORE, DataSet, Sample
+from pipeline.data.base import DataSet, Sample
+from pipeline.ops.labels import IGNORE
 from pipeline.ops.masks import mask_and_confidence, thresholded
 from pipeline.running.console import say
 
@@ -64,7 +65,7 @@ def add_seeds(
 
 
 def add_refined(stats: dict[str, np.ndarray], data: DataSet, sample: Sample, mask: Tensor) -> None:
-    """Counts the mask of one image after cams.refine. Shapes: mask (H, W) uint8, any size."""
+    """Counts the mask of one image after cams.refine. Shapes: mask (H, W) int16, any size."""
     labels = data.labels(sample)
     if labels is None:
         return

@@ -28,7 +28,7 @@ from cache.ledger import Ledger, lock, refuse_if_locked
 from cache.schema import block_digest
 from cache.store import Store
 from cache.verify import NOT_NAMED, OK, whole_digests
-from pipeline.config import DATA_OPTIONS, Config, digest, version
+from pipeline.config import OPTIONS, Config, digest, version
 from pipeline.data.base import DataError, DataSet, Sample, data_of
 from pipeline.data.prompts import prompts
 from pipeline.data.words import names_of_classes, other_names
@@ -184,8 +184,8 @@ def _asked(config: Config) -> dict[str, Any]:
 
 def _differs(config: Config, manifest: dict[str, Any], facts: dict[str, Any]) -> str:
     """Which fact of the teacher's work is another one than in the manifest, both values named."""
-    counted = dict(manifest.get("asked") or {}).items()
-    was = {key: value for key, value in counted if DATA_OPTIONS.get(key.removeprefix("data.")) != SAMPLES}
+    which = {f"data.{name}" for name, option in OPTIONS.items() if option.bears_on == SAMPLES}
+    was = {key: value for key, value in dict(manifest.get("asked") or {}).items() if key not in which}
     if said := difference(was, asked(config, "extract", apart_from=SAMPLES)):
         return said
     there = dict(manifest.get("facts") or {})

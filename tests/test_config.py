@@ -1,8 +1,14 @@
+import importlib
+import inspect
+
 import pytest
 import yaml
-from pydantic import BaseModel
+from pydantic import Field
 
-from pipeline.config import Config, ConfigError, _kinds, from_mapping, load
+from pipeline.config import OPTIONS, Config, ConfigError, fields, from_mapping, load
+from pipeline.config.keys import is_content
+from pipeline.config.section import kinds_of
+from pipeline.data.base import KINDS
 from pipeline.running.identity import config_fingerprint, fingerprint
 from pipeline.running.table import STAGES
 from tests.conftest import ROOT
@@ -51,6 +57,25 @@ def test_the_recipe_says_which_labels_training_reads():
     assert prints()["train"] != prints(**settings)["train"]
 
 
+@pytest.mark.parametrize("key", [key for key, _ in fields(Config)])
+def test_every_key_says_whether_it_is_content(key):
+    assert is_content(dict(fields(Config))[key]) in (True, False)
+
+
+def test_a_key_without_a_word_on_that_is_an_error():
+    class Forgetful(Config):
+        forgotten: int = Field(3)
+
+    with pytest.raises(KeyError, match="is_content"):
+        [is_content(field) for _, field in fields(Forgetful)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_option_of_a_data_set_says_what_it_bears_on(kind):
+    module, name = KINDS[kind]
+    assert set(inspect.signature(getattr(importlib.import_module(module), name)).parameters) <= set(OPTIONS)
+
+
 def test_facts_and_upstream_enter_the_fingerprint():
     config = Config()
     base = fingerprint(config, "cluster", "a", {"labels": "x"})
@@ -82,21 +107,11 @@ def test_a_wrong_key_or_value_is_named(setting, words):
     assert "\n" not in str(error.value)
 
 
-def leaves(model, prefix=""):
-    """Every key of the schema that isn't a section: name and annotation."""
-    for name, field in model.model_fields.items():
-        key = prefix + (field.alias or name)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from leaves(field.annotation, f"{key}.")
-        else:
-            yield key, field.annotation
-
-
-NUMBERS = [(key, kind) for key, kind in leaves(Config) if {int, float} & _kinds(kind)]
+NUMBERS = [key for key, field in fields(Config) if {int, float} & kinds_of(field.annotation)]
 
 
 @pytest.mark.parametrize("value", [".inf", "-.inf", ".nan", "nan", "1e400", "'inf'"])
-@pytest.mark.parametrize("key", [key for key, _ in NUMBERS])
+@pytest.mark.parametrize("key", NUMBERS)
 def test_no_number_is_infinite_or_none(key, value):
     for text in (value, f"[{value}]", f"[1, 2, {value}]"):
         with pytest.raises(ConfigError, match=key.replace(".", r"\.")):
@@ -111,7 +126,7 @@ def test_nor_in_options_that_the_schema_does_not_know(key, value):
 
 
 @pytest.mark.parametrize("value", ["yes", "true", "off", "[true]"])
-@pytest.mark.parametrize("key", [key for key, _ in NUMBERS])
+@pytest.mark.parametrize("key", NUMBERS)
 def test_yes_is_no_number(key, value):
     with pytest.raises(ConfigError, match=key.replace(".", r"\.")):
         from_mapping({}, [f"{key}={value}"])

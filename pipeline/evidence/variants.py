@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import Config, UserError, digest, from_mapping
+from pipeline.config.reading import Unreadable, read_yaml
 from pipeline.data.base import DataSet, open_data_set
 from pipeline.data.words import SEVERAL
-from pipeline.reading import Unreadable, read_yaml
 from pipeline.running.identity import config_fingerprint
 from pipeline.running.table import STAGES
 

@@ -9,28 +9,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline.config import (
-    DATA_OPTIONS,
-    Config,
-    aside_keys,
-    defaults,
-    digest,
-    settings_apart_from_defaults,
-)
+from pipeline.config import OPTIONS, Config, aside_keys, defaults, digest, settings_apart_from_defaults
 from pipeline.running.table import STAGES, above
 
 # A key at its default is in no fingerprint, so that a new version with one more key finds finished work finished.
 # So a default that changes, or a key that gets another meaning, must raise this: then everything is made again.
 MEANING = 3
 SAMPLES = (
-    "samples"  # options that only say which samples there are: they don't count where the samples are a fact
+    "samples"  # what options bear on that say which samples there are: no content where these are a fact
 )
 
 
 def asked(config: Config, stage: str, *, apart_from: str = "") -> dict[str, Any]:
     """What the config asks of `stage` itself: dotted key -> value, without keys at their defaults.
 
-    `apart_from`: a kind of the data set's options that is left out, SAMPLES.
+    `apart_from`: what options of the data set bear on that are left out, SAMPLES.
     """
     entries = [STAGES[name] for name in (stage, *STAGES[stage].also(config))]
     sections = {section for entry in entries for section in entry.sections}
@@ -50,8 +43,8 @@ def data_options(config: Config, stage: str) -> dict[str, Any]:
 
 def _hidden_options(config: Config, stage: str, apart_from: str) -> set[str]:
     names = (stage, *STAGES[stage].also(config))
-    seen = {SAMPLES, *(part for name in names for part in STAGES[name].reads)} - {apart_from}
-    return {option for option, kind in DATA_OPTIONS.items() if kind not in seen}
+    seen = {"all", SAMPLES, *(part for name in names for part in STAGES[name].reads)} - {apart_from}
+    return {name for name, option in OPTIONS.items() if option.bears_on not in seen}
 
 
 def config_fingerprint(config: Config, stage: str, *, apart_from: str = "") -> str:

@@ -45,8 +45,8 @@ demo-clip-es: $(VENV)/installed ## the demo from image-level labels alone (confi
 	"$(BIN)/python" cli.py results runs/demo_clip_es
 
 demo-contrast: $(VENV)/installed ## the demo with GLM, without GLM, and with seen labels only, three seeds each
-	"$(BIN)/python" -m snakemake contrast --cores $(CORES) --quiet rules progress
-	"$(BIN)/python" cli.py contrast
+	"$(BIN)/python" -m snakemake -s evidence/Snakefile contrast --cores $(CORES) --quiet rules progress
+	"$(BIN)/python" -m evidence contrast
 
 test: $(VENV)/installed ## the tests that need no GPU, published weights or minutes each
 	OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest -n 2 --dist loadfile -m '$(MARKS)'
@@ -57,6 +57,7 @@ check: $(VENV)/installed audit ## ruff, mypy, snakemake --lint, the floors test,
 	"$(BIN)/python" -m ruff check .
 	"$(BIN)/python" -m mypy
 	"$(BIN)/python" -m snakemake --lint
+	"$(BIN)/python" -m snakemake --lint -s evidence/Snakefile
 	"$(BIN)/python" -m pytest tests/test_floors.py
 
 format: $(VENV)/installed ## ruff format and fix

@@ -9,24 +9,13 @@ ends in one line and exit code 2; a traceback is a bug.
 from __future__ import annotations
 
 import math
-import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
-
-
-class Commands(TyperGroup):
-    """Typer's commands, whose errors about options come to `main` like all others."""
-
-    def main(self, *arguments: Any, **options: Any) -> Any:
-        return super().main(*arguments, **{**options, "standalone_mode": False})
-
 
 app = typer.Typer(
-    cls=Commands,
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -42,6 +31,8 @@ WorkersOption = Annotated[
     int, typer.Option("--workers", min=0, help="dask processes on this machine; 0 runs in this one")
 ]
 SchedulerOption = Annotated[str | None, typer.Option("--scheduler", help="a dask scheduler, tcp://host:port")]
+# Groups of the commands, as --help shows them.
+STAGES, USE, LOOK, DATA = "Stages of a run", "Use a student", "Look at a run", "Data and machine"
 DEFAULT = Path("config/demo.yaml")
 INTERRUPTED = 130  # exit code: 128 + SIGINT
 # Typer's own family of errors about options, whether it brings its click or has the package.
@@ -60,16 +51,19 @@ def _echo(text: object, **options: Any) -> None:
     typer.echo(visible(text), **options)
 
 
-def _load(config: Path, settings: list[str], log: Path | None = None):
-    from pipeline.config import load
+def _load(config: Path, settings: list[str], log: Path | None = None, has_run: bool = False):
+    """The config, or None beside a run folder, which has its own."""
+    from pipeline.config import UserError, load
     from pipeline.running.console import log_to
 
+    if has_run and (settings or config != DEFAULT):
+        raise UserError("--config and --set are in the place of a run folder, which has its own config.yaml.")
     if log:
         log_to(log)
-    return load(config, settings)
+    return None if has_run else load(config, settings)
 
 
-@app.command()
+@app.command(rich_help_panel=STAGES)
 def extract(
     config: ConfigOption = DEFAULT,
     set_: SetOption = [],  # noqa: B006 - typer copies it
@@ -90,7 +84,7 @@ def extract(
     """Run the frozen teacher once over the training images: views, CLS, dense tokens, text features."""
     settings = _load(config, set_, log)
     if like:
-        from pipeline.evidence.takeover import take_over
+        from pipeline.teaching.takeover import take_over
 
         take_over(like, settings)
     from pipeline import extract as stage
@@ -101,7 +95,7 @@ def extract(
         say(stage.audit(settings, audit))
 
 
-@app.command()
+@app.command(rich_help_panel=STAGES)
 def cluster(
     config: ConfigOption = DEFAULT,
     set_: SetOption = [],  # noqa: B006
@@ -116,7 +110,7 @@ def cluster(
     stage.print_summary(stage.cluster(settings, workers=workers, scheduler=scheduler)["summary"])
 
 
-@app.command()
+@app.command(rich_help_panel=STAGES)
 def cams(
     config: ConfigOption = DEFAULT,
     set_: SetOption = [],  # noqa: B006
@@ -145,7 +139,7 @@ def cams(
     print_summary(stage.cams(settings, workers=workers, scheduler=scheduler)["summary"])
 
 
-@app.command()
+@app.command(rich_help_panel=STAGES)
 def prompts(
     config: ConfigOption = DEFAULT,
     set_: SetOption = [],  # noqa: B006
@@ -162,7 +156,7 @@ def prompts(
     stage.select_prompt(settings, templates)
 
 
-@app.command()
+@app.command(rich_help_panel=STAGES)
 def train(
     config: ConfigOption = DEFAULT,
     set_: SetOption = [],  # noqa: B006
@@ -186,7 +180,7 @@ def train(
         stage.train(settings)
 
 
-@app.command(name="eval")
+@app.command(name="eval", rich_help_panel=STAGES)
 def evaluate(
     config: ConfigOption = DEFAULT,
     set_: SetOption = [],  # noqa: B006
@@ -200,11 +194,11 @@ def evaluate(
 ) -> None:
     """Evaluate the student on the test images: pAcc, mIoU(S), mIoU(U), hIoU, per class, over gamma."""
     settings = _load(config, set_, log)
-    from pipeline.config import ConfigError, load, preset
+    from pipeline.config import ConfigError, preset
 
     if on_set and on is None:
         raise ConfigError("--on-set belongs to --on: it changes the config named there.")
-    other = None if on is None else load(preset(on), on_set)
+    other = None if on is None else _load(preset(on), on_set)
     from pipeline import evaluate as stage
 
     if other is None:
@@ -213,7 +207,7 @@ def evaluate(
         stage.evaluate_on(settings, other)
 
 
-@app.command()
+@app.command(rich_help_panel=USE)
 def predict(
     images: Annotated[
         list[str],
@@ -267,7 +261,7 @@ def predict(
         _echo(f"{overlay}  {mask}", file=paper)
 
 
-@app.command()
+@app.command(rich_help_panel=USE)
 def demo(
     run: Annotated[Path, typer.Argument(help="a run folder or a checkpoint")],
     host: Annotated[
@@ -281,7 +275,7 @@ def demo(
     stage.serve(run, host, port)
 
 
-@app.command()
+@app.command(rich_help_panel=USE)
 def export(
     run: Annotated[Path, typer.Argument(help="a run folder or a checkpoint")],
     out: Annotated[Path, typer.Option(help="the file to write")] = Path("student.onnx"),
@@ -295,7 +289,7 @@ def export(
     stage.export(run, out, size)
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def inspect(
     run: Annotated[Path, typer.Argument(help="a run folder")],
     image: Annotated[str | None, typer.Option("--image", help="only this sample")] = None,
@@ -316,7 +310,7 @@ def inspect(
     stage.inspect(run, image=image, class_name=class_, png=png, export=export, shard=shard)
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def report(
     runs: Annotated[list[Path] | None, typer.Argument(help="run folders, side by side; or --config")] = None,
     config: ConfigOption = DEFAULT,
@@ -325,27 +319,18 @@ def report(
     log: LogOption = None,
 ) -> None:
     """Write a run's HTML report: runs/<name>/report/index.html; or one page of several runs side by side."""
-    if not runs:
-        settings = _load(config, set_, log)
-        from pipeline import report as stage
-
-        if out:
-            raise stage.UserError("--out belongs to run folders: `cli.py report runs/demo --out page.html`.")
-        stage.report(settings)
-        return
+    settings = _load(config, set_, log, has_run=bool(runs))
     from pipeline import report as stage
-    from pipeline.running.console import log_to
 
-    if set_ or config != DEFAULT:
-        raise stage.UserError(
-            "--config and --set are in the place of a run folder, which has its own config.yaml."
-        )
-    if log:
-        log_to(log)
-    stage.report_runs(runs, out)
+    if runs:
+        stage.report_runs(runs, out)
+    elif out:
+        raise stage.UserError("--out belongs to run folders: `cli.py report runs/demo --out page.html`.")
+    else:
+        stage.report(settings)
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def figures(
     run: Annotated[Path | None, typer.Argument(help="a run folder; or --config")] = None,
     config: ConfigOption = DEFAULT,
@@ -354,25 +339,13 @@ def figures(
     log: LogOption = None,
 ) -> None:
     """Draw the paper's Figures 5, 6 and 7 of a run, and what clustering found, as small PNGs."""
-    if run is None:
-        settings = _load(config, set_, log)
-        from pipeline import report as stage
-
-        stage.draw_figures(settings, out)
-        return
+    settings = _load(config, set_, log, has_run=run is not None)
     from pipeline import report as stage
-    from pipeline.running.console import log_to
 
-    if set_ or config != DEFAULT:
-        raise stage.UserError(
-            "--config and --set are in the place of a run folder, which has its own config.yaml."
-        )
-    if log:
-        log_to(log)
-    stage.run_figures(run, out)
+    stage.draw_figures(settings if run is None else stage.config_of(run), out)
 
 
-@app.command()
+@app.command(rich_help_panel=DATA)
 def verify(config: ConfigOption = DEFAULT, set_: SetOption = []) -> None:  # noqa: B006
     """Check a cache: checksums, coverage, finiteness, fingerprints. Exit code 2 when something is found."""
     settings = _load(config, set_)
@@ -387,7 +360,7 @@ def verify(config: ConfigOption = DEFAULT, set_: SetOption = []) -> None:  # noq
     _echo(f"{settings.cache_path}: sound")
 
 
-@app.command()
+@app.command(rich_help_panel=DATA)
 def prepare(
     kind: Annotated[str, typer.Argument(help="voc, context, coco14: what published annotations are of")],
     root: Annotated[Path, typer.Option("--root", help="the data set's folder, the data.root of a config")],
@@ -402,7 +375,7 @@ def prepare(
     stage.prepare(kind, root, source)
 
 
-@app.command()
+@app.command(rich_help_panel=DATA)
 def doctor(
     config: ConfigOption = DEFAULT,
     set_: SetOption = [],  # noqa: B006
@@ -423,99 +396,62 @@ def doctor(
         raise typer.Exit(2)
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def results(
     runs: Annotated[list[Path], typer.Argument(help="run folders; those not evaluated are left out")],
 ) -> None:
     """Print the result table of one or more runs."""
-    from pipeline.evidence.results import print_results
+    from pipeline.looking.results import print_results
 
     print_results(runs)
 
 
-@app.command()
-def contrast(
-    config: ConfigOption = DEFAULT,
-    set_: SetOption = [],  # noqa: B006
-    keep: Annotated[
-        bool, typer.Option("--keep", help="write docs/results/, README's table and docs/test-log.md")
-    ] = False,
-) -> None:
-    """Print the contrast table: with GLM, without GLM, seen labels only; means and spreads over seeds."""
-    settings = _load(config, set_)
-    from pipeline.evidence.results import keep_contrast, print_contrast
+def _add_stages() -> None:
+    """The standard command of each stage of the table that has none here."""
+    from pipeline.running.table import STAGES
 
-    print_contrast(settings)
-    if keep:
-        keep_contrast(settings)
+    known = {
+        command.name or command.callback.__name__ for command in app.registered_commands if command.callback
+    }
+    for entry in STAGES.values():
+        if entry.work and entry.name not in known:
+            app.command(entry.name, help=entry.help)(_standard(entry.name))
 
 
-@app.command()
-def ablations(
-    config: ConfigOption = DEFAULT,
-    set_: SetOption = [],  # noqa: B006
-    quick: Annotated[bool, typer.Option("--quick", help="those of `snakemake ... quick=true`")] = False,
-    more: Annotated[bool, typer.Option("--more", help="the tables beyond the paper instead")] = False,
-    table: Annotated[str, typer.Option(help="some of these: lambda,windows,tau, ...")] = "",
-    keep: Annotated[
-        bool,
-        typer.Option("--keep", help="write docs/ablations.md (or -more.md) and docs/results/"),
-    ] = False,
-) -> None:
-    """Print the paper's Tables 3, 4 and 5 beside ours, and whether each contrast has the paper's sign."""
-    settings = _load(config, set_)
-    from pipeline.config import UserError
-    from pipeline.evidence.ablations import collect
+def _standard(name: str) -> Any:
+    def command(
+        config: ConfigOption = DEFAULT,
+        set_: SetOption = [],  # noqa: B006
+        workers: WorkersOption = 0,
+        scheduler: SchedulerOption = None,
+        log: LogOption = None,
+    ) -> None:
+        settings = _load(config, set_, log)
+        from pipeline.running.console import say
+        from pipeline.running.shards import run_stage
 
-    if keep and (quick or table):
-        raise UserError("--keep writes whole pages, of full runs: leave out --quick and --table.")
-    found = collect(
-        settings, quick=quick, more=more or bool(table), only=table, configfile=_other_than_demo(config)
-    )
-    found.show()
-    if keep:
-        found.keep()
+        summary = run_stage(name, settings, workers=workers, scheduler=scheduler)["summary"]
+        say(f"{name}: {', '.join(f'{value} {key}' for key, value in summary.items())}")
+
+    return command
 
 
-@app.command()
-def transfer(
-    config: ConfigOption = DEFAULT,
-    set_: SetOption = [],  # noqa: B006
-    on: Annotated[str, typer.Option("--on", help="the other data set, as eval's")] = "demo_other",
-    keep: Annotated[bool, typer.Option("--keep", help="write docs/transfer.md and docs/results/")] = False,
-) -> None:
-    """Print the paper's Table 2 beside ours: one data set's students on another, and each contrast's sign."""
-    settings = _load(config, set_)
-    from pipeline.config import load, preset
-    from pipeline.evidence.transfer import collect
-
-    configfile = _other_than_demo(config)
-    elsewhere = "" if on == "demo_other" else f" --config on={shlex.quote(on)}"
-    options = (f" --configfile {configfile}" if configfile else "") + elsewhere
-    found = collect(settings, load(preset(on)), options=options)
-    found.show()
-    if keep:
-        found.keep()
-
-
-def _other_than_demo(config: Path) -> str:
-    """A config's path for a command line that has the demo's by default, in a shell's quotes."""
-    return "" if config == DEFAULT else shlex.quote(config.as_posix())
-
-
-def main() -> None:
+def main(commands: typer.Typer = app) -> None:
+    """Runs a command line of `commands`: these, or those of `python -m evidence`."""
     from cache.errors import CacheError
     from pipeline.config import UserError
     from pipeline.running.processes import end_with_parent
+    from pipeline.terminal import complain
 
     end_with_parent()
+    _add_stages()
     try:
-        done = app()  # an exit code, or what a command returns
+        done = commands(standalone_mode=False)  # an exit code, or what a command returns
         code = done if isinstance(done, int) else 0
     except (UserError, CacheError) as error:
-        code = _complain(str(error))
+        code = complain(error)
     except OSError as error:  # disk full, no permission: the system's word and the path it names
-        code = _complain(
+        code = complain(
             f"{error.filename or 'writing'}: {error.strerror or error}. Make room or mend permissions."
         )
     except ClickException as error:
@@ -523,26 +459,19 @@ def main() -> None:
     except KeyboardInterrupt:
         code = INTERRUPTED
     except typer.Abort:  # the input ended
-        code = _complain("standard input ended before the command did.")
-    sys.exit(
-        _complain("interrupted; the same command resumes.", INTERRUPTED) if code == INTERRUPTED else code
-    )
+        code = complain("standard input ended before the command did.")
+    sys.exit(complain("interrupted; the same command resumes.", INTERRUPTED) if code == INTERRUPTED else code)
 
 
 def _misused(error: Any) -> int:
     """A command or an option that isn't there, or a value that doesn't fit it. Without any, help has been printed."""
+    from pipeline.terminal import complain
+
     if type(error).__name__ != "NoArgsIsHelpError":
         said = error.format_message().rstrip(".")
         where = error.ctx.command_path if getattr(error, "ctx", None) else "cli.py"
-        _complain(f"{said}{'' if said.endswith('?') else '.'} `{where} --help` says what there is.")
+        complain(f"{said}{'' if said.endswith('?') else '.'} `{where} --help` says what there is.")
     return error.exit_code
-
-
-def _complain(line: str, code: int = 2) -> int:
-    from pipeline.terminal import visible
-
-    print(f"error: {visible(' '.join(line.split()))}", file=sys.stderr)
-    return code
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@
 Trains the demo's student with the first 1, 2, 4, 8 and 16 of 18 cached views of every image, three seeds each,
 then with flips that had a teacher pass of their own, with int8 tokens, and as the paper does, with the teacher
 in the step: the demo sees every image less than 18 times, so a cache of 18 views and their flips, each used at
-most once, holds exactly what the teacher would have said. Writes docs/fidelity.md, docs/fidelity.png and each
-metrics.json to docs/results/.
+most once, holds exactly what the teacher would have said. Writes evidence/fidelity.md, evidence/fidelity.png and each
+metrics.json to evidence/results/.
 Finished runs are kept, so the command resumes. Use development scenes, as above, when something is chosen by it.
 """
 
@@ -28,9 +28,9 @@ from pipeline import cluster, evaluate, extract, train
 from pipeline.config import Config, load
 from pipeline.data.base import KINDS, Sample, data_of
 from pipeline.data.demo import DemoDataSet
-from pipeline.evidence.results import read_metrics
 from pipeline.learning import training
 from pipeline.learning.batches import CachedViews, Place, training_batches
+from pipeline.looking.results import read_metrics
 from pipeline.ops.views import view_of
 from pipeline.running.console import say
 from pipeline.running.provenance import provenance
@@ -112,7 +112,7 @@ def main() -> None:
     parser.add_argument("--ways", default=",".join(WAYS), help=f"of {', '.join(WAYS)}")
     parser.add_argument("--runs", default="runs/fidelity", help="folder of the runs")
     parser.add_argument("--table", action="store_true", help="write the table of what has been run, only")
-    parser.add_argument("--out", type=Path, default=Path("docs"))
+    parser.add_argument("--out", type=Path, default=Path("evidence"))
     parser.add_argument("--set", action="append", default=[], dest="settings")
     chosen = parser.parse_args()
     if not chosen.table:

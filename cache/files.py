@@ -15,7 +15,7 @@ import re
 import shutil
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -177,6 +177,36 @@ def is_held(path: Path) -> bool:
     finally:
         os.close(descriptor)
     return False
+
+
+@contextmanager
+def held(path: Path, holder: bytes, busy: Callable[[], Exception]) -> Iterator[int]:
+    """Holds the kernel's lock on a file of its own, which says who holds it; yields its descriptor.
+
+    The lock ends with its process, however that dies. The file stays: two processes could else lock two files.
+    Raises: what `busy` gives, at once, while another holds it; CacheWriteFailed, also for a file that isn't ours alone.
+    """
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    try:
+        found = os.fstat(descriptor)
+        if (
+            not stat.S_ISREG(found.st_mode) or found.st_nlink > 1
+        ):  # what a lock says is written over what is there
+            raise CacheWriteFailed(
+                f"{path}: is no file of its own, but a device or another file's link: remove it."
+            )
+        with writing(path):
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise busy() from None
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, holder, 0)
+        yield descriptor
+    finally:
+        os.close(descriptor)  # this releases the lock
 
 
 def _is_device(path: Path) -> bool:

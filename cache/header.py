@@ -81,11 +81,9 @@ def _misfit(header: Mapping[str, Any]) -> str | None:
         return what
     if "N" not in header["sizes"]:
         return "it says no size of axis N"
-    too_long = [
-        f"{axis} is {size}" for axis, size in header["sizes"].items() if axis != "N" and size > LONGEST
-    ]
-    if too_long:
-        return f"size {too_long[0]}, at most {LONGEST} is possible"
+    for axis, size in header["sizes"].items():
+        if axis != "N" and size > LONGEST:
+            return f"size {axis} is {size}, at most {LONGEST} is possible"
     for name, dtype in header["dtypes"].items():
         try:
             if name not in ARRAYS:
@@ -132,9 +130,8 @@ def _pairs(
     """(what, in the cache, wanted) of all that must be equal."""
     for section in sorted({*found[HEADER]["identity"], *wanted[HEADER]["identity"]}):
         there, asked = found.get(section), wanted.get(section)
-        if isinstance(there, dict) and isinstance(
-            asked, dict
-        ):  # of two long ones the first difference is said
+        # Of two long ones the first difference is said.
+        if isinstance(there, dict) and isinstance(asked, dict):
             for key in dict.fromkeys([*asked, *there]):
                 yield f"{section}.{key}", there.get(key), asked.get(key)
         else:
@@ -147,6 +144,6 @@ def _pairs(
         yield f"sample {row}", there, asked
 
 
-def _short(value: object, limit: int = 120) -> str:
+def _short(value: object) -> str:
     text = repr(value)
-    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+    return text if len(text) <= 120 else f"{text[:117]}..."

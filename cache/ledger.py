@@ -10,15 +10,14 @@ import fcntl
 import json
 import os
 import socket
-import stat
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cache.errors import CacheLocked, CacheWriteFailed, unreadable
-from cache.files import remove, write_atomic, writing
+from cache.errors import CacheLocked, unreadable
+from cache.files import held, remove, write_atomic
 from cache.folder import HOLDER, LEDGER, LOCK, refuse_other_folder, remove_partials
 from cache.lease import lease
 from cache.places import Place, RemotePath, place
@@ -143,27 +142,13 @@ def lock(cache_root: str | Place, stage: str) -> Iterator[None]:
         with lease(root / LOCK, stage):
             yield
         return
-    path = root / LOCK
     refuse_other_folder(root)
-    with writing(path):
-        root.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-    try:
-        refuse_other_file(path, descriptor)
-        with writing(path):
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise CacheLocked(_held(path)) from None
-            since = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-            holder = {"pid": os.getpid(), "host": socket.gethostname(), "stage": stage, "since": since}
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, _json(holder), 0)
+    since = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    holder = {"pid": os.getpid(), "host": socket.gethostname(), "stage": stage, "since": since}
+    with held(root / LOCK, _json(holder), lambda: CacheLocked(_held(root / LOCK))) as descriptor:
         remove_partials(root)
         yield
         os.ftruncate(descriptor, 0)
-    finally:
-        os.close(descriptor)  # this releases the lock
 
 
 @contextmanager
@@ -198,29 +183,10 @@ def refuse_if_locked(cache_root: str | Place) -> None:
     Raises: CacheLocked; CacheError for a folder of other things.
     """
     root = place(cache_root)
-    if isinstance(root, RemotePath):
-        return
-    refuse_other_folder(root)
-    path = root / LOCK
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError:
-        return  # no cache yet, or one that `lock` will speak of
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise CacheLocked(_held(path)) from None
-    finally:
-        os.close(descriptor)
-
-
-def refuse_other_file(path: Path, descriptor: int) -> None:
-    """What a lock says is written over what is there. Raises: CacheWriteFailed for a file that isn't ours alone."""
-    found = os.fstat(descriptor)
-    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
-        raise CacheWriteFailed(
-            f"{path}: is no file of its own, but a device or another file's link: remove it."
-        )
+    if not isinstance(root, RemotePath):
+        refuse_other_folder(root)
+    with reading(root):
+        pass  # nobody writes
 
 
 def _held(path: Path) -> str:

@@ -8,8 +8,6 @@ object store does whole or not at all.
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,54 +44,47 @@ class RemotePath:
         return self
 
     def read_bytes(self) -> bytes:
-        with self._reached() as (files, path):
-            return files.cat_file(path)
+        return bytes(self._asked("cat_file"))
 
     def exists(self) -> bool:
-        with self._reached() as (files, path):
-            return files.exists(path)
+        return bool(self._asked("exists"))
 
     def is_file(self) -> bool:
-        with self._reached() as (files, path):
-            return files.isfile(path)
+        return bool(self._asked("isfile"))
 
     def is_dir(self) -> bool:
-        with self._reached() as (files, path):
-            return files.isdir(path)
+        return bool(self._asked("isdir"))
 
     def size_bytes(self) -> int:
         """Raises: FileNotFoundError."""
-        with self._reached() as (files, path):
-            return int(files.size(path))
+        return int(self._asked("size"))
 
     def glob(self, pattern: str) -> list[RemotePath]:
         """What matches right below."""
-        with self._reached() as (files, path):
-            return [self / found.rstrip("/").rpartition("/")[2] for found in files.glob(f"{path}/{pattern}")]
+        return [self / found.rstrip("/").rpartition("/")[2] for found in (self / pattern)._asked("glob")]
 
     def put(self, content: Any, *, only_new: bool = False) -> None:
         """Stores an object, whole or not at all. Raises: FileExistsError with `only_new` if there is one."""
-        with self._reached() as (files, path):
-            files.pipe_file(path, bytes(memoryview(content)), mode="create" if only_new else "overwrite")
+        self._asked("pipe_file", bytes(memoryview(content)), mode="create" if only_new else "overwrite")
 
     def unlink(self) -> None:
-        with self._reached() as (files, path):
-            files.rm_file(path)
+        self._asked("rm_file")
 
     def remove_tree(self) -> None:
-        with self._reached() as (files, path):
-            files.rm(path, recursive=True)
+        self._asked("rm", recursive=True)
 
-    @contextmanager
-    def _reached(self) -> Iterator[tuple[Any, str]]:
-        """The file system and the path in it. Raises: OSError whatever the store's client raises, CacheError."""
+    def _asked(self, method: str, *values: Any, **options: Any) -> Any:
+        """What a method of fsspec's file system says of this path.
+
+        Raises: OSError whatever the store's client raises, CacheError.
+        """
         try:
             # Listings aren't remembered: other processes write there too.
             files, path = fsspec.core.url_to_fs(self.url, use_listings_cache=False)
         except (ValueError, ImportError) as error:  # no such protocol, or its package isn't installed
             raise CacheError(f"{self.url}: can't be opened: {error}. Correct cache.path.") from None
         try:
-            yield files, path
+            return getattr(files, method)(path, *values, **options)
         except OSError:
             raise
         except Exception as error:  # each client has errors of its own, such as missing credentials

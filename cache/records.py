@@ -26,14 +26,13 @@ def misfit(value: Any, shape: Shape, name: str = "it") -> str | None:
     """What doesn't have its shape, in words; None when all of it has."""
     if isinstance(shape, tuple):
         return said(name, value) if all(misfit(value, each) for each in shape) else None
+    pairs = None
     if isinstance(shape, list):
-        pairs = (
-            [(f"{name}[{i}]", each, shape[0]) for i, each in enumerate(value)]
-            if type(value) is list
-            else None
-        )
+        if type(value) is list:
+            pairs = [(f"{name}[{i}]", each, shape[0]) for i, each in enumerate(value)]
     elif isinstance(shape, dict):
-        pairs = _members(value, shape, name) if type(value) is dict else None
+        if type(value) is dict:
+            pairs = _members(value, shape, name)
     else:
         return None if _fits(value, shape) else said(name, value)
     if pairs is None:
@@ -44,12 +43,8 @@ def misfit(value: Any, shape: Shape, name: str = "it") -> str | None:
 def _members(value: dict[str, Any], shape: dict[Any, Shape], name: str) -> list[tuple[str, Any, Shape]]:
     if str in shape:
         return [(f"{name}[{key!r}]", each, shape[str]) for key, each in value.items()]
-    wanted = {key.rstrip("?"): (inner, key.endswith("?")) for key, inner in shape.items()}
-    return [
-        (key, value.get(key), inner)
-        for key, (inner, may_miss) in wanted.items()
-        if key in value or not may_miss
-    ]
+    pairs = [(key.rstrip("?"), inner, key.endswith("?")) for key, inner in shape.items()]
+    return [(key, value.get(key), inner) for key, inner, may_miss in pairs if key in value or not may_miss]
 
 
 def _fits(value: Any, shape: Shape) -> bool:

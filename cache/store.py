@@ -26,15 +26,7 @@ from cache.header import DATA, HEADER, METADATA, check_same, new_attributes, rea
 from cache.metadata import misfit_of_array
 from cache.places import Place, place, size_of
 from cache.records import Shape, misfit, parsed, said
-from cache.schema import (
-    ARRAYS,
-    LONGEST,
-    SAMPLE,
-    SHARD,
-    ArraySpec,
-    block_digest,
-    spec_of,
-)
+from cache.schema import ARRAYS, LONGEST, SAMPLE, SHARD, ArraySpec, block_digest, spec_of
 from cache.shards import ZSTD_LEVEL, holds, shard_bytes
 
 SIDES = range(1, LONGEST + 1)  # pixels of an image, patches and views: shapes of `fact`
@@ -85,7 +77,8 @@ class Store:
         """
         wanted = new_attributes(sizes, samples, attributes, dtypes or {})
         if not cls.is_at(path):
-            _create(place(path), wanted, samples)
+            _write_ids(place(path) / DATA, samples, 0)
+            write_attributes(place(path), wanted)  # last: there is never half a cache
         store = cls(path)
         check_same(store.path, store._found, store.samples, wanted, samples)
         if len(samples) > store.num_samples:
@@ -157,16 +150,12 @@ class Store:
 
         Raises: ValueError for what `create` was given (it says what the cache is), CacheWriteFailed.
         """
-        found = read_attributes(self.path)  # another process may have added to them
-        if section == HEADER or section in found[HEADER]["identity"]:
-            raise ValueError(f"{self.path}: the attribute {section!r} says what this cache was made from.")
-        there = found.get(section)
-        merged = {**(there if isinstance(there, dict) else {}), **values}
-        self._found = write_attributes(self.path, {**found, section: merged})
+        there = read_attributes(self.path).get(section)
+        self.replace_attributes({section: {**(there if isinstance(there, dict) else {}), **values}})
 
     def replace_attributes(self, values: Mapping[str, Any]) -> None:
         """Sets sections of the attributes as a whole. Hold the lock. Raises: as update_attributes."""
-        found = read_attributes(self.path)
+        found = read_attributes(self.path)  # another process may have added to them
         if own := {HEADER, *found[HEADER]["identity"]} & values.keys():
             raise ValueError(f"{self.path}: the attributes {sorted(own)} say what this cache was made from.")
         self._found = write_attributes(self.path, {**found, **values})
@@ -360,25 +349,18 @@ class Store:
             raise unreadable(file, error) from error
 
 
-def _create(path: Place, attributes: dict[str, Any], samples: Sequence[str]) -> None:
-    """Makes the group with its sample ids. Its own metadata comes last: there is never half a cache."""
-    _write_ids(path / DATA, samples, 0)
-    write_attributes(path, attributes)
-
-
 def _write_ids(data: Place, samples: Sequence[str], first: int) -> None:
     """Writes the ids from row `first` on, whole files, and then the array's new length."""
     start = first // SAMPLE.chunk * SAMPLE.chunk
     ids = np.array(samples, dtype=np.dtypes.StringDType())
     for number, row in enumerate(range(start, len(ids), SAMPLE.chunk), start=start // SAMPLE.chunk):
-        made = _encoded(SAMPLE, (SAMPLE.chunk,), _filled(ids[row : row + SAMPLE.chunk]))
+        part = ids[row : row + SAMPLE.chunk]
+        filled = np.concatenate(
+            [part, np.full(SAMPLE.chunk - len(part), SAMPLE.fill, ids.dtype)]
+        )  # as zarr does
+        made = _encoded(SAMPLE, (SAMPLE.chunk,), filled)
         write_atomic(data / SAMPLE.name / f"c.{number}", made[f"{SAMPLE.name}/c.0"])
     write_atomic(data / SAMPLE.name / METADATA, _encoded(SAMPLE, ids.shape)[f"{SAMPLE.name}/{METADATA}"])
-
-
-def _filled(ids: np.ndarray) -> np.ndarray:
-    """The ids of one file: the last one is filled up, as zarr does."""
-    return np.concatenate([ids, np.full(SAMPLE.chunk - len(ids), SAMPLE.fill, ids.dtype)])
 
 
 def _encoded(spec: ArraySpec, shape: tuple[int, ...], block: np.ndarray | None = None) -> dict[str, Any]:

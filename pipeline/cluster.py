@@ -31,7 +31,7 @@ from pipeline.running.rows import is_listed
 from pipeline.running.shards import Made, Part, Run, ShardStage, run_stage
 from pipeline.running.table import STREAM
 from pipeline.teaching.names import object_names
-from pipeline.teaching.pseudo import cluster_tokens, device_name, num_centres, sum_of, written_arrays
+from pipeline.teaching.pseudo import backend_of, cluster_tokens, num_centres, sum_of, written_arrays
 from pipeline.teaching.verdict import verdict
 
 
@@ -62,7 +62,8 @@ class Clustering(ShardStage):
         return {"K_c": num_centres(run.config.cluster, store.sizes["h"])}
 
     def begin(self, run: Run) -> None:
-        say(f"cluster: {run.config.cluster.backend} on {device_name(run.config.cluster)}")
+        backend = backend_of(run.config.cluster)
+        say(f"cluster: {backend.name} on {backend.device}")
 
     def make(self, part: Part) -> Made:
         if part.config.cache.tokens == STREAM:
@@ -96,7 +97,8 @@ class Clustering(ShardStage):
         return found
 
     def says(self, run: Run) -> dict[str, Any]:
-        return {"backend": run.config.cluster.backend, "device": device_name(run.config.cluster)}
+        backend = backend_of(run.config.cluster)
+        return {"backend": backend.name, "device": backend.device}
 
     attributes = says
 

@@ -19,7 +19,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
 from pipeline.config import UserError
@@ -84,9 +83,8 @@ def prepared(segmenter: Segmenter, host: str, port: int) -> tuple[Any, socket.so
 
 
 def _gradio() -> Any:
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = (
-        "False"  # read when the package is imported, and nothing else stops it all
-    )
+    # Read when the package is imported, and nothing else stops it all.
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     try:
         import gradio
     except ImportError as error:
@@ -99,13 +97,8 @@ def _gradio() -> Any:
 def options() -> dict[str, Any]:
     """How the page is served, address aside: without any part that would reach into a network or another folder."""
     gradio = _gradio()
-    return {
-        "ssr_mode": False,
-        "enable_monitoring": False,
-        "mcp_server": False,
-        "run_history": False,
-        "pwa": False,
-        "show_error": False,
+    off = ("ssr_mode", "enable_monitoring", "mcp_server", "run_history", "pwa", "show_error")
+    return dict.fromkeys(off, False) | {
         "footer_links": [],
         "allowed_paths": [],
         "max_file_size": MOST_UPLOADED,
@@ -127,12 +120,9 @@ def build(segmenter: Segmenter, folder: Path) -> Any:
         gradio.Markdown(f"# {title}\n{_about(segmenter)}")
         with gradio.Row():
             with gradio.Column():
+                sources = ["upload", "clipboard"]
                 image = gradio.Image(
-                    label="Image",
-                    type="filepath",
-                    image_mode=None,
-                    sources=["upload", "clipboard"],
-                    height=360,
+                    label="Image", type="filepath", image_mode=None, sources=sources, height=360
                 )
                 # gradio's own step opens the file, which ends in a traceback where it can't; `found` says it in a line.
                 image.preprocess = lambda upload: None if upload is None else upload.path
@@ -145,23 +135,12 @@ def build(segmenter: Segmenter, folder: Path) -> Any:
                 added = gradio.Slider(
                     *GAMMAS, value=gamma, step=0.1, label="gamma: added to names never labelled in training"
                 )
-                least = gradio.Slider(
-                    0,
-                    1,
-                    value=0,
-                    step=0.01,
-                    label="none of these: where the best score is below (0: nowhere)",
-                )
+                rejected = "none of these: where the best score is below (0: nowhere)"
+                least = gradio.Slider(0, 1, value=0, step=0.01, label=rejected)
                 button = gradio.Button("Segment", variant="primary")
             with gradio.Column():
-                picture = gradio.Image(
-                    label="Found",
-                    type="pil",
-                    format="png",
-                    interactive=False,
-                    height=360,
-                    buttons=["download"],
-                )
+                how = {"type": "pil", "format": "png", "interactive": False, "buttons": ["download"]}
+                picture = gradio.Image(label="Found", height=360, **how)
                 table = gradio.HTML()
 
         def segment(
@@ -198,7 +177,12 @@ def found(
             raise UserError("Choose an image first.")
         _check_asked(text, gamma, reject)
         asked = _asked(segmenter, parsed_names(text, segmenter.checkpoint.classes))
-        image = _image(path)
+        try:
+            image = read_image(path)
+        except DataError:  # whose line quotes the file
+            raise UserError(
+                f"{Path(path).name}: not a picture that can be read, or one of more than {MAX_PIXELS} pixels."
+            ) from None
         (scores,) = segmenter.scores([image], asked, gamma)
         ids = segmenter.decide(scores, (image.shape[0], image.shape[1]), reject or None, asked=asked)
     except UserError as error:
@@ -233,24 +217,12 @@ def _asked(segmenter: Segmenter, names: tuple[Name, ...]) -> Asked:
         ) from None
 
 
-def _image(path: str) -> np.ndarray:
-    try:
-        return read_image(path)
-    except DataError:  # whose line quotes the file
-        raise UserError(
-            f"{Path(path).name}: not a picture that can be read, or one of more than {MAX_PIXELS} pixels."
-        ) from None
-
-
 def _table(found: list[Share], asked: Asked) -> str:
     """A row for every name that was found: its colour, itself, its part of the image, and whether it had labels."""
     rows = []
     for share in found:
-        swatch = (
-            '<span class="swatch hatched"></span>'
-            if share.id == NONE
-            else f'<span class="swatch" style="background: rgb{share.colour}"></span>'
-        )
+        look = 'hatched"' if share.id == NONE else f'" style="background: rgb{share.colour}"'
+        swatch = f'<span class="swatch {look}></span>'
         trained = "" if share.id == NONE else "yes" if asked.is_trained[share.id] else "no"
         rows.append(
             f'<tr><td>{swatch} {html.escape(share.title)}</td><td class="share">{share.percent}</td>'

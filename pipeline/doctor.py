@@ -39,6 +39,7 @@ from pipeline.running.checked import reads_tags, wrong_tags
 from pipeline.running.console import say
 from pipeline.running.devices import device_of
 from pipeline.running.provenance import provenance
+from pipeline.running.table import labels_stage
 from pipeline.teaching.encode import STORAGE
 
 SAMPLE = 64  # images and masks of each part that are opened
@@ -106,21 +107,15 @@ def _machine(config: Config, shape: TeacherShape) -> list[Complaint]:
     found = []
     has_gpu = torch.cuda.is_available()
     say(f"device: {torch.cuda.get_device_name() if has_gpu else 'cpu'}")
-    own = (
-        ("cams.device", config.cams.device)
-        if config.recipe == "clip_es"
-        else ("cluster.device", config.cluster.device)
-    )
-    for key, device in (("teacher.device", config.teacher.device), own):
+    for name in ("teacher", labels_stage(config)):
+        key, device = f"{name}.device", getattr(config, name).device
         try:
             device_of(key, device)
         except ConfigError:
             what = f"{key} is {device!r}, on which torch can't compute here."
             found.append(Complaint("no device", what, f"Set {key} to auto."))
-    if shape.weights is not None:
-        say(f"weights: {shape.weights}")
-    else:
-        say("weights: downloaded when extract first runs (offline, point teacher.pretrained to a file)")
+    later = "downloaded when extract first runs (offline, point teacher.pretrained to a file)"
+    say(f"weights: {shape.weights or later}")
     return found
 
 
@@ -141,11 +136,8 @@ def _student_weights(config: Config, dry: bool) -> list[Complaint]:
     path = config.student.weights
     if path is None:
         return []
-    if Path(path).is_file():
-        say(f"student's weights: {path}")
-        return []
-    if dry:
-        say(f"student's weights: {path}, not there yet")
+    if (is_there := Path(path).is_file()) or dry:
+        say(f"student's weights: {path}{'' if is_there else ', not there yet'}")
         return []
     todo = "Download the file (the config's head comment says from where), or set student.weights to null."
     return [Complaint("no weights", f"student.weights {path}: no such file.", todo)]
@@ -240,11 +232,8 @@ def _say_costs(config: Config, costs: dict[str, Forecast], flops: float) -> None
 def _say_cams(config: Config, shape: TeacherShape, num_images: int, parts: list[Seen]) -> None:
     """The arithmetic of CLIP-ES's maps, images at the mean size of those looked at, else square at cams.max_side."""
     sides = [side for seen in parts if seen.part == "train" for side in seen.sides]
-    width, height = (
-        (round(sum(values) / len(sides)) for values in zip(*sides, strict=True))
-        if sides
-        else (config.cams.max_side,) * 2
-    )
+    sides = sides or [(config.cams.max_side, config.cams.max_side)]
+    width, height = (round(sum(values) / len(sides)) for values in zip(*sides, strict=True))
     rows, columns = fitted_size(height, width, config.cams.max_side, shape.patch)
     flops = flops_of_cams(shape, rows * columns // shape.patch**2, CLASSES)
     say(

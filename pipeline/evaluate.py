@@ -29,12 +29,12 @@ from cache.files import whole_file, write_text
 from pipeline.config import Config, UserError
 from pipeline.data.base import DataError, DataSet, data_of
 from pipeline.data.words import SEVERAL, key_of, names_of_classes
-from pipeline.evidence.results import read_metrics, result_table
 from pipeline.learning.checkpoint import Checkpoint, load_student
 from pipeline.learning.scoring import Scored, rounded
 from pipeline.learning.text import features_of_file, labelled_words, text_of_names
 from pipeline.looking.confusion import confusion_picture
 from pipeline.looking.extremes import save_extremes
+from pipeline.looking.results import read_metrics, result_table
 from pipeline.ops import metrics
 from pipeline.running.console import say
 from pipeline.running.identity import config_fingerprint, fingerprint

@@ -26,10 +26,8 @@ from pipeline.models.student import DenseStudent
 from pipeline.running.console import say
 
 STRIDE = 32  # of the deepest encoder stage: sides are multiples of it
-SHOWN, OTHER = (
-    (2, 64, 96),
-    (1, 128, 64),
-)  # batch, height, width that the exporter sees, and that it is tried on
+# Batch, height, width that the exporter sees, and that it is tried on.
+SHOWN, OTHER = ((2, 64, 96), (1, 128, 64))
 LARGEST = 128 * STRIDE  # pixels a side
 TOLERANCE = 1e-3  # of a logit, in float32
 OPSET = 18  # torch's exporter translates to it

@@ -130,7 +130,7 @@ def _is_done(picture: Picture, base: Path, recipe: str, wanted: Wanted) -> bool:
         DataError,
         SyntaxError,
         ValueError,
-    ):  # no mask, or none that can be read; or the image's own fault
+    ):  # no mask that can be read; or the image's own fault
         return False
 
 

@@ -40,14 +40,8 @@ def refer(config: Config, texts: Sequence[str], image: Path, out: Path) -> np.nd
     teacher = explained_teacher(config.teacher, section)
     foreground, background = text_features(config.teacher, section, tuple(texts))
     size = pixels.shape[:2]
-    maps, _ = explained_maps(
-        teacher,
-        section,
-        fitted(pixels, section, teacher.patch)[None],
-        [range(len(texts))],
-        foreground,
-        background,
-    )
+    one = fitted(pixels, section, teacher.patch)[None]
+    maps, _ = explained_maps(teacher, section, one, [range(len(texts))], foreground, background)
     full = interpolate(maps, size, mode="bilinear", align_corners=False)[0].numpy()  # (texts, H, W)
     picture = _picture(pixels, full, texts)
     with whole_file(out) as file:

@@ -12,7 +12,6 @@
 
 from __future__ import annotations
 
-import io
 import string
 import sys
 from collections.abc import Callable, Sequence
@@ -26,9 +25,8 @@ from cache.files import write_atomic
 from cache.store import Store
 from pipeline.config import Config, UserError
 from pipeline.data.base import DataError, DataSet, data_of
-from pipeline.evidence.results import stale
 from pipeline.learning.checkpoint import CheckpointError, load_student, student_file
-from pipeline.looking import charts, facts
+from pipeline.looking import charts, facts, panels
 from pipeline.looking.clustered import Clustered
 from pipeline.looking.exported import export_labels
 from pipeline.looking.facts import Run
@@ -46,6 +44,7 @@ from pipeline.looking.gallery import (
 )
 from pipeline.looking.page import render
 from pipeline.looking.panels import sheet
+from pipeline.looking.results import stale
 from pipeline.looking.shard import shard_tree
 from pipeline.looking.tagged import Tagged
 from pipeline.looking.tree import cache_tree
@@ -93,7 +92,7 @@ def report_runs(folders: Sequence[Path], out: Path | None = None) -> Path:
     Raises: UserError for runs that can't stand side by side (other classes, other test images) or are too many,
     MissingCache (not evaluated), CheckpointError.
     """
-    configs = [_config_of(folder) for folder in folders]
+    configs = [config_of(folder) for folder in folders]
     first, names = configs[0], [config.name for config in configs]
     if len(configs) > charts.STYLES:
         raise UserError(
@@ -161,11 +160,6 @@ def draw_figures(config: Config, out: Path | None = None) -> list[Path]:
     return written
 
 
-def run_figures(folder: Path, out: Path | None = None) -> list[Path]:
-    """`draw_figures` of a run folder."""
-    return draw_figures(_config_of(folder), out)
-
-
 def inspect(
     run: Path,
     *,
@@ -184,7 +178,7 @@ def inspect(
         raise UserError(
             "--shard prints a shard and draws nothing: leave --image, --class, --png and --export out."
         )
-    config = _config_of(run)
+    config = config_of(run)
     store = Store.open(config.cache_path)
     metrics = facts.found_metrics(facts.metrics_path(config), facts.REPORTED)
     out = Terminal() if sys.stdout.isatty() else Terminal(width=PIPE_WIDTH)
@@ -210,9 +204,7 @@ def inspect(
         shown = [card.strip(data) for card in cards if card.panels]
         if not shown:
             raise UserError(f"{run}: no picture to show yet. Run `cli.py extract` first.")
-        content = io.BytesIO()
-        sheet(shown).save(content, "PNG", optimize=True)
-        write_atomic(png, content.getvalue())
+        write_atomic(png, panels.png(sheet(shown)))
         out.print(f"panels: {png}", soft_wrap=True)
     if png is None and export is None:
         page = config.run_path / "inspect" / "index.html"
@@ -220,7 +212,7 @@ def inspect(
         out.print(f"page: {page}", soft_wrap=True)
 
 
-def _config_of(run: Path) -> Config:
+def config_of(run: Path) -> Config:
     """The run folder's config, wherever the folder lies now."""
     try:
         config = run_config(run)

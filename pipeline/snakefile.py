@@ -1,82 +1,75 @@
-"""What the Snakefile needs: its --config read, words for the shell, and locks of a killed Snakemake taken away."""
+"""What the Snakefiles need: the run that is asked for, what its jobs depend on, and locks of a killed Snakemake."""
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import fcntl
+import functools
+import json
+import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import shlex
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from pipeline.config import Config, UserError, nearest_keys
+from pipeline.config import Config, UserError, digest, nearest_keys
+from pipeline.data.base import DataSet, open_data_set
+from pipeline.running.identity import config_fingerprint
+from pipeline.running.table import IN_CACHE, STAGES, above
+from pipeline.terminal import complain
 
-KNOWN = ("set", "quick", "table", "on", "on_set")
 QUOTES = ("'", '"')
-OTHER_DATA = "demo_other"  # what `snakemake transfer` evaluates on unless --config on= says otherwise
 # A setting begins at a key and its =; not inside YAML's quotes, which open where a value or an item does.
 SETTING = re.compile(
     r"""(?<![^\s=\[{,:])(?:'(?:[^']|'')*'|"(?:\\.|[^"\\])*")|(?:^|(?<=\s))(?P<key>['"]?[A-Za-z_][\w.-]*=)"""
 )
 
 
-@dataclass(frozen=True)
-class Options:
-    """What `snakemake --config` may give."""
-
-    settings: tuple[str, ...] = ()
-    quick: bool = False
-    table: str = ""
-    on: str = OTHER_DATA
-    on_settings: tuple[str, ...] = ()
+@contextlib.contextmanager
+def mistakes_end_it() -> Iterator[None]:
+    """A user's mistake ends the process as it ends cli.py: with one line, and exit code 2."""
+    try:
+        yield
+    except UserError as error:
+        sys.exit(complain(error))
 
 
-def options(given: Mapping[str, Any], words: Sequence[str] = ()) -> Options:
-    """The options in Snakemake's --config, `words` being its command line. Raises: UserError."""
-    for key, value in given.items():
-        if key not in KNOWN:
-            raise UserError(
-                f"--config knows {', '.join(KNOWN[:-1])} and {KNOWN[-1]}, not {key!r}; {_instead(key, value)}."
-            )
-    text = {key: _text(key, given[key], words) for key in given}
-    quick = text.get("quick", "").lower()
-    if quick not in ("", "true", "false"):
-        raise UserError(f"--config quick={quick}: want true or false.")
-    return Options(
-        settings=split_settings(text.get("set", ""), "set"),
-        quick=quick == "true",
-        table=text.get("table", ""),
-        on=text.get("on") or OTHER_DATA,
-        on_settings=split_settings(text.get("on_set", ""), "on_set"),
-    )
+def one_config_file(given: Iterable[object]) -> str:
+    """Snakemake's --configfile, or else the demo's. Raises: UserError for several."""
+    files = [str(file) for file in given] or ["config/demo.yaml"]
+    if len(files) > 1:
+        raise UserError(f"one --configfile is read, and there are {len(files)}: {', '.join(files)}.")
+    return files[0]
 
 
-def _instead(key: str, value: Any) -> str:
-    if near := difflib.get_close_matches(key, KNOWN, 1):
+def options(words: Iterable[str], known: Sequence[str] = ("set",)) -> dict[str, str]:
+    """Snakemake's --config by key, as it was typed: what Snakemake makes of it as YAML is not looked at.
+
+    `words` are its workflow.config_settings.config_args. Raises: UserError for a key that isn't in `known`.
+    """
+    given = {}
+    for word in words:
+        key, _, text = word.partition("=")
+        if key not in known:
+            *others, last = known
+            names = f"{', '.join(others)} and {last}" if others else last
+            raise UserError(f"--config knows {names}, not {key!r}; {_instead(key, text, known)}.")
+        is_quoted = len(text) > 1 and text[0] in QUOTES and text[-1] == text[0]
+        given[key] = text[1:-1] if is_quoted else text
+    return given
+
+
+def _instead(key: str, text: str, known: Sequence[str]) -> str:
+    if near := difflib.get_close_matches(key, known, 1):
         return f"the nearest is {near[0]!r}"
-    fitting = [known for known in nearest_keys(key) if known.rpartition(".")[2] == key]
-    if not fitting or isinstance(value, Mapping | list):
+    fitting = [name for name in nearest_keys(key) if name.rpartition(".")[2] == key]
+    if not fitting or text.startswith("{"):
         return "give what a run changes as --config set='section.key=value ...'"
     others = f" (or {', '.join(fitting[1:])})" if fitting[1:] else ""
-    return f"write --config set='{fitting[0]}={value}'{others}"
-
-
-def _text(key: str, value: Any, words: Sequence[str]) -> str:
-    """An option as it was written, which Snakemake has read as YAML: a comment in it, say, is lost by then."""
-    if value is None:
-        return ""
-    written = [word.partition("=")[2] for word in words if word.startswith(f"{key}=")]
-    for text in written:
-        if text[:1] in QUOTES and text[-1] != text[0]:  # Snakemake takes the first one away
-            raise _misplaced(key, text)
-    written = [text.strip("'\" ") for text in written]
-    if isinstance(value, Mapping | list) or (isinstance(value, str) and written and value not in written):
-        raise UserError(
-            f"--config {key}={written[0] if written else value}: Snakemake reads it as YAML and finds {value!r}. Put "
-            "what holds ' #' or ': ' into the run's YAML instead."
-        )
-    return str(value)
+    return f"write --config set='{fitting[0]}={text}'{others}"
 
 
 def split_settings(text: str, option: str = "set") -> tuple[str, ...]:
@@ -92,9 +85,6 @@ def split_settings(text: str, option: str = "set") -> tuple[str, ...]:
     pieces = [text[start:end].strip() for start, end in zip(starts, [*starts[1:], len(text)], strict=True)]
     if any(piece[0] in QUOTES for piece in pieces):
         raise _misplaced(option, text)
-    value = pieces[-1].partition("=")[2]
-    if value[:1] in QUOTES and (len(value) == 1 or value[-1] != value[0]):
-        pieces[-1] += value[0]  # Snakemake takes a quote at the very end away
     return tuple(pieces)
 
 
@@ -106,12 +96,8 @@ def _misplaced(option: str, text: str) -> UserError:
 
 
 def shell_words(settings: Iterable[str], option: str = "--set") -> str:
-    """Settings for a shell, each in quotes, always: with them params stay as they are, and finished jobs finished."""
-    return " ".join(f"{option} {_quoted(setting)}" for setting in settings)
-
-
-def _quoted(text: str) -> str:
-    return "'" + text.replace("'", "'\"'\"'") + "'"
+    """Settings as options of cli.py, in a shell's quotes."""
+    return " ".join(f"{option} {shlex.quote(setting)}" for setting in settings)
 
 
 def check_paths(config: Config) -> None:
@@ -122,6 +108,74 @@ def check_paths(config: Config) -> None:
                 f"{key} = {path!r}: Snakemake takes braces for wildcards. Choose another folder, or run the stages one "
                 "by one with cli.py."
             )
+
+
+def stage_files(config: Config) -> dict[str, tuple[list[str], str]]:
+    """Of each stage the files that it stands on and the one that it writes last; by name, from the ground up."""
+    last = {}
+    for name, stage in STAGES.items():
+        if stage.last:
+            folder = config.manifest_folder if stage.in_cache else config.run_path / name
+            last[name] = (folder / stage.last).as_posix()
+    return {name: ([last[over] for over in _stands_on(config, name)], file) for name, file in last.items()}
+
+
+def _stands_on(config: Config, name: str) -> list[str]:
+    """The stage above, and if it is one of the cache those above it: text features are extract's."""
+    over = above(config, name)
+    if over is None:
+        return []
+    return [over, *(_stands_on(config, over) if STAGES[over].in_cache else [])]
+
+
+def stage_triggers(config: Config) -> dict[str, str]:
+    """What Snakemake watches: the config fingerprint of every stage, and what it reads of the data set.
+
+    Of files their names, sizes and times count: whether the content is another one only the stage can tell.
+    """
+    triggers = {stage: config_fingerprint(config, stage) for stage in STAGES}
+    options = json.dumps(config.data.model_dump(mode="json"), sort_keys=True)
+    triggers["extract"] = digest([triggers["extract"], triggers["text"], _listing(options, "train", "image")])
+    for stage in (name for name in IN_CACHE if "labels" in STAGES[name].reads):
+        triggers[stage] = digest([triggers[stage], _listing(options, "train", "mask")])
+    triggers["eval"] = digest(
+        [triggers["eval"], _listing(options, "test", "image"), _listing(options, "test", "mask")]
+    )
+    return triggers
+
+
+@functools.cache
+def _listing(options: str, part: str, what: str) -> str:
+    """Digest of a part's images or masks by name, size and time, and of the files that describe the data set.
+
+    `options` is the config's section `data` as JSON. A data set that isn't there has a digest as well: the plan of a
+    run can be looked at before its data has come.
+    """
+    try:
+        data = _opened(options)
+        samples = data.samples(part)  # listed once a data set
+    except UserError as error:
+        return digest([str(error)])
+    files = [(sample.image, sample.mask)[what == "mask"] for sample in samples]
+    others = sorted(
+        {*data.files(part)} - {path for sample in samples for path in (sample.image, sample.mask)}
+    )
+    return digest([list(data.classes), list(data.unseen), [_state(file) for file in (*others, *files)]])
+
+
+@functools.cache
+def _opened(options: str) -> DataSet:
+    section = json.loads(options)
+    return open_data_set(section.pop("kind"), **section)
+
+
+def _state(path: str | None) -> list[Any]:
+    """Name, size and time of a file; the name alone of what is none, such as a scene that is rendered."""
+    try:
+        found = os.stat(path) if path else None
+    except OSError:
+        found = None
+    return [path] if found is None else [path, found.st_size, found.st_mtime_ns]
 
 
 def clear_dead_locks(folder: Path = Path(".snakemake")) -> IO[str] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -17,6 +18,12 @@ OBEYED = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u206
 def visible(text: object) -> str:
     """The text with what a terminal would obey written as Python's escapes: \\x1b[31m."""
     return OBEYED.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
+
+
+def complain(error: object, code: int = 2) -> int:
+    """Says a mistake in one line on standard error, and gives back the exit code."""
+    print(f"error: {visible(' '.join(str(error).split()))}", file=sys.stderr)
+    return code
 
 
 class Terminal(Console):

@@ -60,9 +60,7 @@ from pipeline.running.table import labels_stage
 
 TRIAL_ITERATIONS = 10  # of a dry run
 # What torch.distributed says when a peer is gone: gloo, NCCL and the store have no error class in common.
-PEER_IS_GONE = re.compile(
-    r"gloo|nccl|connection (closed|reset)|broken pipe|process group|peer", re.IGNORECASE
-)
+PEER_IS_GONE = re.compile(r"(?i)gloo|nccl|connection (closed|reset)|broken pipe|process group|peer")
 
 
 def train(config: Config) -> dict[str, Any]:
@@ -91,9 +89,8 @@ def train(config: Config) -> dict[str, Any]:
             stack.enter_context(reading(config.cache_path))
             claim(config.run_path, identity)
         accelerator.wait_for_everyone()
-        if (
-            found := ended(config.run_path / "train" / LAST, identity)
-        ) is not None:  # its manifest was taken away
+        found = ended(config.run_path / "train" / LAST, identity)
+        if found is not None:  # its manifest was taken away
             return _nothing_to_do(config, found, is_main)
         if is_main:
             save_config(config)
@@ -161,9 +158,8 @@ def _loop(run: Run) -> int:
     batches = batches_of(run, section.iterations)
     curve = Curve(run.folder, run.start) if is_main else None
     clock, done, is_last = Clock(), run.start, run.start >= section.iterations
-    bar = (
-        progress("train", section.iterations, done=run.start, unit="it") if is_main else nullcontext(_silent)
-    )
+    unseen = nullcontext(lambda count, note=None: None)  # the progress of a process that nobody looks at
+    bar = progress("train", section.iterations, done=run.start, unit="it") if is_main else unseen
     with bar as advance:
         while not is_last:
             values, terms = _step(run, next(batches), done, clock)
@@ -195,10 +191,6 @@ def _loop(run: Run) -> int:
         curve.close()
         say(f"train: time {clock.line()}")
     return done
-
-
-def _silent(count: int, note: str | None = None) -> None:
-    """The progress of a process that nobody looks at."""
 
 
 def _step(

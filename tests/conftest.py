@@ -1,5 +1,6 @@
 """Shared parts of the tests: a tiny random CLIP, tiny demo runs, and what stands for a user's shell."""
 
+import functools
 import os
 import sys
 from dataclasses import dataclass
@@ -78,12 +79,15 @@ class Said:
 
 @pytest.fixture
 def run_cli(capsys, monkeypatch):
-    """Runs cli.py as a user would, in this process (starting torch takes seconds) but with nothing remembered."""
+    """Runs cli.py as a user would, in this process (starting torch takes seconds) but with nothing remembered.
+
+    `commands` are another Typer app's, such as those of `python -m evidence`.
+    """
     import cli
     from pipeline.data import base
     from pipeline.teaching import encode
 
-    def run(*arguments: object) -> Said:
+    def run(*arguments: object, commands: Any = cli.app) -> Said:
         monkeypatch.chdir(ROOT)
         monkeypatch.setattr(sys, "argv", ["cli.py", *map(str, arguments)])
         base._data.cache_clear()
@@ -91,7 +95,7 @@ def run_cli(capsys, monkeypatch):
         forget_accelerator()
         capsys.readouterr()
         try:
-            cli.main()
+            cli.main(commands)
             code = 0
         except SystemExit as stop:
             code = int(stop.code or 0)
@@ -99,6 +103,14 @@ def run_cli(capsys, monkeypatch):
         return Said(code, said.out, said.err)
 
     return run
+
+
+@pytest.fixture
+def run_evidence(run_cli):
+    """The same of `python -m evidence`."""
+    from evidence.__main__ import app
+
+    return functools.partial(run_cli, commands=app)
 
 
 def is_one_line_error(done: Any, *words: str) -> bool:

@@ -8,12 +8,9 @@ import sys
 import pytest
 from PIL import Image
 
-from pipeline.config import UserError, from_mapping, load
-from pipeline.evidence.ablations import collect, rows
-from pipeline.evidence.contrasts import AS_PAPER, OPPOSITE, RESOLVED, UNRESOLVED, Contrast
-from pipeline.evidence.more import announced, cache_seconds, foretold
-from pipeline.evidence.takeover import take_over
-from pipeline.evidence.variants import (
+from evidence.ablations import collect, rows
+from evidence.more import announced, cache_seconds, foretold
+from evidence.variants import (
     ABLATED,
     CONTRAST,
     EVERY,
@@ -25,11 +22,18 @@ from pipeline.evidence.variants import (
     more_tables,
     own_cache,
     run_names,
-    stage_triggers,
     variant_runs,
+    varied,
+    yes_or_no,
 )
+from evidence.verdicts import AS_PAPER, OPPOSITE, RESOLVED, UNRESOLVED, Contrast
+from pipeline.config import UserError, from_mapping, load
 from pipeline.running.identity import config_fingerprint
+from pipeline.snakefile import stage_triggers
+from pipeline.teaching.takeover import take_over
 from tests.conftest import ROOT, TINY, is_one_line_error
+
+SNAKEMAKE = [sys.executable, "-m", "snakemake", "-s", "evidence/Snakefile"]
 
 
 def results(**hious):
@@ -67,11 +71,10 @@ def test_beyond_the_paper_a_difference_is_resolved_or_not():
 
 
 def test_every_variant_is_a_config_of_its_own_on_one_cache():
-    config = load("config/demo.yaml")
-    raw = config.model_dump(mode="json", by_alias=True)
-    runs = variant_runs(config, ["train.lr=0.001"])
+    config = load("config/demo.yaml", ["train.lr=0.001"])
+    runs = variant_runs(config)
     assert set(runs) == set(run_names(config, VARIANTS))
-    configs = {name: from_mapping(raw, settings) for name, settings in runs.items()}
+    configs = {name: varied(config, settings) for name, settings in runs.items()}
     assert {c.cache_path for c in configs.values()} == {config.cache_path}
     assert {c.train.lr for c in configs.values()} == {0.001}
     assert configs["demo-vla_mlp-2"].train.vla == "mlp"
@@ -83,17 +86,18 @@ def test_every_variant_is_a_config_of_its_own_on_one_cache():
 
 def test_quick_runs_are_fewer_shorter_and_of_other_names():
     config = load("config/demo.yaml")
-    quick = variant_runs(config, [], quick=True)
+    quick = variant_runs(config, quick=True)
     names = run_names(config, ABLATED, quick=True)
     assert names[0] == "demo-quick-full-0"
     assert set(names) < set(quick)
     assert f"train.iterations={config.train.iterations // 5}" in quick["demo-quick-vla_mlp-0"]
 
 
-def test_tables_are_written_from_metrics(tmp_path, run_cli):
+def test_tables_are_written_from_metrics(tmp_path, run_evidence):
     config = load("config/demo.yaml", [f"runs={tmp_path}/runs"])
     with pytest.raises(
-        UserError, match=r"no run of 'demo' is evaluated yet. Run `snakemake ablations --cores all` first"
+        UserError,
+        match=r"no run of 'demo' is evaluated yet. Run `snakemake -s evidence/Snakefile ablations --cores all` first",
     ):
         collect(config)
     made = {"date": "2026-01-02", "machine": "2 x a processor", "torch": "2.9", "revision": "abc"}
@@ -104,20 +108,20 @@ def test_tables_are_written_from_metrics(tmp_path, run_cli):
         more = {"gamma": 1.5, "gamma_sweep": {}, "num_images": 7, "fingerprint": run, "made": made}
         (folder / "metrics.json").write_text(json.dumps(scores | more))
     collect(config).keep(tmp_path)
-    path = tmp_path / "docs" / "ablations.md"
+    path = tmp_path / "evidence" / "ablations.md"
     page = path.read_text()
     assert "![hIoU against the full method's](ablations.png)" in page
     with Image.open(path.with_suffix(".png")) as picture:
         assert picture.width > 600
     assert "| full method | 2 | 50.0 ± 0.0 | 42.0 ± 2.8 | 42.0 ± 2.8 |  | 45.4 |  |  |" in page
     assert "| 30.5 ± 0.7 | -11.5 | 35.5 | -9.9 | as in the paper |" in page
-    assert json.loads((tmp_path / "docs/results/demo-glm_max-1.json").read_text())["hIoU"] == 31
+    assert json.loads((tmp_path / "evidence/results/demo-glm_max-1.json").read_text())["hIoU"] == 31
     path.write_text(page.replace("42.0 ± 2.8", "old") + "\n## What it says\n\nMax loses places.\n")
     collect(config).keep(tmp_path)  # numbers are written anew, words stay, the log has each evaluation once
     assert path.read_text() == page + "\n## What it says\n\nMax loses places.\n"
-    log = (tmp_path / "docs/test-log.md").read_text()
+    log = (tmp_path / "evidence/test-log.md").read_text()
     assert log.count("| demo-glm_max-1 | abc | 50.0 / 31.0 / 31.0 |") == 1
-    done = run_cli("ablations", "--set", f"runs={tmp_path}/runs")
+    done = run_evidence("ablations", "--set", f"runs={tmp_path}/runs")
     assert done.returncode == 0, done.stderr
     assert re.search(r"GLM by max pooling +│ 2 +│ .*│ 30.5 ± 0.7 +│ -11.5", done.stdout), (
         "no number is left out"
@@ -126,7 +130,7 @@ def test_tables_are_written_from_metrics(tmp_path, run_cli):
         UserError, match=r"no variant of 'demo' .*ablations_more --cores all --config table=lambda` first"
     ):
         collect(config, more=True, only="lambda")
-    assert is_one_line_error(run_cli("ablations", "--quick", "--keep"), "leave out --quick")
+    assert is_one_line_error(run_evidence("ablations", "--quick", "--keep"), "leave out --quick")
 
 
 def test_what_can_not_share_a_table_is_refused(tmp_path):
@@ -156,19 +160,15 @@ def test_what_can_not_share_a_table_is_refused(tmp_path):
 
 
 def test_variants_beyond_the_paper_have_caches_of_their_own_where_they_change_them():
-    config = load("config/demo.yaml")
-    raw = config.model_dump(mode="json", by_alias=True)
+    config = load("config/demo.yaml", ["train.lr=0.001"])
     assert set(MORE) == {variant for variants in MORE_TABLES.values() for variant in variants}
-    runs, caches = (
-        variant_runs(config, ["train.lr=0.001"], variants=EVERY),
-        cache_runs(config, ["train.lr=0.001"]),
-    )
+    runs, caches = variant_runs(config, variants=EVERY), cache_runs(config)
     for variant in MORE:
-        own, trained = own_cache(config, variant), from_mapping(raw, runs[f"demo-{variant}-1"])
+        own, trained = own_cache(config, variant), varied(config, runs[f"demo-{variant}-1"])
         assert trained.cache_path == (own or config.cache_path)
         assert trained.train.lr == 0.001
         if own:
-            made = from_mapping(raw, caches[own.parent.name])
+            made = varied(config, caches[own.parent.name])
             assert made.cache_path == own == made.run_path / "cache"
             # Training there finds just the labels that it asks for.
             assert config_fingerprint(made, "cluster") == config_fingerprint(trained, "cluster")
@@ -200,11 +200,9 @@ def test_what_the_run_is_already_is_no_variant():
         more_tables(load("config/demo.yaml"), "tau,lamda")
 
 
-def test_the_time_by_hand(tmp_path):
+def test_the_time_by_hand(tmp_path, capsys):
     config = load("config/demo.yaml", [f"runs={tmp_path}/runs", "views.num=2"])
-    assert announced(config, ["snakemake", "ablations"]) == ""
-    words = ["snakemake", "ablations_more", "-n"]
-    assert "is known once demo itself is trained" in announced(config, words, "lambda")
+    assert "is known once demo itself is trained" in foretold(config, "lambda")
     folder = config.run_path / "train"
     folder.mkdir(parents=True)
     (folder / "train.manifest.json").write_text(json.dumps({"iterations": 2}))
@@ -215,7 +213,10 @@ def test_the_time_by_hand(tmp_path):
         ledger.mkdir(parents=True)
         (ledger / "00000.json").write_text(json.dumps(entry | {"seconds": seconds}))
     # Lambda: full, 0.7 and 0.9, three seeds each: 9 trainings of 50 s, and two clusterings of 4 s.
-    said = announced(config, words, "lambda")
+    wanted = announced(config, "lambda")
+    assert len(wanted) == 9
+    assert f"{tmp_path}/runs/demo-lambda_0.7-2/eval/metrics.json" in wanted
+    said = capsys.readouterr().err
     assert "9 of 9 trainings and 2 of 2 caches" in said
     assert "8 min and 8.0 s one after the other" in said
     assert (
@@ -231,7 +232,7 @@ def test_the_time_by_hand(tmp_path):
 
 
 def test_snakemake_plans_them_and_says_the_time():
-    command = [sys.executable, "-m", "snakemake", "ablations_more", "--cores", "1", "-n", "--quiet", "rules"]
+    command = [*SNAKEMAKE, "ablations_more", "--cores", "1", "-n", "--quiet", "rules"]
     done = subprocess.run(
         [*command, "--config", "table=lambda", "quick=true", "set=name=nosuchrun"],
         cwd=ROOT,
@@ -241,7 +242,13 @@ def test_snakemake_plans_them_and_says_the_time():
     assert done.returncode == 0, done.stderr
     assert "ablations_more: 3 of 3 trainings and 2 of 2 caches" in done.stderr
     said = done.stdout + done.stderr
-    for job, count in (("extract", 1), ("cluster", 1), ("extract_like", 2), ("cluster_own", 2), ("train", 3)):
+    for job, count in (
+        ("extract", 1),
+        ("cluster", 1),
+        ("extract_like", 2),
+        ("cluster_own", 2),
+        ("train_variant", 3),
+    ):
         assert any(line.split() == [job, str(count)] for line in said.splitlines()), (job, said)
 
 
@@ -252,11 +259,13 @@ def test_snakemake_plans_them_and_says_the_time():
         (["--config", "set=train.lr=abc"], "train.lr = 'abc'"),
         (["--config", "name=foo"], "--config knows set, quick, table, on and on_set"),
         (["--config", "eval={gamma: 3}"], "--config set='section.key=value ...'"),
+        (["--config", "quick=ture"], "quick=ture: want true or false"),
+        (["--config", "on_set=train"], "section.key=value"),
         (["--configfile", "config/demo_clip_es.yaml"], "demo_clip_es is clip_es"),
     ],
 )
 def test_snakemake_answers_a_mistake_in_one_line(words, says):
-    command = [sys.executable, "-m", "snakemake", "ablations_more", "--cores", "1", "-n", *words]
+    command = [*SNAKEMAKE, "ablations_more", "--cores", "1", "-n", *words]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
@@ -265,7 +274,20 @@ def test_snakemake_answers_a_mistake_in_one_line(words, says):
     assert 'File "' not in done.stderr
 
 
-def test_another_lambda_end_to_end(cached_demo, run_cli, tmp_path):
+def test_options_of_snakemake_that_are_true_or_false():
+    assert [
+        yes_or_no(given, "quick") for given in ({}, {"quick": ""}, {"quick": "True"}, {"quick": "false"})
+    ] == [
+        False,
+        False,
+        True,
+        False,
+    ]
+    with pytest.raises(UserError, match="true or false"):
+        yes_or_no({"quick": "ture"}, "quick")
+
+
+def test_another_lambda_end_to_end(cached_demo, run_cli, run_evidence, tmp_path):
     """The settings that Snakemake hands on: the teacher's part taken over, clustered anew, trained and evaluated."""
     base = [f"runs={tmp_path}/runs", *TINY, f"cache.path={cached_demo}"]
     config = load(ROOT / "config" / "demo.yaml", base)
@@ -277,7 +299,7 @@ def test_another_lambda_end_to_end(cached_demo, run_cli, tmp_path):
         return done.stderr
 
     before = {path: path.read_bytes() for path in cached_demo.rglob("*") if path.is_file()}
-    own = cache_runs(config, base)["demo-cache-lambda_0.7"]
+    own = [*base, *cache_runs(config)["demo-cache-lambda_0.7"]]
     said = stage("extract", own, "--like", cached_demo)
     assert "takes over" in said
     assert "nothing to do" in said
@@ -288,19 +310,19 @@ def test_another_lambda_end_to_end(cached_demo, run_cli, tmp_path):
     assert shard.samefile(cached_demo / shard.relative_to(cache))  # hard links
     assert not (cache / "data.zarr" / "pseudo").exists()
     stage("cluster", own)
-    runs = variant_runs(config, base, quick=True, variants=EVERY)
+    runs = variant_runs(config, quick=True, variants=EVERY)
     for run in ("demo-quick-lambda_0.7-0", "demo-quick-full-0"):
-        stage("train", runs[run])
-        stage("eval", runs[run])
+        stage("train", [*base, *runs[run]])
+        stage("eval", [*base, *runs[run]])
     assert before == {path: path.read_bytes() for path in cached_demo.rglob("*") if path.is_file()}
-    done = run_cli("ablations", *(w for s in base for w in ("--set", s)), "--table", "lambda", "--quick")
+    done = run_evidence("ablations", *(w for s in base for w in ("--set", s)), "--table", "lambda", "--quick")
     assert done.returncode == 0, done.stderr
     assert "lambda 0.7" in done.stdout
     assert "not resolved (one seed)" in done.stdout
-    done = run_cli("ablations", *(w for s in base for w in ("--set", s)), "--table", "gamma", "--quick")
+    done = run_evidence("ablations", *(w for s in base for w in ("--set", s)), "--table", "gamma", "--quick")
     assert "mIoU(U) / hIoU at gamma" in done.stdout
     assert "full method" in done.stdout
-    wrong = run_cli("ablations", "--table", "lamda")
+    wrong = run_evidence("ablations", "--table", "lamda")
     assert wrong.returncode == 2
 
 
@@ -318,5 +340,5 @@ def test_nothing_is_taken_over_that_was_extracted_otherwise(cached_demo, tiny, t
 def test_another_place_of_the_data_is_looked_at_again():
     """Snakemake asks the stages that read it, which keep a moved data set's work and refuse another one's."""
     raw = {"data": {"kind": "voc", "root": "/a"}}
-    here, there = stage_triggers(raw, []), stage_triggers(raw, ["data.root=/b"])
+    here, there = (stage_triggers(from_mapping(raw, more)) for more in ([], ["data.root=/b"]))
     assert {stage for stage in here if here[stage] != there[stage]} == {"extract", "cluster", "cams", "eval"}

@@ -90,6 +90,15 @@ def test_similar_pairs_by_hand():
     a, b, c = [1.0, 0.0], [0.6, 0.8], [0.0, 1.0]
     similar = similar_pairs(torch.tensor([[a, b, c]]), all_alive(3)[None], 0.6)
     assert similar[0].tolist() == [[True, False, False], [False, True, True], [False, True, True]]
+    # All of ab, bc, bb are 0.5: at 0.5 nobody but oneself, at 0.4 the neighbours.
+    halves = torch.tensor([[[1.0, 0.0], [0.5, 0.5], [0.0, 1.0]]])
+    assert torch.equal(similar_pairs(halves, all_alive(3)[None], 0.5)[0], torch.eye(3, dtype=torch.bool))
+    assert similar_pairs(halves, all_alive(3)[None], 0.4)[0].tolist() == [
+        [True, True, False],
+        [True, True, True],
+        [False, True, True],
+    ]
+    assert similar_pairs(torch.zeros(1, 0, 2), all_alive(0)[None], 0.5).shape == (1, 0, 0)
     # Length 0.9 would leave a diagonal of 0.81 under 0.9; it counts as 1. A dead centre is similar to nobody.
     centres = torch.tensor([[[0.9, 0.0], [0.0, 0.9]]])
     assert similar_pairs(centres, torch.tensor([[True, False]]), 0.9)[0].tolist() == [

@@ -1,13 +1,15 @@
 """Equations 1 and 2, the bank, and the adapter."""
 
 import math
+from typing import get_args
 
 import pytest
 import torch
 
+from pipeline.config import Adapter, Pooling
 from pipeline.models.glm import CachedNegatives, ClsBank, of_length
 from pipeline.models.vla import VARIANTS, VisualLanguageAdapter
-from pipeline.ops.losses import generate_loss, pooled
+from pipeline.ops.losses import POOLINGS, generate_loss, pooled
 
 # --- pooling -------------------------------------------------------------------------------------
 
@@ -148,6 +150,11 @@ def test_all_tokens_are_drawn_in_the_end():
 def adapter(variant: str = "transformer", channels: int = 64) -> VisualLanguageAdapter:
     torch.manual_seed(0)
     return VisualLanguageAdapter(channels, variant)
+
+
+def test_the_schema_has_the_words_of_the_tables():
+    assert get_args(Pooling) == tuple(POOLINGS)
+    assert get_args(Adapter) == tuple(VARIANTS)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

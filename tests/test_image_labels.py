@@ -11,7 +11,7 @@ from pipeline.data.base import DataError, open_data_set
 from pipeline.data.classes import COCO_STUFF_CLASSES
 from pipeline.data.prompts import templates
 from pipeline.data.words import BACKGROUNDS, background_names, fused_name, names_of_classes
-from pipeline.evidence.results import result_table
+from pipeline.looking.results import result_table
 from tests.conftest import ROOT
 from tests.test_data_sets import save_image, save_list, save_mask
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from pipeline.ops.fusion import similar_pairs
 from pipeline.ops.kmeans import Clusters, lloyd, lloyd_at_once, window_centres
-from pipeline.ops.kmeans_faiss import device_name, lloyd_faiss, similar_centres
+from pipeline.ops.kmeans_faiss import device_name, lloyd_faiss
 
 BACKENDS = {
     "torch": lloyd,
@@ -224,10 +224,8 @@ def test_torch_and_faiss_agree_on_a_real_grid():
     ours, theirs = lloyd(*views), lloyd_faiss(*views)
     assert torch.equal(ours.assign, theirs.assign)
     assert torch.equal(ours.alive, theirs.alive)
-    for view in range(2):
-        living = ours.centres[view, ours.alive[view]]
-        expected = similar_pairs(living[None], torch.ones(1, len(living), dtype=torch.bool), 0.5)[0]
-        assert torch.equal(similar_centres(living, 0.5), expected)
+    similar = [similar_pairs(found.centres, found.alive, 0.5) for found in (ours, theirs)]
+    assert torch.equal(*similar)
 
 
 def test_batching_changes_nothing():
@@ -290,21 +288,6 @@ def test_windows_of_tokens():
 
 
 # --- FAISS ---------------------------------------------------------------------------------------
-
-
-def test_similar_centres_is_strict_and_has_its_diagonal():
-    centres = torch.tensor([[1.0, 0.0], [0.5, 0.5], [0.0, 1.0]])
-    assert similar_centres(centres, 0.5).tolist() == [
-        [True, False, False],
-        [False, True, False],
-        [False, False, True],
-    ]
-    assert similar_centres(centres, 0.4).tolist() == [
-        [True, True, False],
-        [True, True, True],
-        [False, True, True],
-    ]
-    assert similar_centres(torch.zeros(0, 2), 0.5).shape == (0, 0)
 
 
 def test_a_gpu_that_is_not_there_is_said_not_faked():

@@ -1,5 +1,7 @@
 """Euclidean K-means: where it parts from the spherical one, by hand; against a plain loop; in clustering."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -7,9 +9,10 @@ from torch.nn.functional import normalize
 
 from pipeline.config import Cluster, Config, load
 from pipeline.ops.kmeans import lloyd
-from pipeline.ops.kmeans_euclidean import lloyd_euclidean
 from pipeline.running.identity import config_fingerprint
-from pipeline.teaching.pseudo import pseudo_labels
+from pipeline.teaching.pseudo import backend_of, pseudo_labels
+
+lloyd_euclidean = partial(lloyd, distance="euclidean")
 
 
 def at(*degrees):
@@ -85,3 +88,9 @@ def test_clustering_takes_it_by_the_key_and_old_caches_stay_valid():
         load("config/demo.yaml", ["cluster.distance=null"]), "cluster"
     )
     assert config_fingerprint(config, "cluster") != config_fingerprint(changed, "cluster")
+
+
+def test_the_distance_decides_the_backend():
+    taken = {d: backend_of(Cluster(distance=d, device="cpu"))[:2] for d in (None, "euclidean")}
+    assert taken == {None: ("faiss", "cpu"), "euclidean": ("torch", "cpu")}
+    assert backend_of(Cluster(backend="torch", device="cpu"))[:2] == ("torch", "cpu")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torchmetrics.classification import MulticlassConfusionMatrix
 
-from pipeline.evidence.results import result_table
+from pipeline.looking.results import result_table
 from pipeline.ops.metrics import harmonic_mean, iou_per_class, pixel_accuracy, summary
 
 

@@ -40,7 +40,8 @@ class Spread(ShardStage):
         centroids = part.read("cluster", ["centroids"])["centroids"].astype(np.float64)
         rows = centroids.reshape(-1, centroids.shape[-1])
         rows = rows[~np.isnan(rows).any(1)]
-        part.tick and part.tick(len(part.samples))
+        if part.tick:
+            part.tick(len(part.samples))
         sums = {"sum": rows.sum(0).tolist(), "squares": (rows**2).sum(0).tolist()}
         return Made({}, {"count": [len(rows)], **sums})
 
@@ -53,7 +54,7 @@ class Spread(ShardStage):
     def summary(self, run, stats):
         return {"objects": int(sum(part["count"][0] for part in stats))}
 '''
-ENTRY = '''
+ENTRY = """
     Stage(
         "spread",
         (),
@@ -68,8 +69,8 @@ ENTRY = '''
         in_cache=True,
         says={"summary?": {"objects": int}},
     ),
-'''
-LAST = '    Stage("report", ("report",), "eval"),\n'
+"""
+LAST = '    Stage("figures", ("report",), "eval", last="clusters.png"),\n'
 PARTS = ("pipeline", "cache", "config", "profiles", "cli.py", "Snakefile")
 SETTINGS = ("views.num=1", "cluster.debug=true")  # five shards; debug keeps centroids
 
@@ -128,7 +129,9 @@ def test_a_stage_is_one_file_and_one_entry(project):
     centroids = Store.open(config.cache_path).read_whole("centroids").astype(np.float64)
     rows = centroids.reshape(-1, centroids.shape[-1])
     wanted = rows[~np.isnan(rows).any(1)].std(0)
-    found = np.frombuffer((config.cache_path / "data.zarr" / "spread" / "c.0").read_bytes()[: wanted.size * 4], "f4")
+    found = np.frombuffer(
+        (config.cache_path / "data.zarr" / "spread" / "c.0").read_bytes()[: wanted.size * 4], "f4"
+    )
     assert np.allclose(found, wanted, rtol=1e-4, atol=1e-5)
 
     shown = run(folder, "inspect", "runs/small")
@@ -152,7 +155,7 @@ def test_verify_looks_at_it(project):
 
 
 def test_another_clustering_makes_it_again(project):
-    folder, config = project
+    folder, _ = project
     assert run(folder, "spread").returncode == 0
     other = [*command(folder, "spread")[2:], "--set", "cluster.threshold=0.7"]
     refused = run(folder, *other)

@@ -75,12 +75,13 @@ def planned(monkeypatch, capsys, tmp_path):
     """Job counts of `snakemake -n`, in this process: starting one a preset would take a minute."""
     from snakemake.cli import main
 
-    def plan(name, *targets, **settings):
+    def plan(name, *targets, snakefile="Snakefile", **settings):
         monkeypatch.chdir(ROOT)
         settings |= {"set": f"runs={tmp_path} cache.path={tmp_path}/cache"}
         config = [f"{key}={value}" for key, value in settings.items()]
+        words = ["-n", "--cores", "1", "--configfile", f"config/{name}.yaml", "--config", *config]
         with pytest.raises(SystemExit) as stopped:
-            main([*targets, "-n", "--cores", "1", "--configfile", f"config/{name}.yaml", "--config", *config])
+            main(["-s", snakefile, *targets, *words])
         said = "".join(capsys.readouterr())
         assert stopped.value.code == 0, said
         return dict(re.findall(r"^(\w+) +(\d+)$", said, re.MULTILINE))
@@ -95,9 +96,42 @@ def test_snakemake_plans_every_stage(name, planned):
     assert planned(name) == wanted
 
 
+@pytest.mark.parametrize(
+    ("target", "jobs"),
+    [
+        ("cams", ["extract", "cams"]),
+        ("train", ["extract", "cluster", "train"]),
+        ("figures", ["extract", "cluster", "train", "eval", "figures"]),
+    ],
+)
+def test_a_stage_is_a_target(target, jobs, planned):
+    assert planned("demo", target) == dict.fromkeys(jobs, "1") | {"total": str(len(jobs))}
+
+
+@pytest.mark.parametrize(
+    ("target", "options", "jobs"),
+    [
+        ("contrast", {}, {"train": 1, "train_variant": 8, "eval": 1, "eval_variant": 8}),
+        ("ablations", {}, {"train": 1, "train_variant": 26, "eval": 1, "eval_variant": 26}),
+        ("ablations", {"quick": "true"}, {"train_variant": 9, "eval_variant": 9}),
+        (
+            "transfer",
+            {"on_set": "text.synonyms={beach: [sand]}"},
+            {"train": 1, "train_variant": 2, "eval_on": 3},
+        ),
+        ("paper", {}, {"train_variant": 26, "eval_variant": 26, "eval_on": 3, "report": 1, "figures": 1}),
+    ],
+)
+def test_snakemake_plans_the_evidence(target, options, jobs, planned):
+    """All on the demo's one cache: the teacher is asked once."""
+    found = planned("demo", target, snakefile="evidence/Snakefile", **options)
+    assert found["extract"] == found["cluster"] == found[target] == "1"
+    assert {job: int(found[job]) for job in jobs} == jobs
+
+
 @pytest.mark.parametrize("name", TRANSFERS)
 @pytest.mark.parametrize("row", [row for row in ROWS if row.startswith("coco_stuff")])
 def test_snakemake_plans_a_transfer(name, row, planned, tmp_path):
     target = f"{tmp_path}/{row}/eval-on-{name}/metrics.json"
     wanted = dict.fromkeys(("extract", "cluster", "train", "eval_on"), "1") | {"total": "4"}
-    assert planned(row, target, on=name) == wanted
+    assert planned(row, target, snakefile="evidence/Snakefile", on=name) == wanted

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from evidence.contrast import BEGIN, END, keep_contrast, lift_of_glm, results_section
+from evidence.scores import results_of
+from evidence.variants import CONTRAST
 from pipeline.config import UserError, load
-from pipeline.evidence.results import BEGIN, END, keep_contrast, lift_of_glm, results_of, results_section
-from pipeline.evidence.variants import CONTRAST
 
 ROOT = Path(__file__).parents[1]
 MADE = {"date": "2026-01-02", "machine": "2 x a processor", "torch": "2.9", "revision": "abc"}
@@ -47,18 +48,18 @@ def test_the_lift_by_hand(config):
 
 def test_keep_writes_metrics_readme_and_log_once(config, tmp_path):
     evaluated(config, "demo", 42)
-    (tmp_path / "docs").mkdir()
-    (tmp_path / "docs" / "test-log.md").write_text("# log\n")
+    (tmp_path / "evidence").mkdir()
+    (tmp_path / "evidence" / "test-log.md").write_text("# log\n")
     (tmp_path / "README.md").write_text(f"above\n{BEGIN}\nold\n{END}\nbelow\n")
     keep_contrast(config, tmp_path)
-    once = [(tmp_path / name).read_text() for name in ("README.md", "docs/test-log.md")]
+    once = [(tmp_path / name).read_text() for name in ("README.md", "evidence/test-log.md")]
     keep_contrast(config, tmp_path)
-    assert once == [(tmp_path / name).read_text() for name in ("README.md", "docs/test-log.md")]
+    assert once == [(tmp_path / name).read_text() for name in ("README.md", "evidence/test-log.md")]
     assert once[0].startswith(f"above\n{BEGIN}\n7 test scenes")
     assert once[0].endswith(f"{END}\nbelow\n")
     assert "old" not in once[0]
     assert once[1].count("id of demo") == 1
-    assert json.loads((tmp_path / "docs/results/demo-full-0.json").read_text())["mIoU_U"] == 42
+    assert json.loads((tmp_path / "evidence/results/demo-full-0.json").read_text())["mIoU_U"] == 42
 
 
 def test_keep_says_what_is_missing(config, tmp_path):
@@ -71,10 +72,10 @@ def test_keep_says_what_is_missing(config, tmp_path):
 
 
 def test_readme_says_what_the_kept_results_say():
-    """Every number of README's section is made from docs/results/, with date, machine and revision."""
+    """Every number of README's section is made from evidence/results/, with date, machine and revision."""
     results: dict[str, dict[int, dict]] = {}
     for contrast in CONTRAST:
-        for path in sorted((ROOT / "docs" / "results").glob(f"demo-{contrast}-[0-9].json")):
+        for path in sorted((ROOT / "evidence" / "results").glob(f"demo-{contrast}-[0-9].json")):
             results.setdefault(contrast, {})[int(path.stem[-1])] = json.loads(path.read_text())
     readme = (ROOT / "README.md").read_text()
     section = readme.split(f"{BEGIN}\n")[1].split(END)[0]

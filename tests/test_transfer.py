@@ -6,12 +6,12 @@ import re
 import numpy as np
 import pytest
 
+from evidence.transfer import PAPER, claims, collect
+from evidence.variants import transfer_trigger
+from evidence.verdicts import AS_PAPER, OPPOSITE, UNRESOLVED
 from pipeline.config import load
 from pipeline.data.base import DataError, open_data_set
 from pipeline.data.demo import CLASSES, UNSEEN, DemoDataSet, render_scene
-from pipeline.evidence.contrasts import AS_PAPER, OPPOSITE, UNRESOLVED
-from pipeline.evidence.transfer import PAPER, claims, collect
-from pipeline.evidence.variants import transfer_trigger
 from pipeline.ops.metrics import harmonic_mean
 from tests.conftest import is_one_line_error
 
@@ -106,9 +106,9 @@ def test_what_is_asked_of_the_other_set_triggers():
     assert first == transfer_trigger("id", load("config/demo_other.yaml", ["train.lr=1"]))
 
 
-def test_the_table_is_printed(tmp_path, run_cli):
+def test_the_table_is_printed(tmp_path, run_cli, run_evidence):
     runs = ("--set", f"runs={tmp_path}")
-    assert is_one_line_error(run_cli("transfer", *runs), "snakemake transfer")
+    assert is_one_line_error(run_evidence("transfer", *runs), "snakemake -s evidence/Snakefile transfer")
     for run, folder, unseen in (
         ("demo", "eval-on-demo_other", 61.0),
         ("demo-full-1", "eval-on-demo_other", 65.0),
@@ -121,11 +121,13 @@ def test_the_table_is_printed(tmp_path, run_cli):
         )
     demo = load("config/demo.yaml", [f"runs={tmp_path}"])
     collect(demo, load("config/demo_other.yaml")).keep(tmp_path / "out")
-    page = (tmp_path / "out/docs/transfer.md").read_text()
+    page = (tmp_path / "out/evidence/transfer.md").read_text()
     assert "2026-01-02, a processor, torch 2.9, revision abc" in page
     assert "| demo on demo_other | 2 | 80.0 ± 0.0 | 40.0 ± 0.0 | 63.0 ± 2.8 | 50.0 ± 0.0 |" in page
-    assert json.loads((tmp_path / "out/docs/results/demo-on-demo_other-1.json").read_text())["mIoU_U"] == 65
-    done = run_cli("transfer", *runs)
+    assert (
+        json.loads((tmp_path / "out/evidence/results/demo-on-demo_other-1.json").read_text())["mIoU_U"] == 65
+    )
+    done = run_evidence("transfer", *runs)
     assert done.returncode == 0, done.stderr
     assert re.search(r"demo on demo_other +│ 2 +│ 80.0 ± 0.0 +│ 40.0 ± 0.0 +│ 63.0 ± 2.8 ", done.stdout)
     assert re.search(
@@ -135,7 +137,7 @@ def test_the_table_is_printed(tmp_path, run_cli):
     assert re.search(row, done.stdout)
     done = run_cli("results", tmp_path / "demo", tmp_path / "demo-full-1")
     assert "demo-full-1 on demo_other" in done.stdout
-    assert is_one_line_error(run_cli("transfer", *runs, "--on", "contxt"), "config/contxt.yaml")
+    assert is_one_line_error(run_evidence("transfer", *runs, "--on", "contxt"), "config/contxt.yaml")
     path.write_text(json.dumps({"pAcc": 80.0, "mIoU_S": 40.0, "mIoU_U": None, "hIoU": None, "gamma": 1.5}))
     path.rename(tmp_path / "demo" / "eval-on-demo_other" / "metrics.json")
-    assert is_one_line_error(run_cli("transfer", *runs), "demo_other", "data.unseen")
+    assert is_one_line_error(run_evidence("transfer", *runs), "demo_other", "data.unseen")

@@ -22,14 +22,14 @@ from bench.small_run import content_digest, small_arguments, small_config
 from cache.errors import CacheWriteFailed
 from cache.files import new_log, partial_of, whole_file, write_atomic, write_text
 from cache.ledger import Ledger, write_manifest
+from evidence.pages import write_page
 from pipeline import predict, prompts
 from pipeline.config import load
-from pipeline.evidence.pages import write_page
-from pipeline.evidence.takeover import take_over
 from pipeline.learning.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint, save_student
 from pipeline.learning.journal import Curve
 from pipeline.looking.confusion import confusion_picture
 from pipeline.running import console
+from pipeline.teaching.takeover import take_over
 from tests.conftest import is_one_line_error
 
 FEW = ("data.train=6", "views.num=1", "eval.pictures=2", "report.images=2")

@@ -236,6 +236,14 @@ def test_help_is_help(run_cli):
     assert (done.returncode, "error:" in done.stderr) == (2, False)
 
 
+def test_help_has_the_commands_in_groups(run_cli):
+    text = run_cli("--help").stdout
+    headings = ("Stages of a run", "Use a student", "Look at a run", "Data and machine")
+    order = [text.index(f" {word} ") for word in (*headings, "extract", "predict", "inspect", "prepare")]
+    stages, use, look, data, extract, predict, inspect, prepare = order
+    assert stages < extract < use < predict < look < inspect < data < prepare
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [

@@ -134,7 +134,7 @@ class Views(Section):
         4,
         ge=1,
         le=255,
-        description="cached views per image, 4 by docs/fidelity.md; view 0 is the whole image",
+        description="cached views per image, 4 by evidence/fidelity.md; view 0 is the whole image",
     )
 
 
@@ -247,6 +247,11 @@ class Validate(Section):
     use: Literal["best", "last"] = content("best", description="the student that eval takes")
 
 
+# The words of ops/losses.POOLINGS and models/vla.VARIANTS: this file loads no torch, so a test holds them together.
+Pooling = Literal["attention", "max", "mean"]
+Adapter = Literal["transformer", "mlp", "original"]
+
+
 class Train(Section):
     iterations: int = content(
         20_000, ge=1, le=MAX_ITERATIONS, description="20k VOC, 40k Context, 80k COCO-Stuff (section 4.1)"
@@ -262,7 +267,7 @@ class Train(Section):
         0.95, ge=0, le=1, description="pixels of clip_es below it don't count (0.95 after the CRF)"
     )
     views: int | None = content(None, ge=1, description="use only the first so many cached views; null: all")
-    glm: Literal["attention", "max", "mean", "off"] = content(
+    glm: Literal[Pooling, "off"] = content(
         "attention", description="how dense features become a predicted CLS token (eq. 1-2; Table 4)"
     )
     glm_length: float | None = content(
@@ -278,7 +283,7 @@ class Train(Section):
         le=MAX_NEGATIVES,
         description="so many drawn anew each iteration from all cached CLS tokens; null: the bank",
     )
-    vla: Literal["transformer", "mlp", "original"] = content(
+    vla: Adapter = content(
         "transformer", description="what makes classifiers of potential objects (section 3.3; Table 5)"
     )
     potential: bool = content(True, description="off: the ignored area stays ignored, seen labels only")

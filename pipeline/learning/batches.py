@@ -109,7 +109,13 @@ class CachedViews(Dataset):
             refuse_unseen(data)
         self.size = self.store.fact(SIDES, "teacher", "image_size")
         self.mean_colour = self.store.mean_colour
-        self.num_views = self._views_used(self.store.fact(SIDES, "views", "num"))
+        cached = self.store.fact(SIDES, "views", "num")
+        self.num_views = config.train.views or cached
+        if self.num_views > cached:
+            raise DataError(
+                f"train.views is {self.num_views}, and {config.cache_path} holds {cached} views an image. Lower it, or "
+                "extract again with more views.num."
+            )
         self.replayed = Kept(int(config.train.views_in_memory_gb * 1e9))
         self.kept, status = self._checked()
         usable = [int(row) for row in np.flatnonzero(status == 0)]
@@ -144,15 +150,6 @@ class CachedViews(Dataset):
         whole = self.kept["cls"] if "cls" in self.kept else self.store.read_whole("cls")
         return np.ascontiguousarray(whole[np.array(self.rows), : self.num_views])
 
-    def _views_used(self, cached: int) -> int:
-        wanted = self.config.train.views or cached
-        if wanted > cached:
-            raise DataError(
-                f"train.views is {wanted}, and {self.config.cache_path} holds {cached} views an image. Lower it, or "
-                "extract again with more views.num."
-            )
-        return wanted
-
     def _checked(self) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """The small arrays, when they are small enough to keep, and `status`, shard by shard as recorded.
 
@@ -163,7 +160,12 @@ class CachedViews(Dataset):
         }
         check_whole(self.store, above["extract"])
         fingerprints = {stage: str(manifest["fingerprint"]) for stage, manifest in above.items()}
-        keep = sum(map(self._memory_bytes, self.arrays)) <= KEEP_BYTES
+        # Of all rows, decoded: on the disk the zeros of padded CAMs take next to nothing.
+        specs = [self.store.spec(name) for name in self.arrays]
+        keep = (
+            sum(math.prod(s.shape(self.store.sizes)) * np.dtype(s.dtype).itemsize for s in specs)
+            <= KEEP_BYTES
+        )
         found: dict[str, list[np.ndarray]] = {name: [] for name in (*self.arrays * keep, "status")}
         for shard in range(self.store.num_shards):
             blocks = read_recorded(self.store, shard, fingerprints, (*self.arrays, "status"))
@@ -171,11 +173,6 @@ class CachedViews(Dataset):
                 parts.append(blocks[name])
         whole = {name: np.concatenate(parts) for name, parts in found.items()}
         return whole, whole.pop("status")
-
-    def _memory_bytes(self, array: str) -> int:
-        """Of all its rows, decoded: on the disk the zeros of padded CAMs take next to nothing."""
-        spec = self.store.spec(array)
-        return math.prod(spec.shape(self.store.sizes)) * np.dtype(spec.dtype).itemsize
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -212,9 +209,9 @@ class CachedViews(Dataset):
         return named_labels(labels, pseudo, torch.from_numpy(self._row("named", row)[view]))
 
     def _row(self, array: str, row: int) -> np.ndarray:
-        return (
-            self.kept[array][row] if array in self.kept else self.store.read_rows(array, np.array([row]))[0]
-        )
+        if array in self.kept:
+            return self.kept[array][row]
+        return self.store.read_rows(array, np.array([row]))[0]
 
     def replay(self, sample: Sample, box: np.ndarray) -> tuple[Tensor, Tensor]:
         """A view as extraction saw it, and the seen labels under it: (3, S, S) uint8, (S, S) uint8.

@@ -270,14 +270,9 @@ def load_student(path: Path) -> tuple[DenseStudent, Checkpoint]:
         raise CheckpointError(
             f"{path}: its weights don't fit {config.student.arch}: {_line(error)}"
         ) from None
+    identity = str(metadata.get("fingerprint", ""))
     checkpoint = Checkpoint(
-        config,
-        str(metadata.get("fingerprint", "")),
-        tuple(classes),
-        tuple(unseen),
-        text,
-        cache=cache,
-        revision=revision,
+        config, identity, tuple(classes), tuple(unseen), text, cache=cache, revision=revision
     )
     return student.eval(), checkpoint
 

@@ -7,7 +7,6 @@ when it is asked for again. `cli.py predict --run runs/demo/kept/<fingerprint>` 
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import socket
@@ -16,8 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from cache.files import write_atomic, writing
-from cache.ledger import read_manifest, refuse_other_file
+from cache.files import held, write_atomic, writing
+from cache.ledger import read_manifest
 from pipeline.config import UserError
 from pipeline.learning.checkpoint import LAST, OWNER, student_metadata
 from pipeline.running.console import say
@@ -33,30 +32,22 @@ class RunBusy(UserError):
 
 @contextmanager
 def training_in(run: Path) -> Iterator[None]:
-    """Holds a run's folder for one training. The kernel's lock: it ends with its process, however that dies.
+    """Holds a run's folder for one training.
 
     Raises: RunBusy at once while another holds it, CacheWriteFailed.
     """
     path = run / LOCK
-    with writing(path):
-        run.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-    try:
-        refuse_other_file(path, descriptor)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            held = os.pread(descriptor, 1000, 0).decode(errors="replace") or "another process"
-            raise RunBusy(
-                f"{run}: {held} is training there. Wait for it to end or stop it, or train under another name (--set "
-                "name=...)."
-            ) from None
-        since = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}, since {since},".encode(), 0)
+
+    def busy() -> RunBusy:
+        holder = path.read_text(encoding="utf-8", errors="replace")[:1000] or "another process"
+        return RunBusy(
+            f"{run}: {holder} is training there. Wait for it to end or stop it, or train under another name (--set "
+            "name=...)."
+        )
+
+    since = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    with held(path, f"process {os.getpid()} on {socket.gethostname()}, since {since},".encode(), busy):
         yield
-    finally:
-        os.close(descriptor)
 
 
 def claim(run: Path, identity: str) -> None:

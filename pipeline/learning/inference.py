@@ -23,9 +23,8 @@ MOST_WINDOWS = 4096  # of one image in mode `slide`: some two thousand times as 
 MOST_SLID_BYTES = 2**32  # of one image's colours and logits in mode `slide` at scale 1, where its windows lie
 COLOURS = 4  # the three, and how many windows there were
 BLACK = np.zeros(3, np.uint8)
-Best = tuple[
-    Tensor, Tensor, Tensor
-]  # best seen class, best unseen class, the gamma to be passed: (H, W) each
+# Best seen class, best unseen class, the gamma to be passed: (H, W) each.
+Best = tuple[Tensor, Tensor, Tensor]
 
 
 @torch.inference_mode()
@@ -161,9 +160,8 @@ def _logits(student: DenseStudent, text: Tensor, images: Tensor) -> Tensor:
     try:
         dense = student(images.to(device)).float()
     except Exception as error:
-        if isinstance(student, DenseStudent) and refused(
-            student, side
-        ):  # some encoders are built for one side
+        # Some encoders are built for one side.
+        if isinstance(student, DenseStudent) and refused(student, side):
             raise StudentError(
                 f"eval.scales: this student can't look at images of {side} x {side}, only of the side it was trained "
                 f"at ({' '.join(str(error).split())}). Leave eval.scales out."

@@ -78,9 +78,8 @@ class Curve:
     def __init__(self, folder: Path, start: int) -> None:
         path = folder / "losses.jsonl"
         kept = [line for line in _lines(path) if _iteration(line) <= start] if start else []
-        write_text(
-            path, "".join(line + "\n" for line in kept)
-        )  # whole: a kill here must not lose what is kept
+        # Whole: a kill here must not lose what is kept.
+        write_text(path, "".join(line + "\n" for line in kept))
         self.path = path
         self.file: IO[str] = path.open("a", encoding="utf-8")
 

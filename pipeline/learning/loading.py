@@ -18,9 +18,7 @@ from pipeline.running.console import say
 from pipeline.running.processes import cores, most_processes
 
 AHEAD = 2  # batches made before they are asked for: one being made while one is ready
-MOST_PROCESSES = (
-    8  # of the loader, unless the config says more: beyond it a data-centre GPU waits for nothing
-)
+MOST_PROCESSES = 8  # of the loader, unless the config says more: beyond it no data-centre GPU waits
 # Of a loader process before it keeps anything, shared libraries apart: measured with torch 2.15.
 LOADER_BYTES = 0.45e9
 

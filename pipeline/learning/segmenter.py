@@ -128,11 +128,8 @@ class Segmenter:
             data = data_of(self.config.data)
         except DataError:
             return ""  # it lies elsewhere
-        return (
-            ""
-            if data.classes == self.checkpoint.classes
-            else different_classes(self.checkpoint.classes, data.classes)
-        )
+        own = self.checkpoint.classes
+        return "" if data.classes == own else different_classes(own, data.classes)
 
     def ask(self, names: Sequence[Name] | None) -> Asked:
         """The names as the student takes them; None: the run's own classes.
@@ -212,9 +209,8 @@ class Segmenter:
         is_sorted = order == list(places)
         names = torch.tensor(order, dtype=torch.uint8, device=scores.device)
         for rows, enlarged in strips(scores if is_sorted else scores[order], size):
-            best = names[
-                enlarged.max(0).indices
-            ]  # (R, W), the first at a tie; argmax takes three times as long
+            # (R, W), the first at a tie; argmax takes three times as long.
+            best = names[enlarged.max(0).indices]
             if reject is not None:
                 score = SCORES[self.config.student.classifier](enlarged)
                 best[score < reject] = NONE

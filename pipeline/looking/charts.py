@@ -14,6 +14,7 @@ from html import escape
 Points = Sequence[tuple[float, float]]
 
 STYLES = 6  # lines that the style sheet tells apart, by colour and dash
+STEPS = 4  # between the numbers of an axis, or one more
 MAX_POINTS = 300  # of a curve; more would only fatten the file
 TOP, BOTTOM, LEFT = 16, 34, 46  # room in SVG units for the mark's word, the x axis and the y axis
 NAME_HEIGHT = 13  # least distance of two names at the ends of lines
@@ -40,11 +41,11 @@ class Frame:
         return self.height - BOTTOM - share * (self.height - TOP - BOTTOM)
 
 
-def ticks(low: float, high: float, wanted: int = 4) -> list[float]:
-    """Round numbers (1, 2 or 5 times a power of ten) that span low..high, at most `wanted` + 1 steps."""
+def ticks(low: float, high: float) -> list[float]:
+    """Round numbers (1, 2 or 5 times a power of ten) that span low..high, at most STEPS + 1 steps."""
     span = (high - low) or abs(high) or 1.0
-    power = 10.0 ** math.floor(math.log10(span / wanted))
-    step = next((power * m for m in (1, 2, 5) if span / (power * m) <= wanted), power * 10)
+    power = 10.0 ** math.floor(math.log10(span / STEPS))
+    step = next((power * m for m in (1, 2, 5) if span / (power * m) <= STEPS), power * 10)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [round(i * step, 12) for i in range(first, max(last, first + 1) + 1)]
 
@@ -107,20 +108,12 @@ def _end_names(frame: Frame, drawn: Mapping[str, Points]) -> list[str]:
     return parts
 
 
-def bar_chart(
-    bars: Sequence[tuple[str, float]],
-    *,
-    what: str,
-    x_name: str,
-    y_name: str,
-    width: int = 560,
-    height: int = 220,
-) -> str:
+def bar_chart(bars: Sequence[tuple[str, float]], *, what: str, x_name: str, y_name: str) -> str:
     """Vertical bars with their labels (thinned when they are many). Returns "" without bars."""
     if not bars:
         return ""
     y_ticks = ticks(0.0, max(value for _, value in bars))
-    frame = Frame(width, height, 10, 0, len(bars), y_ticks[0], y_ticks[-1])
+    frame = Frame(560, 220, 10, 0, len(bars), y_ticks[0], y_ticks[-1])
     parts = _axes(frame, y_ticks, x_name, y_name)
     every = max(1, -(-len(bars) // 16))
     for place, (label, value) in enumerate(bars):
@@ -129,7 +122,7 @@ def bar_chart(
         box = f'x="{x:.1f}" y="{y:.1f}" width="{wide:.1f}" height="{tall:.1f}"'
         parts.append(_titled(f'rect class="bar" {box}', f"{label}: {value:g}"))
         if place % every == 0:
-            parts.append(_text("tick", x + wide / 2, height - BOTTOM + 14, label, "middle"))
+            parts.append(_text("tick", x + wide / 2, frame.height - BOTTOM + 14, label, "middle"))
     return _svg(frame, what, parts)
 
 

@@ -85,6 +85,5 @@ def confused_pairs(matrix: np.ndarray, num: int) -> list[tuple[int, int]]:
     wrong = np.array(matrix, np.float64)
     np.fill_diagonal(wrong, 0)
     order = np.argsort(-wrong, axis=None, kind="stable")[:num]
-    return [
-        (int(t), int(p)) for t, p in zip(*np.unravel_index(order, wrong.shape), strict=True) if wrong[t, p]
-    ]
+    places = zip(*np.unravel_index(order, wrong.shape), strict=True)
+    return [(int(t), int(p)) for t, p in places if wrong[t, p]]

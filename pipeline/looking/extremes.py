@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from cache.files import remove, whole_file
-from pipeline.data.base import IGNORE, DataSet
+from pipeline.data.base import DataSet
 from pipeline.learning.scoring import Extreme
+from pipeline.looking.gallery import present
 from pipeline.looking.panels import (
     ERROR_PALETTE,
     ERRORS,
@@ -31,29 +32,25 @@ def save_extremes(folder: Path, extremes: Iterable[Extreme], data: DataSet) -> N
     """Draws each into a JPEG of its own, in place of the pictures that were there."""
     remove(folder)
     for extreme in extremes:
-        name, picture = (
-            re.sub(r"[^A-Za-z0-9._-]", "_", extreme.name),
-            sheet([_strip(extreme, data)], side=SIDE),
-        )
+        name = re.sub(r"[^A-Za-z0-9._-]", "_", extreme.name)
+        picture = sheet([_strip(extreme, data)], side=SIDE)
         with whole_file(folder / f"{name}.jpg") as file:
             picture.save(file, "JPEG", quality=QUALITY)
 
 
 def _strip(extreme: Extreme, data: DataSet) -> Strip:
-    shown = [i for i in np.union1d(extreme.truth, extreme.guess) if i != IGNORE]
-    legend = []
-    for i in shown:
-        red, green, blue = (int(value) for value in data.palette[i])
-        legend.append((data.classes[i] + "*" * (i in data.unseen_ids), (red, green, blue)))
+    names = [
+        (i, data.classes[i] + "*" * (i in data.unseen_ids)) for i in present(extreme.truth, extreme.guess)
+    ]
+    legend = [(name, _rgb(data.palette[i])) for i, name in names]
     errors = error_panel("errors", extreme.truth, extreme.guess, list(data.unseen_ids))
-    panels = (
-        photo(extreme.image),
-        class_panel("truth", extreme.truth, data.palette),
-        class_panel("prediction", extreme.guess, data.palette),
-        errors,
-    )
+    maps = (("truth", extreme.truth), ("prediction", extreme.guess))
+    panels = (photo(extreme.image), *(class_panel(*titled, data.palette) for titled in maps), errors)
     mark = "  (* unseen)" if any(name.endswith("*") for name, _ in legend) else ""
-    for kind in np.setdiff1d(errors.pixels, (RIGHT, UNLABELLED)):
-        red, green, blue = (int(value) for value in ERROR_PALETTE[kind])
-        legend.append((f"error: {ERRORS[kind]}", (red, green, blue)))
+    wrong = np.setdiff1d(errors.pixels, (RIGHT, UNLABELLED))
+    legend += [(f"error: {ERRORS[kind]}", _rgb(ERROR_PALETTE[kind])) for kind in wrong]
     return Strip(f"{extreme.name}: mean IoU {100 * extreme.score:.1f}{mark}", panels, legend)
+
+
+def _rgb(colour: np.ndarray) -> tuple[int, int, int]:
+    return int(colour[0]), int(colour[1]), int(colour[2])

@@ -6,7 +6,6 @@ by what a student makes of them. Axes: h x w the token grid, H x W an image's ow
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,7 +17,7 @@ from cache.store import Store
 from pipeline.data.base import BadImage, DataSet, Sample
 from pipeline.learning.inference import squashed
 from pipeline.looking.gallery import Pupil, Selection, eval_cards, spread
-from pipeline.looking.panels import Panel, Strip, class_panel, object_panel, photo, resized, sheet
+from pipeline.looking.panels import Panel, Strip, class_panel, object_panel, photo, png, resized, sheet
 from pipeline.looking.quality import quality_picture
 from pipeline.looking.tagged import percent_panel
 from pipeline.models.glm import attention_over_largest
@@ -80,7 +79,9 @@ def attention_figure(store: Store, data: DataSet, rows: Sequence[int], pupil: Pu
         shown = _enlarged(share, image.shape[:2])
         lit = (image * (0.25 + 0.75 * shown[..., None])).round().astype(np.uint8)
         panels = (photo(image), percent_panel("attention", shown), photo(lit, "image by attention"))
-        strips.append(Strip(sample.id, (*panels, *_hidden(data, sample))))
+        truth = data.labels(sample)
+        hidden = [] if truth is None else [class_panel("truth", truth, data.palette)]
+        strips.append(Strip(sample.id, (*panels, *hidden)))
     caption = (
         "GLM's attention (eq. 1, the paper's Figure 5): where the student's features answer to the teacher's CLS "
         "token, in percent of its largest value. Training never read the truth of the unseen classes, shown last."
@@ -105,12 +106,10 @@ def centres_figure(store: Store, data: DataSet, rows: Sequence[int]) -> Figure:
         raw, pseudo = (store.read_rows(name, [row])[0][0] for name in ("pseudo_raw", "pseudo"))
         ids, counts = np.unique(raw[is_object(raw)], return_counts=True)
         largest = sorted(zip(-counts, ids, strict=True))[:CENTRES]
-        single = [
-            _only(
-                image, resized((raw == i).astype(np.uint8), (image.shape[1], image.shape[0])), f"{-n} tokens"
-            )
-            for n, i in largest
+        masks = [
+            (resized((raw == i).astype(np.uint8), (image.shape[1], image.shape[0])), n) for n, i in largest
         ]
+        single = [_only(image, mask, f"{-n} tokens") for mask, n in masks]
         shown = (object_panel(f"K-means, {len(ids)} centres", raw), *single)
         strips.append(Strip(sample.id, (photo(image), *shown, object_panel("fused", pseudo))))
     caption = (
@@ -139,11 +138,6 @@ def _images(store: Store, data: DataSet, rows: Sequence[int]) -> list[tuple[Samp
     return found
 
 
-def _hidden(data: DataSet, sample: Sample) -> list[Panel]:
-    truth = data.labels(sample)
-    return [] if truth is None else [class_panel("truth", truth, data.palette)]
-
-
 def _enlarged(share: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """(h, w) in 0..1 -> (H, W), bilinear."""
     picture = Image.fromarray(share.astype(np.float32))
@@ -152,19 +146,12 @@ def _enlarged(share: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 def fitted_png(picture: Image.Image) -> bytes:
     """A PNG of at most MAX_BYTES: as it is, else with 256 colours, else smaller as well."""
-    whole = _png(picture)
+    whole = png(picture)
     if len(whole) <= MAX_BYTES:
         return whole
     while True:
-        content = _png(picture.convert("P", palette=Image.Palette.ADAPTIVE, colors=256))
+        content = png(picture.convert("P", palette=Image.Palette.ADAPTIVE, colors=256))
         if len(content) <= MAX_BYTES or picture.width <= 400:
             return content
-        picture = picture.resize(
-            (int(picture.width * 0.85), int(picture.height * 0.85)), Image.Resampling.LANCZOS
-        )
-
-
-def _png(picture: Image.Image) -> bytes:
-    out = io.BytesIO()
-    picture.save(out, "PNG", optimize=True)
-    return out.getvalue()
+        smaller = (int(picture.width * 0.85), int(picture.height * 0.85))
+        picture = picture.resize(smaller, Image.Resampling.LANCZOS)

@@ -58,9 +58,8 @@ def forecast(config: Config, shape: TeacherShape, num_images: int, num_classes: 
     sizes |= {"K": num_classes, "K_c": num_centres(config.cluster, side)}
     storage = STORAGE[tokens]
     names = ["view", "cls", "status", *(storage.arrays if storage.is_kept else ())]
-    names += (
-        written_arrays(config.cluster) if config.recipe == "clip_teacher" else ()
-    )  # CAMs depend on the images
+    # CAMs depend on the images.
+    names += written_arrays(config.cluster) if config.recipe == "clip_teacher" else ()
     arrays = {name: array_bytes(name, sizes, storage.dtypes.get(name)) for name in names}
     text = 4.0 * num_classes * shape.channels
     other = text + num_images * (RECORD_BYTES_PER_IMAGE + ID_BYTES)

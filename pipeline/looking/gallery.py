@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import islice
+from os.path import commonprefix
 from typing import Literal, Protocol
 
 import numpy as np
@@ -57,7 +59,7 @@ class Card:
     accuracy: float | None = None
     iou: float | None = None
     num_objects: int | None = None
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
     rivals: tuple[tuple[str, float], ...] = ()
     truth: tuple[int, ...] | None = None
 
@@ -72,17 +74,12 @@ class Card:
 
 def not_found(what: str, name: str, names: Sequence[str]) -> UserError:
     """The error for a name that doesn't exist, with the valid ones nearest to it."""
-    likely = sorted(names, key=lambda other: -_shared(other, name))[:CLOSEST]
+    # By characters, which suits names.
+    likely = sorted(names, key=lambda other: -len(commonprefix([other, name])))[:CLOSEST]  # noqa: RUF071
     near = difflib.get_close_matches(name, likely, 3, 0.0)
     return UserError(
         f"{what} {name!r}: there is none of that name; the nearest are {', '.join(map(repr, near))}."
     )
-
-
-def _shared(one: str, other: str) -> int:
-    """How many characters two names begin with together."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 # ---- training images ---------------------------------------------------------------------------
@@ -204,9 +201,8 @@ def scores_of(guess: np.ndarray, truth: np.ndarray, num_classes: int) -> tuple[f
     known = truth != IGNORE
     if not known.any():
         return None
-    return 100 * float((guess == truth)[known].mean()), 100 * metrics.image_iou(
-        truth, guess, num_classes, IGNORE
-    )
+    accuracy = float((guess == truth)[known].mean())
+    return 100 * accuracy, 100 * metrics.image_iou(truth, guess, num_classes, IGNORE)
 
 
 # ---- choosing ----------------------------------------------------------------------------------
@@ -216,11 +212,8 @@ def _worth_seeing(rows: Sequence[int], most: int, labelled: set[int], taught: Ta
     """Rows spread over the cache, those with something to see before those without."""
     probed = [rows[i] for i in spread(len(rows), TRIES * most)]
     known = [row for row in probed if row in labelled]
-    good = (
-        [row for row, is_telling in zip(known, taught.telling(known), strict=True) if is_telling]
-        if known
-        else []
-    )
+    telling = taught.telling(known) if known else []
+    good = [row for row, is_telling in zip(known, telling, strict=True) if is_telling]
     rest = [row for row in probed if row not in set(good)]
     picked = [good[i] for i in spread(len(good), most)]
     return sorted(picked + [rest[i] for i in spread(len(rest), most - len(picked))])
@@ -236,21 +229,10 @@ def _chosen(
     if chosen.image is not None:
         return [place for place in places if id_of(place) == chosen.image][:1]
     if chosen.class_id is not None:
-        return _holding(places, chosen, labels_of)
+        maps = ((place, labels_of(place)) for place in places)
+        holding = (place for place, labels in maps if labels is not None and chosen.class_id in labels)
+        return islice(holding, chosen.most)
     return [places[i] for i in spread(len(places), chosen.most)]
-
-
-def _holding(
-    places: Sequence[int], chosen: Selection, labels_of: Callable[[int], np.ndarray | None]
-) -> Iterator[int]:
-    found = 0
-    for place in places:
-        labels = labels_of(place)
-        if labels is not None and (labels == chosen.class_id).any():
-            yield place
-            found += 1
-            if found == chosen.most:
-                return
 
 
 def _labels(data: DataSet, sample: Sample | None) -> np.ndarray | None:
@@ -259,9 +241,9 @@ def _labels(data: DataSet, sample: Sample | None) -> np.ndarray | None:
 
 def spread(num: int, most: int) -> list[int]:
     """At most `most` of 0..num-1, evenly apart: a choice that no result can sway."""
-    return (
-        sorted({int(i) for i in np.linspace(0, num - 1, min(num, most)).round()}) if num and most > 0 else []
-    )
+    if num == 0 or most <= 0:
+        return []
+    return sorted({int(i) for i in np.linspace(0, num - 1, min(num, most)).round()})
 
 
 def present(*maps: np.ndarray) -> tuple[int, ...]:

@@ -31,17 +31,14 @@ errors that name the nearest valid one, a key given twice is one, too. Dates and
 
 def page() -> str:
     """The whole page, Markdown. Raises: DataError for an option of a data set that OPTIONS lacks."""
-    presets = [f"- [{path.name}]({path.name}): {_first_sentence(path)}" for path in _presets()]
+    paths = sorted(path for path in Path("config").glob("*.yaml") if path.name != "environment.yaml")
+    presets = [f"- [{path.name}]({path.name}): {_first_sentence(path)}" for path in paths]
     parts = [HEAD + "\n".join(presets), _table("Top level", Config)]
     for name, field in Config.model_fields.items():
         if _is_section(field):
             parts.append(_table(f"`{name}`", field.annotation, f"{name}."))
     parts.insert(3, _data_options())  # after `data`
     return "\n\n".join(parts) + "\n"
-
-
-def _presets() -> list[Path]:
-    return sorted(path for path in Path("config").glob("*.yaml") if path.name != "environment.yaml")
 
 
 def _first_sentence(path: Path) -> str:
@@ -59,13 +56,8 @@ def _is_section(field: FieldInfo) -> bool:
 
 def _table(title: str, model: Any, prefix: str = "") -> str:
     """One section: its docstring's first line and a row a key, sections inside it included."""
-    said = (
-        ""
-        if model is Config
-        else f"{(model.__doc__ or '').strip().splitlines()[0]}\n\n"
-        if model.__doc__
-        else ""
-    )
+    has_words = model is not Config and model.__doc__
+    said = f"{model.__doc__.strip().splitlines()[0]}\n\n" if has_words else ""
     rows = "\n".join(_rows(model, prefix))
     return f"## {title}\n\n{said}| key | default | values | meaning |\n|---|---|---|---|\n{rows}"
 
@@ -75,22 +67,17 @@ def _rows(model: Any, prefix: str) -> Iterator[str]:
         key = prefix + (field.alias or name)
         if not _is_section(field):
             meaning = (field.description or "").replace("|", "\\|")
-            yield f"| `{key}` | {_shown(_default(field))} | {_values(field)} | {meaning} |"
+            yield f"| `{key}` | {_shown(field)} | {_values(field)} | {meaning} |"
         elif prefix:
             yield from _rows(field.annotation, f"{key}.")
 
 
-def _default(field: FieldInfo) -> Any:
+def _shown(field: FieldInfo) -> str:
+    """A key's default as YAML has it."""
     value = field.get_default(call_default_factory=True)
-    return "" if value is PydanticUndefined else value
-
-
-def _shown(value: Any) -> str:
-    """As YAML has it."""
-    text = (
-        value if isinstance(value, str) else f"{value:.4g}" if isinstance(value, float) else json.dumps(value)
-    )
-    return f"`{text}`" if text else ""
+    if value is PydanticUndefined or value == "":
+        return ""
+    return f"`{value if isinstance(value, str) else f'{value:.4g}' if isinstance(value, float) else json.dumps(value)}`"
 
 
 def _values(field: FieldInfo) -> str:
@@ -127,9 +114,11 @@ def _data_options() -> str:
     for kind, (module, name) in KINDS.items():
         place = importlib.import_module(module)
         parameters = inspect.signature(getattr(place, name)).parameters
-        options = [
-            f"`{option}` {_own_default(parameter)}".strip() for option, parameter in parameters.items()
-        ]
+        defaults = {
+            option: "" if parameter.default is parameter.empty else f" {json.dumps(parameter.default)}"
+            for option, parameter in parameters.items()
+        }
+        options = [f"`{option}`{default}" for option, default in defaults.items()]
         title = (place.__doc__ or "").strip().partition("\n")[0].rstrip(".:")
         rows.append(f"| `{kind}` | {title} | {', '.join(options)} |")
         used |= set(parameters)
@@ -138,10 +127,6 @@ def _data_options() -> str:
     meanings = [f"- `{name}`: {option.meaning}" for name, option in OPTIONS.items() if name in used]
     head = ["### `data`, by kind", "", "| kind | what | options, with their defaults |", "|---|---|---|"]
     return "\n".join([*head, *rows, "", *meanings])
-
-
-def _own_default(parameter: inspect.Parameter) -> str:
-    return "" if parameter.default is parameter.empty else json.dumps(parameter.default)
 
 
 if __name__ == "__main__":

@@ -15,10 +15,8 @@ NONE = 255  # the id of what is none of the names,
 NONE_TITLE = "none of these"
 NONE_COLOUR = (224, 224, 192)  # its entry of a mask's palette: VOC's for void, bordering on nothing else's
 OPACITY = 0.55  # of the class colours over the image
-SMALLEST, LARGEST = (
-    384,
-    2048,
-)  # pixels a side: enlarged to the one, so that the legend is legible, and cut to the other
+# Pixels a side: enlarged to the one, so that the legend is legible, and cut to the other.
+SMALLEST, LARGEST = (384, 2048)
 FEW_LINES = 8  # of a legend, however flat the picture
 
 
@@ -47,15 +45,9 @@ def shares(ids: np.ndarray, titles: Sequence[str]) -> list[Share]:
     """What is found in a map of ids (H, W), the largest part first; none of the names, if it is there, last."""
     counts, palette = np.bincount(ids.ravel(), minlength=256), palette_of(len(titles))
     order = sorted(np.flatnonzero(counts).tolist(), key=lambda i: (i == NONE, -counts[i], i))
-    return [
-        Share(
-            i,
-            NONE_TITLE if i == NONE else titles[i],
-            float(counts[i] / ids.size),
-            (int(palette[i, 0]), int(palette[i, 1]), int(palette[i, 2])),
-        )
-        for i in order
-    ]
+    colours = {i: (int(palette[i, 0]), int(palette[i, 1]), int(palette[i, 2])) for i in order}
+    names = {i: NONE_TITLE if i == NONE else titles[i] for i in order}
+    return [Share(i, names[i], float(counts[i] / ids.size), colours[i]) for i in order]
 
 
 def painted(image: np.ndarray, ids: np.ndarray, num: int) -> Image.Image:
@@ -88,10 +80,8 @@ def with_legend(picture: Image.Image, found: Sequence[Share]) -> Image.Image:
     font = ImageFont.load_default(line * 0.75)
     num_lines = max(FEW_LINES, picture.height // line - 1)
     columns = [found[i : i + num_lines] for i in range(0, len(found), num_lines)]
-    widths = [
-        int(max(font.getlength(f"{share.title}  {share.percent}") for share in column)) + 2 * line
-        for column in columns
-    ]
+    texts = [[f"{share.title}  {share.percent}" for share in column] for column in columns]
+    widths = [int(max(map(font.getlength, column))) + 2 * line for column in texts]
     height = max(picture.height, line * (1 + min(len(found), num_lines)))
     page = Image.new("RGB", (picture.width + sum(widths) + line // 2, height), PAGE)
     page.paste(picture, (0, 0))

@@ -56,14 +56,10 @@ def render(
 
     `about` are lines on what is shown and what is missing; is_spread: images were not asked for by name or class.
     """
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"bytes": facts.human_bytes, "seconds": facts.human_seconds, "score": _score}
+    environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined)
+    environment.trim_blocks = environment.lstrip_blocks = True
+    environment.filters |= {"bytes": facts.human_bytes, "seconds": facts.human_seconds}
+    environment.filters["score"] = lambda value: "–" if value is None else f"{value:.1f}"
     first, shown = runs[0], _encoded(cards, data)
     config, metrics = first.config, first.metrics
     labels = (found_manifest(config, labels_stage(config)) or {}).get("summary")
@@ -126,14 +122,9 @@ def _made(runs: Sequence[Run]) -> dict[str, dict[str, str]]:
         metrics = run.metrics or {}
         said = {key: str(value) for key, value in metrics.get("made", {}).items()}
         if said:
-            found[f"evaluation {run.letter}".rstrip()] = said | {
-                "fingerprint": metrics.get("fingerprint", "")
-            }
+            said["fingerprint"] = metrics.get("fingerprint", "")
+            found[f"evaluation {run.letter}".rstrip()] = said
     return found
-
-
-def _score(value: float | None) -> str:
-    return "–" if value is None else f"{value:.1f}"
 
 
 def _encoded(cards: Sequence[Card], data: DataSet) -> list[dict[str, Any]]:
@@ -149,39 +140,29 @@ def _encoded(cards: Sequence[Card], data: DataSet) -> list[dict[str, Any]]:
     for order, (card, row) in enumerate(zip(cards, files, strict=True)):
         height, width = card.panels[0].pixels.shape[:2] if card.panels else (1, 1)
         panels = [
-            {
-                "title": p.title,
-                "kind": p.kind,
-                "under": p.under,
-                "uri": data_uri(*file),
-                "size": p.pixels.shape[:2],
-            }
+            {"title": p.title, "kind": p.kind, "under": p.under}
+            | {"uri": data_uri(*file), "size": p.pixels.shape[:2]}
             for p, file in zip(card.panels, row, strict=True)
         ]
-        legend = [(i, data.classes[i], hex_colour(data.palette[i]), i in unseen) for i in card.classes]
-        rest: dict[str, Any] = {
-            "id": card.id,
-            "part": card.part,
-            "notes": card.notes,
-            "accuracy": card.accuracy,
-            "iou": card.iou,
-        }
-        rest |= {"order": order, "ratio": round(width / height, 4), "objects": card.num_objects}
-        rest |= {"rivals": card.rivals, "lead": _lead(card)}
+        rest = {name: getattr(card, name) for name in ("id", "part", "notes", "accuracy", "iou", "rivals")}
+        lead = None if card.iou is None or not card.rivals else card.iou - max(iou for _, iou in card.rivals)
         shown.append(
-            {
-                **rest,
+            rest
+            | {
+                "order": order,
+                "ratio": round(width / height, 4),
+                "objects": card.num_objects,
                 "panels": panels,
-                "legend": legend,
-                "has_unseen": bool(unseen & set(card.classes if card.truth is None else card.truth)),
             }
+            | {"lead": lead}  # points of IoU by which the first run is ahead of the best of the others
+            | {
+                "legend": [
+                    (i, data.classes[i], hex_colour(data.palette[i]), i in unseen) for i in card.classes
+                ]
+            }
+            | {"has_unseen": bool(unseen & set(card.classes if card.truth is None else card.truth))}
         )
     return shown
-
-
-def _lead(card: Card) -> float | None:
-    """By how much IoU the first run is ahead of the best of the others, in points; None where it has none."""
-    return None if card.iou is None or not card.rivals else card.iou - max(iou for _, iou in card.rivals)
 
 
 def _names(data: DataSet) -> dict[str, dict[str, str]]:
@@ -191,11 +172,7 @@ def _names(data: DataSet) -> dict[str, dict[str, str]]:
         key = hex_colour(data.palette[i])
         named = f"{name} (unseen)" if i in data.unseen_ids else name
         classes[key] = f"{classes[key]} or {named}" if key in classes else named
-    objects = {
-        hex_colour(colour): f"potential object {i}"
-        for i, colour in enumerate(object_palette())
-        if 0 < i < 255
-    }
+    objects = {hex_colour(object_palette()[i]): f"potential object {i}" for i in range(1, 255)}
     objects[hex_colour(object_palette()[255])] = "padding"
     errors = {hex_colour(ERROR_PALETTE[i]): word for i, word in enumerate(ERRORS) if i}
     percent = {hex_colour(colour): f"{share} %" for share, colour in enumerate(percent_palette())}

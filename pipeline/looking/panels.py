@@ -70,12 +70,8 @@ def object_palette() -> np.ndarray:
     linear = np.where(unit <= 0.04045, unit / 12.92, ((unit + 0.055) / 1.055) ** 2.4)
     lab = _oklab(linear)
     lightness, chroma = lab[:, 0], np.hypot(lab[:, 1], lab[:, 2])
-    usable = (
-        (lightness > _LIGHTNESS[0])
-        & (lightness < _LIGHTNESS[1])
-        & (chroma > _CHROMA[0])
-        & (chroma < _CHROMA[1])
-    )
+    usable = (lightness > _LIGHTNESS[0]) & (lightness < _LIGHTNESS[1])
+    usable &= (chroma > _CHROMA[0]) & (chroma < _CHROMA[1])
     candidates, linear = candidates[usable], linear[usable]
     eyes = np.stack([_oklab(linear), _oklab(linear @ _PROTAN.T), _oklab(linear @ _DEUTAN.T)])  # (3, n, 3)
     chosen = [int(np.abs(candidates - (0, 114, 178)).sum(1).argmin())]
@@ -120,9 +116,8 @@ def object_panel(title: str, pseudo: np.ndarray) -> Panel:
 
 def error_panel(title: str, truth: np.ndarray, prediction: np.ndarray, unseen: Sequence[int]) -> Panel:
     """Where and how a prediction is wrong; what is right is clear over the greyed photograph."""
-    return Panel(
-        title, "errors", error_map(truth, prediction, unseen), ERROR_PALETTE, clear=RIGHT, under="photo"
-    )
+    wrong = error_map(truth, prediction, unseen)
+    return Panel(title, "errors", wrong, ERROR_PALETTE, clear=RIGHT, under="photo")
 
 
 def error_map(truth: np.ndarray, prediction: np.ndarray, unseen: Sequence[int]) -> np.ndarray:
@@ -144,8 +139,12 @@ def indexed(ids: np.ndarray, palette: np.ndarray, clear: int | None = None) -> b
     """A map as an indexed PNG whose pixel values are the ids."""
     picture = Image.fromarray(np.ascontiguousarray(ids, np.uint8), mode="P")
     picture.putpalette(_full(palette).tobytes())
+    return png(picture, **({} if clear is None else {"transparency": clear}))
+
+
+def png(picture: Image.Image, **options: int) -> bytes:
     out = io.BytesIO()
-    picture.save(out, "PNG", optimize=True, **({} if clear is None else {"transparency": clear}))
+    picture.save(out, "PNG", optimize=True, **options)
     return out.getvalue()
 
 
@@ -163,9 +162,7 @@ def encoded(panel: Panel, max_side: int, max_bytes: int | None = None) -> tuple[
     if panel.palette is not None:
         return "image/png", indexed(shrunk(panel.pixels, max_side), panel.palette, panel.clear)
     if max(panel.pixels.shape[:2]) <= 160:
-        out = io.BytesIO()
-        Image.fromarray(panel.pixels).save(out, "PNG", optimize=True)
-        return "image/png", out.getvalue()
+        return "image/png", png(Image.fromarray(panel.pixels))
     side = max_side
     while True:
         out = io.BytesIO()
@@ -190,8 +187,7 @@ def shrunk(pixels: np.ndarray, max_side: int) -> np.ndarray:
     scale = min(1.0, max_side / max(height, width))
     if scale == 1.0:
         return pixels
-    size = (max(1, round(width * scale)), max(1, round(height * scale)))
-    return resized(pixels, size)
+    return resized(pixels, (max(1, round(width * scale)), max(1, round(height * scale))))
 
 
 def resized(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -204,6 +200,7 @@ def resized(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 PAGE, INK, QUIET = (255, 255, 255), (25, 28, 33), (104, 110, 120)
 GROUND, HATCH_LIGHT, HATCH_DARK = (226, 228, 232), (244, 244, 246), (176, 180, 188)
+GAP = 12  # between panels, in pixels
 CAPTION, TITLE, LINE = 24, 22, 18  # pixels high: a strip's caption, the panels' titles, a line of the legend
 SHEET_ASPECT = 1.5  # width to height that a sheet of many strips comes near to
 
@@ -238,7 +235,7 @@ class Strip:
     legend: Sequence[tuple[str, tuple[int, int, int]]] = ()
 
 
-def sheet(strips: Sequence[Strip], *, side: int = 224, gap: int = 12) -> Image.Image:
+def sheet(strips: Sequence[Strip], *, side: int = 224) -> Image.Image:
     """A contact sheet: a row of panels a strip, caption above, titles and class names below.
 
     Panels are `side` high or wide, whichever is longer; many strips stand in several columns.
@@ -246,8 +243,8 @@ def sheet(strips: Sequence[Strip], *, side: int = 224, gap: int = 12) -> Image.I
     """
     if not strips:
         raise ValueError("a contact sheet wants at least one strip.")
-    width = max(max(len(strip.panels) for strip in strips) * (side + gap), 400) + gap
-    drawn_strips = [_drawn_strip(strip, side, gap, width) for strip in strips]
+    width = max(max(len(strip.panels) for strip in strips) * (side + GAP), 400) + GAP
+    drawn_strips = [_drawn_strip(strip, side, width) for strip in strips]
     total = sum(strip.height for strip in drawn_strips)
     num_columns = max(1, min(len(strips), round(math.sqrt(SHEET_ASPECT * total / width))))
     columns: list[list[Image.Image]] = [[]]
@@ -259,25 +256,25 @@ def sheet(strips: Sequence[Strip], *, side: int = 224, gap: int = 12) -> Image.I
             columns.append([])
         columns[-1].append(strip)
     page = Image.new(
-        "RGB", (len(columns) * width, gap + max(sum(s.height for s in c) for c in columns)), PAGE
+        "RGB", (len(columns) * width, GAP + max(sum(s.height for s in c) for c in columns)), PAGE
     )
     for place, column in enumerate(columns):
-        top = gap
+        top = GAP
         for strip in column:
             page.paste(strip, (place * width, top))
             top += strip.height
     return page
 
 
-def _drawn_strip(strip: Strip, side: int, gap: int, width: int) -> Image.Image:
+def _drawn_strip(strip: Strip, side: int, width: int) -> Image.Image:
     font, small = ImageFont.load_default(15), ImageFont.load_default(12)
-    size, lines, height = _lay(strip, side, gap, width, small)
+    size, lines, height = _lay(strip, side, width, small)
     page = Image.new("RGB", (width, height), PAGE)
     pen = ImageDraw.Draw(page)
-    pen.text((gap, 0), strip.caption, fill=INK, font=font)
+    pen.text((GAP, 0), strip.caption, fill=INK, font=font)
     image = next((p.pixels for p in strip.panels if p.kind == "photo"), None)
     for place, panel in enumerate(strip.panels):
-        x = gap + place * (side + gap)
+        x = GAP + place * (side + GAP)
         page.paste(Image.fromarray(drawn(panel, size, image)), (x, CAPTION))
         pen.text((x, CAPTION + size[1] + 3), panel.title, fill=QUIET, font=small)
     for row, line in enumerate(lines):
@@ -292,7 +289,7 @@ Line = list[tuple[int, str, tuple[int, int, int]]]
 
 
 def _lay(
-    strip: Strip, side: int, gap: int, width: int, font: ImageFont.ImageFont | ImageFont.FreeTypeFont
+    strip: Strip, side: int, width: int, font: ImageFont.ImageFont | ImageFont.FreeTypeFont
 ) -> tuple[tuple[int, int], list[Line], int]:
     """Panel size (width, height), the legend's lines as (x, name, colour), and the strip's height."""
     rows, columns = (strip.panels[0].pixels.shape[:2]) if strip.panels else (1, 1)
@@ -302,9 +299,9 @@ def _lay(
     x = math.inf
     for name, colour in strip.legend:
         needed = 15 + int(font.getlength(name)) + 16
-        if x + needed > width - gap:
+        if x + needed > width - GAP:
             lines.append([])
-            x = gap
+            x = GAP
         lines[-1].append((int(x), name, colour))
         x += needed
-    return size, lines, CAPTION + size[1] + TITLE + LINE * len(lines) + gap
+    return size, lines, CAPTION + size[1] + TITLE + LINE * len(lines) + GAP

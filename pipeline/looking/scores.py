@@ -200,11 +200,5 @@ def objects_chart(config: Config) -> Markup:
         if counts
         else []
     )
-    return Markup(
-        charts.bar_chart(
-            bars,
-            what="views by number of potential objects",
-            x_name="potential objects in a view",
-            y_name="views",
-        )
-    )
+    what = "views by number of potential objects"
+    return Markup(charts.bar_chart(bars, what=what, x_name="potential objects in a view", y_name="views"))

@@ -26,9 +26,8 @@ _LOW, _MIDDLE, _HIGH = (0, 34, 78), (125, 124, 120), (254, 232, 56)
 def percent_palette() -> np.ndarray:
     """Colours of 0 to 100 percent, dark to bright and all distinct: (101, 3) uint8."""
     marks = np.array([_LOW, _MIDDLE, _HIGH], np.float64)
-    return np.stack([np.interp(np.arange(101), (0, 50, 100), marks[:, c]) for c in range(3)], 1).astype(
-        np.uint8
-    )
+    channels = [np.interp(np.arange(101), (0, 50, 100), marks[:, c]) for c in range(3)]
+    return np.stack(channels, 1).astype(np.uint8)
 
 
 def percent_panel(title: str, shares: np.ndarray) -> Panel:
@@ -64,13 +63,10 @@ class Tagged:
             mask, sure = self.mask(row, (image.shape[0], image.shape[1]))
             least = self.config.train.confidence
             used = np.where(sure >= least, mask, IGNORE).astype(np.uint8)
-            shown += [
-                class_panel("mask", mask, self.data.palette),
-                percent_panel("confidence", sure),
-                class_panel("trained on", used, self.data.palette),
-            ]
+            shown += [class_panel("mask", mask, self.data.palette), percent_panel("confidence", sure)]
+            shown.append(class_panel("trained on", used, self.data.palette))
             notes = [
-                f"{', '.join(names) or 'no class'}",
+                ", ".join(names) or "no class",
                 f"{100 * (sure >= least).mean():.0f} % at {least:g} or surer",
             ]
             classes.append(mask)

@@ -74,9 +74,8 @@ def uploads() -> Path:
             os.close(held)
     while True:
         folder = Path(tempfile.mkdtemp(prefix=PREFIX)).resolve()  # for nobody else: mode 0700
-        if (
-            _locked(folder) is not None and folder.is_dir()
-        ):  # it isn't, if another page took it for an old one
+        # It isn't, if another page took it for an old one.
+        if _locked(folder) is not None and folder.is_dir():
             atexit.register(shutil.rmtree, folder, ignore_errors=True)
             return folder
 
@@ -115,9 +114,8 @@ class Door:
     def __init__(self, page: Any, folder: Path, host: str, token: str | None) -> None:
         self.page, self.folder, self.token = page, folder, token
         own = host if host.startswith("[") or ":" not in host else f"[{host}]"
-        self.hosts = (
-            None if host in ANY else {*LOOPBACK, own.lower()}
-        )  # None: whatever this machine is called
+        # None: whatever this machine is called.
+        self.hosts = None if host in ANY else {*LOOPBACK, own.lower()}
         # Cookies belong to a host, whatever its port: each page has its own.
         self.cookie = f"clipteacher-{secrets.token_hex(4)}"
 
@@ -183,10 +181,8 @@ class Door:
         except (ValueError, RecursionError):
             return (400, "A question is JSON."), receive
         if foreign:
-            return (
-                403,
-                "Choose a picture of your own first: this page opens no files of this machine.",
-            ), receive
+            line = "Choose a picture of your own first: this page opens no files of this machine."
+            return (403, line), receive
         waiting = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def again() -> dict[str, Any]:

@@ -66,9 +66,8 @@ def explain(
         own = torch.einsum("bc,bkc->bk", pooled, foreground).masked_fill(~present, -torch.inf)
         logits = scale * torch.cat([own, pooled @ background.T], dim=1)
         scores = logits.softmax(1)[:, : foreground.shape[1]]  # (B, K)
-        wanted = torch.eye(scores.shape[1], device=scores.device)[:, None].expand(
-            -1, len(scores), -1
-        )  # (K, B, K)
+        # (K, B, K)
+        wanted = torch.eye(scores.shape[1], device=scores.device)[:, None].expand(-1, len(scores), -1)
         (gradients,) = torch.autograd.grad(scores, entering, wanted * present, is_grads_batched=True)
     attention = (attention + weights.detach()) / min(blocks, len(earlier) + 1)
     return Explained(activations[:, 1:].float(), gradients[:, :, 1:].float(), attention, scores.detach())
@@ -82,9 +81,8 @@ def attended(attn: Any, entering: Tensor) -> tuple[Tensor, Tensor]:
     batch, length, width = entering.shape
     joint = torch.nn.functional.linear(entering, attn.in_proj_weight, attn.in_proj_bias)
     query, key, value = joint.view(batch, length, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
-    weights = (query * query.shape[-1] ** -0.5 @ key.transpose(-2, -1)).softmax(
-        -1
-    )  # (B, heads, 1 + L, 1 + L)
+    # (B, heads, 1 + L, 1 + L)
+    weights = (query * query.shape[-1] ** -0.5 @ key.transpose(-2, -1)).softmax(-1)
     mixed = (weights @ value).transpose(1, 2).reshape(batch, length, width)
     return attn.out_proj(mixed), weights.mean(1, dtype=torch.float32)[:, 1:, 1:].detach()
 

@@ -12,8 +12,11 @@ import re
 from dataclasses import dataclass
 
 import torch
+from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, normalize, softmax
+
+from pipeline.config import UserError
 
 
 @dataclass(frozen=True)
@@ -35,28 +38,10 @@ SIZES = {
 }
 STRIPS = (7, 11, 21)  # lengths of the strip convolutions (Section 3.1)
 LAYER_SCALE = 1e-2  # initial weight of a residual branch (the published code)
-BASES, STEPS, EVAL_STEPS, SHARPNESS = (
-    16,
-    6,
-    7,
-    100.0,
-)  # R, updates in training and after, 1/t (the published configs)
+# R, updates in training and after, 1/t (the published configs)
+BASES, STEPS, EVAL_STEPS, SHARPNESS = 16, 6, 7, 100.0
 GROUPS = 32  # of the decoder's group norm (the published configs)
 TINY = 1e-6
-
-
-class DropPath(nn.Module):
-    """A residual branch left out at random, image by image, in training."""
-
-    def __init__(self, probability: float) -> None:
-        super().__init__()
-        self.probability = probability
-
-    def forward(self, branch: Tensor) -> Tensor:
-        if not self.training or self.probability == 0:
-            return branch
-        keep = 1 - self.probability
-        return branch * branch.new_empty(len(branch), 1, 1, 1).bernoulli_(keep) / keep
 
 
 def _depthwise(width: int, kernel: int | tuple[int, int]) -> nn.Conv2d:
@@ -204,13 +189,18 @@ def _grouped(before: int, after: int) -> tuple[nn.Module, nn.Module]:
 class SegNext(nn.Module):
     """Encoder, decoder and a last layer of C channels, named as segmentation_models_pytorch names its parts.
 
-    Shapes: images (B, 3, S, S) -> (B, C, S/8, S/8). Raises: ValueError for an unknown encoder.
+    Shapes: images (B, 3, S, S) -> (B, C, S/8, S/8).
+    Raises: UserError for an unknown encoder, and for weights by name: none are published where they can be fetched.
     """
 
-    def __init__(self, encoder: str, classes: int, dropout: float = 0.1) -> None:
+    def __init__(self, encoder: str, classes: int, weights: str | None = None, dropout: float = 0.1) -> None:
         super().__init__()
         if encoder not in SIZES:
-            raise ValueError(f"SegNeXt has no encoder {encoder!r}, only {', '.join(SIZES)}")
+            raise UserError(f"SegNeXt has no encoder {encoder!r}, only {', '.join(SIZES)}")
+        if weights is not None:
+            raise UserError(
+                f"no weights of {encoder!r} can be downloaded by name; put the published file into student.weights"
+            )
         size = SIZES[encoder]
         self.encoder, self.decoder = Mscan(size), Hamburger(size)
         self.segmentation_head = nn.Sequential(nn.Dropout2d(dropout), nn.Conv2d(size.decoder, classes, 1))

@@ -9,9 +9,9 @@ import difflib
 import inspect
 import re
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, cast
 
 import segmentation_models_pytorch as smp
@@ -26,9 +26,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from pipeline.config import Student, UserError
 from pipeline.models.segnext import SegNext, published_names
 
-HEAD_STD = (
-    0.01  # mmseg's init of its last layer; a longer R makes GLM's attention (eq. 1) a spike from the start
-)
+# mmseg's init of its last layer; a longer R makes GLM's attention (eq. 1) a spike from the start.
+HEAD_STD = 0.01
 STRIDE = 4  # of the dense output; SegFormer's (method section 4)
 DIVISOR = 32  # of the input's sides: encoders halve it five times
 MOST_SIDE = 1024  # up to which sides that a student takes are looked for, when it doesn't take the views'
@@ -39,12 +38,8 @@ SIDE_OPTIONS: tuple[Callable[[int], dict[str, Any]], ...] = (
     lambda side: {"img_size": side, "strict_img_size": False},
     lambda side: {"img_size": side},
 )
-GIVEN = (
-    "encoder_name",
-    "encoder_weights",
-    "in_channels",
-    "classes",
-)  # no options: they follow from other keys
+# No options: they follow from other keys.
+GIVEN = ("encoder_name", "encoder_weights", "in_channels", "classes")
 MOST_SAID = 300  # characters of another library's error
 PARAMETERS_WITHOUT_DECAY = ("pos_embed", "position", "relative_position_bias_table")
 
@@ -105,8 +100,7 @@ class DeepLabV2(nn.Module):
 
 
 ASPP_RATES = (6, 12, 18, 24)  # ASPP-L's
-# What segmentation_models_pytorch lacks.
-OWN_ARCHS: dict[str, Any] = {"segnext": SegNext, "deeplabv2": DeepLabV2}
+OWN_ARCHS: tuple[Any, ...] = (SegNext, DeepLabV2)  # what segmentation_models_pytorch lacks
 
 
 def build_student(
@@ -117,7 +111,11 @@ def build_student(
     With `side`, that of the views in pixels, timm's encoders are built so that they take it, and others where they can.
     Raises: StudentError naming the arch, the encoder or the option that doesn't exist, or sides that the student takes.
     """
-    archs = {name.lower(): arch for name, arch in vars(smp).items() if _is_arch(arch)} | OWN_ARCHS
+    archs = {
+        name.lower(): arch
+        for name, arch in (vars(smp) | {own.__name__: own for own in OWN_ARCHS}).items()
+        if isinstance(arch, type) and issubclass(arch, (smp.base.SegmentationModel, *OWN_ARCHS))
+    }
     if section.arch.lower() not in archs:
         raise StudentError(
             f"student.arch {section.arch!r}: want one of {', '.join(a.__name__ for a in archs.values())}."
@@ -127,24 +125,23 @@ def build_student(
         _check_encoder(section.encoder)
     if given := [key for key in GIVEN if key in section.options]:
         raise StudentError(f"student.options {given[0]}: is set by the other keys of student. Leave it out.")
-    build = _own_net if arch in OWN_ARCHS.values() else _smp_net
     known = _options_of(arch)
-    if not section.encoder.startswith(
-        ("tu-", "timm-")
-    ):  # smp drops what its own encoders and decoders don't know
+    # smp drops what its own encoders and decoders don't know.
+    if not section.encoder.startswith(("tu-", "timm-")):
         for option in section.options.keys() - known:
             raise _no_option(section, option, known)
 
-    def made(more: dict[str, Any], weights: bool = pretrained and section.weights is None) -> nn.Module:
-        options = more | section.options
-        return build(arch, section.model_copy(update={"options": options}), channels, weights)
+    def made(more: dict[str, Any], weights: bool = pretrained and section.weights is None) -> DenseStudent:
+        net = _net(arch, section, channels, weights, more | section.options)
+        return DenseStudent(net, section.mean, section.std)
 
     try:
-        net = made({})
+        student = made({})
     except Exception as error:  # timm, smp, the hub and torch each raise their own
         raise _explained(section, arch, error, lambda: made({}, False)) from None
     if side is not None:
-        net = _taking(net, side, section, made)
+        student = _taking(student, side, section, made)
+    net = student.net
     if pretrained and section.weights is not None:
         try:
             _load_encoder(net, section.weights)
@@ -153,23 +150,18 @@ def build_student(
                 f"student.weights {section.weights}: no weights of {section.encoder!r}: {_said(error)}. Give the "
                 "encoder's own file, or null."
             ) from None
-    head = next(
-        layer
-        for layer in reversed(list(cast(nn.Module, net.segmentation_head).modules()))
-        if isinstance(layer, nn.Conv2d)
-    )
+    layers = cast(nn.Module, net.segmentation_head).modules()
+    head = [layer for layer in layers if isinstance(layer, nn.Conv2d)][-1]
     nn.init.normal_(head.weight, std=HEAD_STD)
     if head.bias is not None:
         nn.init.zeros_(head.bias)
-    return DenseStudent(net, section.mean, section.std)
+    return student
 
 
 def _check_encoder(name: str) -> None:
     """Raises: StudentError with the nearest names that exist."""
     own, timms = smp.encoders.get_encoder_names(), [f"tu-{model}" for model in timm.list_models()]
-    if (
-        name in own or name.startswith("timm-") or ":" in name
-    ):  # a colon: timm's models from a folder or a hub
+    if name in own or name.startswith("timm-") or ":" in name:  # timm's models from a folder or a hub
         return
     if name.partition(".")[0] in timms:  # after the point, whose weights: timm names the ones that exist
         return
@@ -185,8 +177,8 @@ def _check_encoder(name: str) -> None:
 
 def _explained(section: Student, arch: Any, error: Exception, without: Callable[[], Any]) -> StudentError:
     """Why a student can't be built, with the cure that fits; `without` builds it without weights."""
-    if isinstance(error, StudentError):
-        return error
+    if isinstance(error, UserError):
+        return StudentError(str(error))
     if found := re.search(r"unexpected keyword argument '(\w+)'", str(error)):
         return _no_option(section, found[1], _options_of(arch))
     what = f"student {section.arch} on {section.encoder!r}"
@@ -236,49 +228,38 @@ def _said(error: Exception) -> str:
 
 
 def _taking(
-    net: nn.Module, side: int, section: Student, made: Callable[[dict[str, Any]], nn.Module]
-) -> nn.Module:
-    """The net, or one built with the first of SIDE_OPTIONS by which it takes the side; best, another side as well."""
-    error = _refused(net, side, section)
+    student: DenseStudent, side: int, section: Student, made: Callable[[dict[str, Any]], DenseStudent]
+) -> DenseStudent:
+    """The student, or the first built with SIDE_OPTIONS that takes the side; best, another side as well."""
+    error = refused(student, side)
     other = side + DIVISOR  # of scales and windows at test time
-    if not section.encoder.startswith("tu-") or (error is None and _refused(net, other, section) is None):
-        if error is not None:
-            raise _side_error(net, side, section, error)
-        return net
-    fallback, state = (net if error is None else None), torch.get_rng_state()
-    for options in SIDE_OPTIONS:
+    if error is None and (not section.encoder.startswith("tu-") or refused(student, other) is None):
+        return student
+    fallback, state = (student if error is None else None), torch.get_rng_state()
+    for options in SIDE_OPTIONS if section.encoder.startswith("tu-") else ():
         torch.set_rng_state(state)
         try:
             found = made(options(side))
         except Exception:  # an encoder that has no such option
             continue
-        refused = _refused(found, side, section)
-        if refused is not None:
-            error = refused  # nearer to the point than that of a net that wasn't built for the side
-        else:
-            if _refused(found, other, section) is None:
-                return found
-            fallback = fallback or found
-    if fallback is None:
-        assert error is not None
-        raise _side_error(net, side, section, error)
-    return fallback
-
-
-def _side_error(net: nn.Module, side: int, section: Student, error: Exception) -> StudentError:
+        if (why := refused(found, side)) is not None:
+            error = why  # nearer to the point than that of a net that wasn't built for the side
+            continue
+        if refused(found, other) is None:
+            return found
+        fallback = fallback or found
+    if fallback is not None:
+        return fallback
+    assert error is not None
     sides = sorted(range(DIVISOR, MOST_SIDE + 1, DIVISOR), key=lambda each: abs(each - side))
-    fitting = list(islice((str(each) for each in sides if _refused(net, each, section) is None), 3))
+    fitting = list(islice((str(each) for each in sides if refused(student, each) is None), 3))
     todo = (
         f"it takes {', '.join(fitting)}, for example. Change teacher.image_size, or student.encoder"
         if fitting
         else f"nor of any side up to {MOST_SIDE}. Change student.encoder"
     )
-    what = f"student {section.arch} on {section.encoder!r}: no images of {side} x {side} ({_said(error)})"
-    return StudentError(f"{what}; {todo}.")
-
-
-def _refused(net: nn.Module, side: int, section: Student) -> Exception | None:
-    return refused(DenseStudent(net, section.mean, section.std), side)
+    what = f"student {section.arch} on {section.encoder!r}: no images of {side} x {side}"
+    raise StudentError(f"{what} ({_said(error)}); {todo}.")
 
 
 def refused(student: DenseStudent, side: int) -> Exception | None:
@@ -293,18 +274,14 @@ def refused(student: DenseStudent, side: int) -> Exception | None:
 def try_shapes(student: DenseStudent, batch: int, side: int, *, training: bool) -> None:
     """A forward on shapes alone (torch's meta device) that leaves the student as it is; raises what it raises."""
     was_training = student.training
-    state = {name: value.detach().to("meta") for name, value in _tensors(student)}
+    tensors = chain(student.named_parameters(), student.named_buffers())
+    state = {name: value.detach().to("meta") for name, value in tensors}
     student.train(training)
     try:
         with torch.no_grad():
             functional_call(student, state, (torch.empty(batch, 3, side, side, device="meta"),))
     finally:
         student.train(was_training)
-
-
-def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from module.named_parameters()
-    yield from module.named_buffers()
 
 
 def check_batch(student: DenseStudent, section: Student, batch: int, side: int) -> None:
@@ -344,29 +321,13 @@ def cost_of(section: Student, channels: int, side: int, batch: int = 2) -> Stude
     return StudentCost(parameters, counter.get_total_flops() / 2)
 
 
-def _smp_net(arch: Any, section: Student, channels: int, pretrained: bool) -> nn.Module:
-    options: dict[str, Any] = dict(section.options)
+def _net(arch: Any, section: Student, channels: int, pretrained: bool, options: dict[str, Any]) -> nn.Module:
+    weights = section.encoder_weights if pretrained else None
+    if arch in OWN_ARCHS:
+        return arch(section.encoder, channels, weights, **options)
     if "upsampling" in inspect.signature(arch).parameters:
         options.setdefault("upsampling", 1)  # leave the logits on the decoder's own grid
-    return smp.create_model(
-        section.arch,
-        encoder_name=section.encoder,
-        encoder_weights=section.encoder_weights if pretrained else None,
-        classes=channels,
-        **options,
-    )
-
-
-def _own_net(arch: Any, section: Student, channels: int, pretrained: bool) -> nn.Module:
-    if arch is DeepLabV2:
-        return arch(
-            section.encoder, channels, section.encoder_weights if pretrained else None, **section.options
-        )
-    if pretrained and section.encoder_weights is not None:
-        raise StudentError(
-            f"no weights of {section.encoder!r} can be downloaded by name; put the published file into student.weights"
-        )
-    return arch(section.encoder, channels, **section.options)
+    return smp.create_model(section.arch, section.encoder, weights, classes=channels, **options)
 
 
 def _load_encoder(net: nn.Module, path: str) -> None:
@@ -379,10 +340,6 @@ def _load_encoder(net: nn.Module, path: str) -> None:
     if isinstance(net, SegNext):
         state = published_names(state)
     cast(nn.Module, net.encoder).load_state_dict(state)
-
-
-def _is_arch(found: Any) -> bool:
-    return isinstance(found, type) and issubclass(found, smp.base.SegmentationModel)
 
 
 def parameter_groups(

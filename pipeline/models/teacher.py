@@ -69,8 +69,7 @@ class Teacher:
         side that is no multiple of the patch.
         """
         with _quiet():
-            config = _model_config(name)
-            tag = open_clip.get_pretrained_cfg(name.replace("/", "-"), pretrained) if pretrained else {}
+            config, tag = _published(name, pretrained)
             _check_quick_gelu(name, pretrained, tag, bool(config.get("quick_gelu")), quick_gelu)
             path = _weights_file(name, pretrained, tag)
             try:
@@ -143,15 +142,9 @@ class Teacher:
         Shapes: K lists of prompts -> (K, C) float32, unit norm, on the CPU.
         """
         flat = [prompt for group in prompts for prompt in group]
-        features = torch.cat(
-            [
-                normalize(
-                    self.model.encode_text(self.tokenizer(flat[i : i + TEXT_BATCH]).to(self.device)).float(),
-                    dim=1,
-                )
-                for i in range(0, len(flat), TEXT_BATCH)
-            ]
-        ).cpu()
+        parts = (self.tokenizer(flat[i : i + TEXT_BATCH]) for i in range(0, len(flat), TEXT_BATCH))
+        encoded = [self.model.encode_text(part.to(self.device)).float() for part in parts]
+        features = normalize(torch.cat(encoded), dim=1).cpu()
         means = torch.stack([part.mean(0) for part in features.split([len(group) for group in prompts])])
         return normalize(means, dim=1)
 
@@ -171,22 +164,16 @@ class TeacherShape:
 def shape_of(name: str, pretrained: str | None) -> TeacherShape:
     """The numbers that a run's cost follows from. Downloads nothing. Raises: TeacherError."""
     with _quiet():
-        config = _model_config(name)
-        tag = open_clip.get_pretrained_cfg(name.replace("/", "-"), pretrained) if pretrained else {}
+        config, tag = _published(name, pretrained)
         is_remote = bool(tag) or name.startswith("hf-hub:")
         weights = None if is_remote else _weights_file(name, pretrained, tag)
     vision = config["vision_cfg"]
     if not isinstance(vision.get("layers"), int) or "patch_size" not in vision:
         raise TeacherError(f"teacher.model {name!r}: dense tokens need one of open_clip's own ViTs.")
-    own = vision.get("image_size", 224)  # open_clip's default
-    return TeacherShape(
-        channels=int(config["embed_dim"]),
-        patch=int(vision["patch_size"]),
-        width=int(vision["width"]),
-        layers=int(vision["layers"]),
-        image_size=int(own),
-        weights=weights,
-    )
+    numbers = {"channels": config["embed_dim"], "patch": vision["patch_size"]}
+    numbers |= {"width": vision["width"], "layers": vision["layers"]}
+    numbers["image_size"] = vision.get("image_size", 224)  # open_clip's default
+    return TeacherShape(**{name: int(number) for name, number in numbers.items()}, weights=weights)
 
 
 def weights_sha256(model: torch.nn.Module) -> str:
@@ -198,7 +185,8 @@ def weights_sha256(model: torch.nn.Module) -> str:
     return total.hexdigest()
 
 
-def _model_config(name: str) -> dict[str, Any]:
+def _published(name: str, pretrained: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What open_clip knows of a model and of a tag of its weights. Raises: TeacherError for an unknown model."""
     schema, _, folder = name.partition(":")
     if schema == "local-dir" and not (Path(folder) / "open_clip_config.json").is_file():
         raise TeacherError(f"teacher.model {name!r}: {folder} holds no open_clip_config.json.")
@@ -206,7 +194,7 @@ def _model_config(name: str) -> dict[str, Any]:
     if config is None:
         near = ", ".join(difflib.get_close_matches(name, open_clip.list_models(), 3, 0.0))
         raise TeacherError(f"teacher.model {name!r}: open_clip knows no such model; near it are {near}.")
-    return config
+    return config, open_clip.get_pretrained_cfg(name.replace("/", "-"), pretrained) if pretrained else {}
 
 
 def _weights_file(name: str, pretrained: str | None, tag: dict[str, Any]) -> Path:

@@ -17,9 +17,8 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 FEW = 24  # classes up to which enlarging them all is faster (measured: bench/evaluation.py)
-STRIP_VALUES = (
-    2**22
-)  # logits enlarged at once where all are wanted: 16 MiB, whatever the image (2**24: half as fast)
+# Logits enlarged at once where all are wanted: 16 MiB, whatever the image (2**24: half as fast).
+STRIP_VALUES = 2**22
 Taps = tuple[Tensor, Tensor, Tensor]
 
 

@@ -1,7 +1,7 @@
-"""Multi-scale K-means: centres from windows, then spherical Lloyd iterations, batched in torch.
+"""Multi-scale K-means: centres from windows, then Lloyd iterations, batched in torch.
 
 Axes: B views, h x w tokens, L = h * w, C channels, K centres (9 + 49 = 58 on the paper's grid).
-Tokens are L2-normalised; centres too, so an inner product is a cosine. Works on any device.
+Tokens are L2-normalised; the spherical K-means' centres too, so an inner product is a cosine. Works on any device.
 
 Three ways to the same clusters, and tests hold them together: `lloyd` on a GPU takes all views in
 one product an iteration; on the CPU it takes a view at a time, whose tokens then stay in the processor's
@@ -12,7 +12,7 @@ the inner products are summed in another order.
 
 from collections.abc import Callable
 from math import ceil
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ from pipeline.ops.views import PADDING
 WINDOWS = (3, 7)  # CLIPTeacher, implementation details: "the window size is set as 3 and 7"
 ITERATIONS = 20  # method section 3.2
 
+Distance = Literal["cosine", "euclidean"]
 MARGIN = 1e-5  # of an inner product of unit vectors; some ten times what float32 sums of 512 terms are off by
 
 # A search: points (n, C), centres (K, C) -> each point's nearest centre (n,), ties to the lower index; its
@@ -86,29 +87,42 @@ def window_centres(
 
 
 def lloyd(
-    tokens: Tensor, active: Tensor, centres: Tensor, alive: Tensor, iterations: int = ITERATIONS
+    tokens: Tensor,
+    active: Tensor,
+    centres: Tensor,
+    alive: Tensor,
+    iterations: int = ITERATIONS,
+    distance: Distance = "cosine",
 ) -> Clusters:
-    """Spherical Lloyd's K-means of the active tokens, from given centres, each view on its own.
+    """Lloyd's K-means of the active tokens, from given centres, each view on its own.
 
     One iteration: every active token goes to the nearest living centre; centres become the normalised
     means of their tokens; a centre without tokens is dropped at once and never re-seeded. A view
     stops when an assignment step changes nothing, or after `iterations` steps.
+
+    With distance "euclidean" centres are plain means: spread-out clusters have short ones, which draw tokens less
+    than a cosine would. They are returned with unit norm, as fusion's cosines want them.
 
     Shapes: tokens (B, L, C) unit norm, active (B, L) bool, centres (B, K, C), alive (B, K) bool.
     Any number of active tokens is legal, none included (then no centre survives).
     Source: method section 3.2.
     Raises: ValueError for shapes that differ, `iterations` below 1, or active tokens and no living centre.
     """
-    if tokens.device.type == "cpu":
+    if tokens.device.type == "cpu" and distance == "cosine":
         return lloyd_by_view(nearest, tokens, active, centres, alive, iterations)
-    return lloyd_at_once(tokens, active, centres, alive, iterations)
+    return lloyd_at_once(tokens, active, centres, alive, iterations, distance)
 
 
-# --- all views in one product: the GPU's way ------------------------------------------------------
+# --- all views in one product: the GPU's way, and the Euclidean one -------------------------------
 
 
 def lloyd_at_once(
-    tokens: Tensor, active: Tensor, centres: Tensor, alive: Tensor, iterations: int
+    tokens: Tensor,
+    active: Tensor,
+    centres: Tensor,
+    alive: Tensor,
+    iterations: int,
+    distance: Distance = "cosine",
 ) -> Clusters:
     """`lloyd` in batched products; see there."""
     tokens, centres, alive = _checked(tokens, active, centres, alive, iterations)
@@ -121,18 +135,25 @@ def lloyd_at_once(
         if running.numel() == 0:
             break
         scores = torch.bmm(tokens, centres[running].transpose(1, 2))  # (B, L, K)
-        step = scores.masked_fill(~alive[running][:, None], -torch.inf).argmax(
-            2
-        )  # ties: argmax takes the first
+        # |x - c|^2 = |x|^2 - 2 (x.c - |c|^2 / 2), and |x| is the same for all centres.
+        if distance == "euclidean":
+            scores = scores - centres[running].square().sum(2)[:, None] / 2
+        # Ties: argmax takes the first.
+        step = scores.masked_fill(~alive[running][:, None], -torch.inf).argmax(2)
         step = step.masked_fill(~active[running], -1)
         has_changed = (step != assign[running]).any(1)
         # One-hot rows times tokens: deterministic on the GPU, where index_add is not.
         member = step[:, None] == index  # (B, K, L)
         assign[running], alive[running] = step, member.any(2)
-        centres[running] = F.normalize(torch.bmm(member.float(), tokens), dim=2)
+        sums = torch.bmm(member.float(), tokens)
+        if distance == "euclidean":
+            centres[running] = sums / member.sum(2).clamp(min=1)[..., None]
+        else:
+            centres[running] = F.normalize(sums, dim=2)
         num_iterations[running] += 1
         if not bool(has_changed.all()):
             running, tokens = running[has_changed], tokens[has_changed]
+    centres = F.normalize(centres, dim=2) if distance == "euclidean" else centres
     return Clusters(assign, centres, alive, num_iterations)
 
 

@@ -65,14 +65,6 @@ def build_name() -> str:
     return f"{faiss.__version__} ({faiss.get_compile_options().strip()}; {gpus})"
 
 
-def _index(centres: Tensor, gpu: bool) -> "faiss.Index":
-    index: faiss.Index = faiss.IndexFlatIP(centres.shape[1])
-    if gpu:
-        index = faiss.index_cpu_to_gpu(_gpu_resources(), 0, index)
-    index.add(_array(centres))
-    return index
-
-
 def _array(values: Tensor) -> np.ndarray:
     return np.ascontiguousarray(values.detach().cpu().numpy(), np.float32)
 
@@ -86,7 +78,9 @@ def _search(points: Tensor, centres: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _search_on_gpu(points: Tensor, centres: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The RANKS best of an index on the GPU; little comes back from there."""
     num = min(RANKS, len(centres))
-    scores, found = map(torch.from_numpy, _index(centres, gpu=True).search(_array(points), num))
+    index = faiss.index_cpu_to_gpu(_gpu_resources(), 0, faiss.IndexFlatIP(centres.shape[1]))
+    index.add(_array(centres))
+    scores, found = map(torch.from_numpy, index.search(_array(points), num))
     bounds = scores[:, -1:].repeat(1, len(centres)).scatter_(1, found, scores)
     best, nearest = scores[:, 0], found[:, 0]
     if num > 1 and bool((is_tie := best == scores[:, 1]).any()):
@@ -117,21 +111,3 @@ def lloyd_faiss(
     with _one_thread():
         clusters = lloyd_by_view(search, tokens.cpu(), active.cpu(), centres.cpu(), alive.cpu(), iterations)
     return Clusters(*(x.to(tokens.device) for x in clusters))
-
-
-def similar_centres(centres: Tensor, threshold: float) -> Tensor:
-    """Which centres are more similar than `threshold`, by range search; the diagonal is always True.
-
-    Shapes: centres (K, C) unit norm -> (K, K) bool on the CPU.
-    Source: Algorithm 1; the twin of fusion.similar_pairs for one view. A dead centre is a row of zeros, and like
-    none, lambda being above 0.
-    """
-    num_centres = len(centres)
-    similar = torch.eye(num_centres, dtype=torch.bool)
-    if num_centres:
-        with _one_thread():
-            bounds, _, found = _index(centres, gpu=False).range_search(_array(centres), threshold)
-        limits = np.asarray(bounds, np.int64)  # row i's finds are limits[i]..limits[i + 1]
-        rows = np.arange(num_centres).repeat(limits[1:] - limits[:-1])
-        similar[torch.from_numpy(rows), torch.from_numpy(found)] = True
-    return similar

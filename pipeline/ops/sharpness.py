@@ -21,9 +21,8 @@ def sharpness(features: Tensor, present: Tensor, classes: Tensor, background: Te
     names = torch.cat([classes, background], dim=1)  # (T, K + N, C)
     competes = torch.cat([present, present.new_ones(len(present), background.shape[1])], dim=1)  # (n, K + N)
     logits = scale * torch.einsum("nc,tkc->tnk", features, names)
-    scores = (
-        logits.masked_fill(~competes, -torch.inf).softmax(2)[..., : classes.shape[1]].double()
-    )  # (T, n, K)
+    # (T, n, K)
+    scores = logits.masked_fill(~competes, -torch.inf).softmax(2)[..., : classes.shape[1]].double()
     count = present.sum(1).clamp(min=1)  # (n,)
     mean = scores.sum(2) / count  # a class that isn't there scores 0
     squares = ((scores - mean[..., None]) ** 2 * present).sum(2) / count

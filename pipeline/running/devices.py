@@ -15,9 +15,8 @@ def device_of(key: str, wanted: str) -> torch.device:
         device = torch.device(wanted)
     except RuntimeError:
         device = None
-    if device is None or (
-        device.type == "cpu" and device.index
-    ):  # torch counts no processors, but takes cpu:7
+    # torch counts no processors, but takes cpu:7.
+    if device is None or (device.type == "cpu" and device.index):
         raise ConfigError(f"{key} is {wanted!r}: want auto, cpu, cuda or cuda:1.")
     num = torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= num:
@@ -25,9 +24,7 @@ def device_of(key: str, wanted: str) -> torch.device:
             f"{key} is {wanted!r}, and torch sees {num or 'no'} GPUs here. Set it to auto or cpu."
         )
     try:
-        torch.ones(1, device=device).add(
-            1
-        ).cpu()  # a name that torch knows may be of a machine unlike this one
+        torch.ones(1, device=device).add(1).cpu()  # a name that torch knows may be of another kind of machine
     except Exception:  # whatever the backend raises that isn't there
         raise ConfigError(
             f"{key} is {wanted!r}, and torch {torch.__version__} can't compute on that here. Set it to auto or cpu."

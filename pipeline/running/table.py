@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from cache.ledger import MANIFEST
@@ -58,7 +58,9 @@ class Stage:
     work: "module:Class" of a `ShardStage`, imported when it runs; other stages have a command of their own.
     specs: of the arrays it writes, if cache/schema.py doesn't have them.
     in_cache: it keeps its work in the cache, shard by shard.
-    says: the shape of what its manifest says beside what all say; None for a stage without one.
+    last: the file that it writes last, in the cache or in a folder of the run that has its name: its manifest, unless
+        said otherwise. "" for a stage that is part of another.
+    says: the shape of what its manifest says beside what all say.
     needed: keys of it that the stage below can't do without.
     """
 
@@ -73,18 +75,22 @@ class Stage:
     help: str = ""
     specs: tuple[ArraySpec, ...] = ()
     in_cache: bool = False
-    says: Mapping[str, Shape] | None = None
+    last: str = "{name}.manifest.json"
+    says: Mapping[str, Shape] = field(default_factory=dict)
     needed: tuple[str, ...] = ("fingerprint", "content")
 
     def manifest(self, config: Config) -> Place:
         """Where it says that it has ended: in the cache, or in a folder of the run."""
         root = place(config.cache_path) if self.in_cache else config.run_path / self.name
-        return root / f"{self.name}.manifest.json"
+        return root / self.last
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "last", self.last.format(name=self.name))
 
     @property
     def shape(self) -> Shape:
         """Of its manifest."""
-        return MANIFEST | ASKED | dict(self.says or {})
+        return MANIFEST | ASKED | dict(self.says)
 
     @property
     def arrays(self) -> tuple[str, ...]:
@@ -108,7 +114,7 @@ _ENTRIES = (
         needed=("fingerprint", "content", "text"),
     ),
     # Renewed alone when class names or templates change.
-    Stage("text", ("text",), "extract", part_of="extract"),
+    Stage("text", ("text",), "extract", part_of="extract", last=""),
     Stage(
         "cluster",
         ("data", "cluster"),
@@ -138,8 +144,9 @@ _ENTRIES = (
         says=TRAINED,
         needed=("fingerprint", "student"),
     ),
-    Stage("eval", ("data", "eval"), "train", reads=("labels", "test")),
-    Stage("report", ("report",), "eval"),
+    Stage("eval", ("data", "eval"), "train", reads=("labels", "test"), last="metrics.json"),
+    Stage("report", ("report",), "eval", last="index.html"),
+    Stage("figures", ("report",), "eval", last="clusters.png"),
 )
 STAGES = {stage.name: stage for stage in _ENTRIES}
 ARRAYS.update({spec.name: spec for stage in _ENTRIES for spec in stage.specs})

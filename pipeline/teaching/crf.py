@@ -27,11 +27,8 @@ from pipeline.running.processes import Watched, cores
 # Those of CLIP-ES (method section 11), as they are in the DeepLab family.
 ROUNDS = 10  # of mean field
 NEAR_PIXELS, NEAR_WEIGHT = 1, 3  # the kernel of places alone: its deviation and weight
-LIKE_PIXELS, LIKE_LEVELS, LIKE_WEIGHT = (
-    67,
-    3,
-    4,
-)  # of places and colours: deviations in pixels and of 255, weight
+# Of places and colours: deviations in pixels and of 255, weight.
+LIKE_PIXELS, LIKE_LEVELS, LIKE_WEIGHT = (67, 3, 4)
 LEAST = 1e-5  # a score of zero would be infinite energy (pydensecrf's own bound)
 
 

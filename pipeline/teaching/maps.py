@@ -94,7 +94,6 @@ def _encoded(
     if template.count("{}") != 1:
         raise ConfigError(f"cams.template {template!r}: want exactly one {{}} for the name.")
     features = teacher.encode_text([[template.replace("{}", name)] for name in (*words, *background)])
-    features = features.clone().to(
-        teacher.device
-    )  # made in inference mode, and used where gradients are taken
+    # Made in inference mode, and used where gradients are taken.
+    features = features.clone().to(teacher.device)
     return features[: len(words)], features[len(words) :]

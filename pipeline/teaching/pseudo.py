@@ -10,7 +10,8 @@ Axes: n rows of a shard, V views, h = w tokens a side, C channels, K_c initial c
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +21,6 @@ from torch.nn.functional import normalize
 from pipeline.config import Cluster, ConfigError
 from pipeline.data.base import DataSet, Sample
 from pipeline.ops import fusion, kmeans, views
-from pipeline.ops.kmeans_euclidean import lloyd_euclidean
 from pipeline.running.devices import device_of
 
 QUARANTINED = 255  # pseudo label of every token of an image without tokens: padding, never trained on
@@ -83,21 +83,40 @@ def num_centres(section: Cluster, side: int) -> int:
     return total
 
 
-def device_name(section: Cluster) -> str:
-    """The device that clustering really runs on."""
+class Backend(NamedTuple):
+    """What clusters, and where."""
+
+    name: str  # "faiss" or "torch"
+    device: str  # on which it searches
+    lloyd: Callable[[Tensor, Tensor, Tensor, Tensor], kmeans.Clusters]  # kmeans.lloyd's arguments, on the CPU
+
+
+def backend_of(section: Cluster) -> Backend:
+    """What the config's `backend`, `distance` and `device` come to on this machine: decided here alone.
+
+    FAISS searches by inner products only, so the Euclidean K-means is torch's.
+    Raises: ConfigError for a device that isn't there.
+    """
     if section.backend == "faiss" and section.distance is None:
         from pipeline.ops import kmeans_faiss
 
-        found = kmeans_faiss.device_name(gpu=section.device != "cpu")
+        where = kmeans_faiss.device_name(gpu=section.device != "cpu")
         if section.device not in ("auto", "cpu", "cuda", "cuda:0") or (
-            section.device[:4] == "cuda" and found == "cpu"
+            section.device[:4] == "cuda" and where == "cpu"
         ):
             raise ConfigError(
                 f"cluster.device is {section.device!r}: FAISS clusters on auto, cpu or cuda, its first GPU, and this "
                 f"FAISS is {kmeans_faiss.build_name()}. Set it to auto, or cluster.backend to torch."
             )
-        return found
-    return str(device_of("cluster.device", section.device))
+        lloyd_faiss = partial(kmeans_faiss.lloyd_faiss, iterations=section.iterations, gpu=where != "cpu")
+        return Backend("faiss", where, lloyd_faiss)
+    device = device_of("cluster.device", section.device)
+    lloyd_torch = partial(kmeans.lloyd, iterations=section.iterations, distance=section.distance or "cosine")
+
+    def lloyd(*views: Tensor) -> kmeans.Clusters:
+        return kmeans.Clusters(*(x.cpu() for x in lloyd_torch(*(x.to(device) for x in views))))
+
+    return Backend("torch", str(device), lloyd)
 
 
 def token_states(
@@ -133,21 +152,8 @@ def pseudo_labels(grid: Tensor, state: Tensor, section: Cluster) -> tuple[Tensor
     num, _, _, channels = grid.shape
     centres, alive = kmeans.window_centres(grid, state, section.sizes, section.window)
     flat, active = grid.reshape(num, -1, channels), (state == views.IGNORED).reshape(num, -1)
-    if section.backend == "faiss" and section.distance is None:
-        from pipeline.ops import kmeans_faiss
-
-        gpu = device_name(section) != "cpu"
-        found = kmeans_faiss.lloyd_faiss(flat, active, centres, alive, section.iterations, gpu=gpu)
-        similar = torch.stack(
-            [kmeans_faiss.similar_centres(found.centres[view], section.threshold) for view in range(num)]
-        )
-    else:
-        device = device_of("cluster.device", section.device)
-        tokens, is_active, starts, living = (x.to(device) for x in (flat, active, centres, alive))
-        lloyd = kmeans.lloyd if section.distance is None else lloyd_euclidean
-        found = lloyd(tokens, is_active, starts, living, section.iterations)
-        found = kmeans.Clusters(*(x.cpu() for x in found))
-        similar = fusion.similar_pairs(found.centres, found.alive, section.threshold)
+    found = backend_of(section).lloyd(flat, active, centres, alive)
+    similar = fusion.similar_pairs(found.centres, found.alive, section.threshold)
     maps, means, before = [], torch.full((num, centres.shape[1], channels), float("nan")), []
     for view in range(num):
         group = fusion.fuse(similar[view], found.alive[view])

@@ -6,7 +6,7 @@ bench/README.md). Photographs are another world: there a complaint is a reason t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pipeline.config import Cluster
@@ -37,78 +37,70 @@ def signs(summary: Mapping[str, Any]) -> dict[str, float]:
 
 def verdict(summary: Mapping[str, Any], section: Cluster) -> list[Complaint]:
     """What is likely to go wrong in training, most basic first; nothing when all is as on a healthy cache."""
-    if not summary["views"]:
-        return []
-    area = _no_area(summary)
-    checks = () if area else (check(summary, section) for check in CHECKS)
-    return [*filter(None, (area, _never_seen(summary), *checks))]
+    return list(_doubts(summary, section)) if summary["views"] else []
 
 
-def _no_area(summary: Mapping[str, Any]) -> Complaint | None:
-    """Nothing was clustered: what the objects are like can't be asked then."""
-    if summary["coverage"] > 0:
-        return None
-    return Complaint(
-        "no ignored area",
-        f"every pixel of {summary['views']} views has a seen label, so there is nothing to find.",
-        "Are data.unseen (or data.split) and the ignored id what you meant?",
-    )
-
-
-def _never_seen(summary: Mapping[str, Any]) -> Complaint | None:
-    """Seen classes that no training mask holds."""
-    names = summary.get("never_seen") or []
-    if not names:
-        return None
-    return Complaint(
-        "seen classes without a training pixel",
-        f"{', '.join(map(repr, names[:MOST_NAMED]))}{', ...' if len(names) > MOST_NAMED else ''} ({len(names)}).",
-        "They can't be learned: list them as unseen, or take them out of the classes.",
-    )
-
-
-def _thin_area(summary: Mapping[str, Any], section: Cluster) -> Complaint | None:
-    if summary["coverage"] >= THIN:
-        return None
-    return Complaint(
-        "little ignored area",
-        f"{summary['coverage']:.1f} % of the image, none at all in {signs(summary)['empty']:.0f} % of the views.",
-        "Potential objects will hardly take part: hold more classes back (data.unseen, data.split), or cut more "
-        "crops (views.num).",
-    )
-
-
-def _no_label(summary: Mapping[str, Any], section: Cluster) -> Complaint | None:
-    if summary["coverage"] < 100:
-        return None
-    return Complaint(
-        "no seen label",
-        f"the whole of {summary['views']} views is ignored area: training has no class to learn a name from.",
-        "Are these the right masks, and is data.unseen not all of the classes?",
-    )
-
-
-def _few_objects(summary: Mapping[str, Any], section: Cluster) -> Complaint | None:
+def _doubts(summary: Mapping[str, Any], section: Cluster) -> Iterator[Complaint]:
+    views, coverage, largest = (summary[key] for key in ("views", "coverage", "largest_mask_share"))
     found = signs(summary)
-    if found["objects"] >= FEW:
-        return None
-    return Complaint(
-        "few objects",
-        f"{found['objects']:.1f} in a view with an ignored area, in {found['single']:.0f} % of them a single one: "
-        "different things are one object.",
-        _finer(section),
-    )
-
-
-def _giant_object(summary: Mapping[str, Any], section: Cluster) -> Complaint | None:
-    """A view's largest object has swallowed the others, crumbs apart; with few objects that has been said."""
-    if summary["largest_mask_share"] <= MOST_LARGEST or signs(summary)["objects"] < FEW:
-        return None
-    return Complaint(
-        "one giant object",
-        f"a view's largest object holds {summary['largest_mask_share']:.0f} % of its ignored area, the rest is crumbs.",
-        _finer(section),
-    )
+    if coverage <= 0:
+        yield Complaint(
+            "no ignored area",
+            f"every pixel of {views} views has a seen label, so there is nothing to find.",
+            "Are data.unseen (or data.split) and the ignored id what you meant?",
+        )
+    if names := summary.get("never_seen"):
+        yield Complaint(
+            "seen classes without a training pixel",
+            f"{', '.join(map(repr, names[:MOST_NAMED]))}{', ...' if len(names) > MOST_NAMED else ''} ({len(names)}).",
+            "They can't be learned: list them as unseen, or take them out of the classes.",
+        )
+    if coverage <= 0:
+        return  # nothing was clustered: what the objects are like can't be asked
+    if coverage < THIN:
+        yield Complaint(
+            "little ignored area",
+            f"{coverage:.1f} % of the image, none at all in {found['empty']:.0f} % of the views.",
+            "Potential objects will hardly take part: hold more classes back (data.unseen, data.split), or cut more "
+            "crops (views.num).",
+        )
+    if coverage >= 100:
+        yield Complaint(
+            "no seen label",
+            f"the whole of {views} views is ignored area: training has no class to learn a name from.",
+            "Are these the right masks, and is data.unseen not all of the classes?",
+        )
+    # A view's largest object has swallowed the others, crumbs apart; with few objects that has been said.
+    is_giant = largest > MOST_LARGEST and found["objects"] >= FEW
+    if found["objects"] < FEW:
+        yield Complaint(
+            "few objects",
+            f"{found['objects']:.1f} in a view with an ignored area, in {found['single']:.0f} % of them a single one: "
+            "different things are one object.",
+            _finer(section),
+        )
+    if is_giant:
+        what = f"a view's largest object holds {largest:.0f} % of its ignored area, the rest is crumbs."
+        yield Complaint("one giant object", what, _finer(section))
+    if found["objects"] > MANY:
+        yield Complaint(
+            "splinters",
+            f"{found['objects']:.1f} objects in a view with an ignored area, {summary['tokens_per_mask']:.0f} tokens "
+            f"each, the largest {largest:.0f} % of the area: one thing is many objects.",
+            f"Merge more: lower cluster.threshold, now {section.threshold:g}, the paper's 0.8; or begin from fewer "
+            f"windows, cluster.sizes, now {list(section.sizes)}.",
+        )
+    if summary["purity"] is not None and summary["purity"] < PURE:
+        known = f" of {summary['purity_tokens']:,} tokens" if "purity_tokens" in summary else ""
+        todo = "Do the teacher's tokens follow the image at all (`cli.py inspect`)? Then raise cluster.threshold or "
+        yield Complaint(
+            "mixed objects",
+            f"purity {summary['purity']:.1f} %{known}: objects mix classes (known from full labels, which training "
+            "never reads).",
+            "What merges them is said above."
+            if found["objects"] < FEW or is_giant
+            else f"{todo}cluster.iterations.",
+        )
 
 
 def _finer(section: Cluster) -> str:
@@ -116,38 +108,3 @@ def _finer(section: Cluster) -> str:
     if section.window == "grid" and max(section.sizes) < ENOUGH_WINDOWS:
         return f"Begin from more windows: cluster.sizes is {list(section.sizes)}, the paper's [3, 7]."
     return f"Merge less: raise cluster.threshold, now {section.threshold:g}, the paper's 0.8."
-
-
-def _splinters(summary: Mapping[str, Any], section: Cluster) -> Complaint | None:
-    found = signs(summary)
-    if found["objects"] <= MANY:
-        return None
-    return Complaint(
-        "splinters",
-        f"{found['objects']:.1f} objects in a view with an ignored area, {summary['tokens_per_mask']:.0f} tokens each, "
-        f"the largest {summary['largest_mask_share']:.0f} % of the area: one thing is many objects.",
-        f"Merge more: lower cluster.threshold, now {section.threshold:g}, the paper's 0.8; or begin from fewer "
-        f"windows, cluster.sizes, now {list(section.sizes)}.",
-    )
-
-
-def _impure(summary: Mapping[str, Any], section: Cluster) -> Complaint | None:
-    if summary["purity"] is None or summary["purity"] >= PURE:
-        return None
-    known = f" of {summary['purity_tokens']:,} tokens" if "purity_tokens" in summary else ""
-    how = _few_objects(summary, section) or _giant_object(summary, section)
-    todo = (
-        "What merges them is said above."
-        if how
-        else "Do the teacher's tokens follow the image at all (`cli.py inspect`)? Then raise cluster.threshold or "
-        "cluster.iterations."
-    )
-    return Complaint(
-        "mixed objects",
-        f"purity {summary['purity']:.1f} %{known}: objects mix classes (known from full labels, which training never "
-        "reads).",
-        todo,
-    )
-
-
-CHECKS = (_thin_area, _no_label, _few_objects, _giant_object, _splinters, _impure)

@@ -6,21 +6,21 @@ change what is cached have a cache of their own, which takes over the teacher's 
 
 from __future__ import annotations
 
-import functools
 import json
-import os
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from pipeline.config import Config, UserError, digest, from_mapping
+from pipeline.config import Config, UserError, as_mapping, digest, from_mapping
 from pipeline.config.reading import Unreadable, read_yaml
-from pipeline.data.base import DataSet, open_data_set
 from pipeline.data.words import SEVERAL
-from pipeline.running.identity import config_fingerprint
-from pipeline.running.table import STAGES
+
+SNAKEMAKE = "snakemake -s evidence/Snakefile"  # as messages and pages name it
+DEMO, DEMO_OTHER = (
+    "demo",
+    "demo_other",
+)  # whose pages have no name in their file's; the demo's own other data set
 
 
 @dataclass(frozen=True)
@@ -136,15 +136,10 @@ def run_names(config: Config, variants: Iterable[str], *, quick: bool = False) -
 
 
 def variant_runs(
-    config: Config,
-    settings: Iterable[str],
-    *,
-    quick: bool = False,
-    variants: Mapping[str, Variant] = VARIANTS,
+    config: Config, *, quick: bool = False, variants: Mapping[str, Variant] = VARIANTS
 ) -> dict[str, tuple[str, ...]]:
-    """Run names and their settings: the run itself, then each variant and seed, on the run's cache or their own."""
-    settings = tuple(settings)
-    runs = {config.name: settings}
+    """Run names and what each sets beyond the run: itself, then each variant and seed, on its cache or their own."""
+    runs: dict[str, tuple[str, ...]] = {config.name: ()}
     shorter = (f"train.iterations={max(config.train.iterations // QUICK_SHARE, 1)}",) if quick else ()
     for variant, changed in variants.items():
         cache = own_cache(config, variant) or config.cache_path
@@ -152,7 +147,7 @@ def variant_runs(
             name = run_name(config, variant, seed, quick=quick)
             where = text_setting("cache.path", cache.as_posix() if isinstance(cache, Path) else cache)
             own = (*changed.settings, *shorter, text_setting("name", name), where, f"train.seed={seed}")
-            runs.setdefault(name, (*settings, *own))
+            runs.setdefault(name, own)
     return runs
 
 
@@ -170,14 +165,14 @@ def own_cache(config: Config, variant: str) -> Path | None:
     return Path(config.runs) / f"{config.name}-cache-{variant}" / "cache"
 
 
-def cache_runs(config: Config, settings: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """The runs that only make such caches, and their settings."""
+def cache_runs(config: Config) -> dict[str, tuple[str, ...]]:
+    """The runs that only make such caches, and what each sets beyond the run."""
     found = {}
     for variant, changed in MORE.items():
         if (cache := own_cache(config, variant)) is not None:
             name = cache.parent.name
             where = text_setting("cache.path", cache.as_posix())
-            found[name] = (*settings, *changed.settings, text_setting("name", name), where)
+            found[name] = (*changed.settings, text_setting("name", name), where)
     return found
 
 
@@ -192,7 +187,7 @@ def text_setting(key: str, text: str) -> str:
 
 def varied(config: Config, settings: Iterable[str]) -> Config:
     """The config with some settings changed."""
-    return from_mapping(config.model_dump(mode="json", by_alias=True), settings)
+    return from_mapping(as_mapping(config), settings)
 
 
 def more_tables(config: Config, only: str = "") -> dict[str, tuple[str, ...]]:
@@ -227,55 +222,12 @@ def only_clip_teacher(config: Config) -> None:
         )
 
 
-def stage_triggers(raw: Mapping[str, Any], settings: Iterable[str]) -> dict[str, str]:
-    """What Snakemake watches: the config fingerprint of every stage, and what it reads of the data set.
-
-    Of files their names, sizes and times count: whether the content is another one only the stage can tell.
-    """
-    config = from_mapping(raw, settings)
-    triggers = {stage: config_fingerprint(config, stage) for stage in STAGES}
-    options = json.dumps(config.data.model_dump(mode="json"), sort_keys=True)
-    triggers["extract"] = digest([triggers["extract"], triggers["text"], listing(options, "train", "image")])
-    for stage in ("cluster", "cams"):
-        triggers[stage] = digest([triggers[stage], listing(options, "train", "mask")])
-    triggers["eval"] = digest(
-        [triggers["eval"], listing(options, "test", "image"), listing(options, "test", "mask")]
-    )
-    return triggers
-
-
-@functools.cache
-def listing(options: str, part: str, what: str) -> str:
-    """Digest of a part's images or masks by name, size and time, and of the files that describe the data set.
-
-    `options` is the config's section `data` as JSON. A data set that isn't there has a digest as well: the plan of a
-    run can be looked at before its data has come.
-    """
-    try:
-        data = _opened(options)
-        samples = data.samples(part)  # listed once a data set
-    except UserError as error:
-        return digest([str(error)])
-    files = [(sample.image, sample.mask)[what == "mask"] for sample in samples]
-    others = sorted(
-        {*data.files(part)} - {path for sample in samples for path in (sample.image, sample.mask)}
-    )
-    return digest([list(data.classes), list(data.unseen), [_state(file) for file in (*others, *files)]])
-
-
-@functools.cache
-def _opened(options: str) -> DataSet:
-    section = json.loads(options)
-    return open_data_set(section.pop("kind"), **section)
-
-
-def _state(path: str | None) -> list[Any]:
-    """Name, size and time of a file; the name alone of what is none, such as a scene that is rendered."""
-    try:
-        found = os.stat(path) if path else None
-    except OSError:
-        found = None
-    return [path] if found is None else [path, found.st_size, found.st_mtime_ns]
+def yes_or_no(options: Mapping[str, str], key: str) -> bool:
+    """An option of `snakemake --config` that is true or false, false if it isn't given. Raises: UserError."""
+    text = options.get(key, "").lower()
+    if text not in ("", "true", "false"):
+        raise UserError(f"--config {key}={options[key]}: want true or false.")
+    return text == "true"
 
 
 def transfer_trigger(of_eval: str, other: Config) -> str:

@@ -1,47 +1,22 @@
-"""Tables of numbers: on the terminal, and as pages that stay in the repository."""
+"""Tables of numbers as pages of this folder, and the metrics.json files that they were made from."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table as Drawn
-
 from cache.files import write_text
-from pipeline.looking.facts import SCORES
-from pipeline.terminal import Terminal
+from pipeline.looking.results import KEYS, Table
 
-KEPT, TEST_LOG = Path("docs/results"), Path("docs/test-log.md")
-WIDTH = 160  # columns at least: a narrower terminal wraps lines, and no number is left out
+HERE = Path("evidence")
 
 
-@dataclass(frozen=True)
-class Table:
-    title: str
-    head: tuple[str, ...]
-    lines: Sequence[Sequence[str]]
-
-    def drawn(self) -> Drawn:
-        """For the terminal."""
-        drawn = Drawn(title=self.title)
-        for head in self.head:
-            drawn.add_column(head, no_wrap=True)
-        for line in self.lines:
-            drawn.add_row(*line)
-        return drawn
-
-    def markdown(self) -> list[str]:
-        """Without its title."""
-        cells = [self.head, *self.lines]
-        first, *rest = (f"| {' | '.join(line)} |" for line in cells)
-        return [first, "|---" * len(self.head) + "|", *rest]
-
-
-def console() -> Terminal:
-    return Terminal(soft_wrap=True, width=max(WIDTH, Terminal().width))
+def markdown(table: Table) -> list[str]:
+    """A table's lines, without its title."""
+    first, *rest = (f"| {' | '.join(line)} |" for line in [table.head, *table.lines])
+    return [first, "|---" * len(table.head) + "|", *rest]
 
 
 def write_page(path: Path, lines: Iterable[str], tables: Iterable[Table]) -> None:
@@ -52,7 +27,7 @@ def write_page(path: Path, lines: Iterable[str], tables: Iterable[Table]) -> Non
         said = heading + text
     parts = [*lines]
     for table in tables:
-        parts += ["", f"## {table.title}", "", *table.markdown()]
+        parts += ["", f"## {table.title}", "", *markdown(table)]
     write_text(path, "\n".join(parts) + "\n" + said)
 
 
@@ -70,13 +45,13 @@ def _revision(made: Mapping[str, Any]) -> str:
 
 
 def keep_metrics(run: str, results: Mapping[str, Mapping[int, Mapping[str, Any]]], root: Path) -> None:
-    """Each metrics.json into docs/results/<run>-<variant>-<seed>.json, and its line in docs/test-log.md, once."""
-    log = root / TEST_LOG
+    """Each metrics.json into results/<run>-<variant>-<seed>.json, and its line in test-log.md, once."""
+    log = root / HERE / "test-log.md"
     logged = log.read_text(encoding="utf-8") if log.is_file() else ""
     named = {f"{run}-{variant}-{seed}": m for variant, seeds in results.items() for seed, m in seeds.items()}
     for name, metrics in named.items():
-        write_text(root / KEPT / f"{name}.json", json.dumps(metrics, indent=1) + "\n")
-        made, scores = metrics["made"], " / ".join(f"{metrics[key]:.1f}" for key in tuple(SCORES)[1:])
+        write_text(root / HERE / "results" / f"{name}.json", json.dumps(metrics, indent=1) + "\n")
+        made, scores = metrics["made"], " / ".join(f"{metrics[key]:.1f}" for key in KEYS[1:])
         line = f"| {made['date']} | {name} | {_revision(made)} | {scores} | {metrics['fingerprint']} |\n"
         logged += line * (line not in logged)
     write_text(log, logged)

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from evidence.pages import HERE, keep_metrics, made_where, write_page
+from evidence.scores import check_alike, row_of
+from evidence.variants import DEMO, DEMO_OTHER, SEEDS, SNAKEMAKE, only_clip_teacher, run_name
+from evidence.verdicts import RULE, Contrast, contrast
 from pipeline.config import Config, UserError
-from pipeline.evidence.contrasts import RULE, Contrast, contrast
-from pipeline.evidence.pages import Table, console, keep_metrics, made_where, write_page
-from pipeline.evidence.results import DEMO, HEADS, check_alike, read_metrics, row_of
-from pipeline.evidence.variants import SEEDS, only_clip_teacher, run_name
+from pipeline.looking.results import HEADS, Table, console, read_metrics
 
 HEAD = ("trained on, tested on", "seeds", *HEADS)
 CLAIMS_HEAD = ("what", "ours", "spread", "paper", "verdict")
@@ -36,7 +37,6 @@ PAPER: dict[str, dict[str, Scores]] = {
         "VOC": (96.8, 93.5, 92.3, 92.9),
     },
 }
-DEMO_OTHER = "demo_other"  # the demo's own other data set
 Seeds = Mapping[int, Mapping[str, Any]]  # by seed, the metrics
 
 
@@ -100,7 +100,7 @@ class Transfer:
 
     @property
     def own_options(self) -> str:
-        """The same of `cli.py transfer`."""
+        """The same of `python -m evidence transfer`."""
         return self.options.replace(" --configfile ", " --config ").replace(" --config on=", " --on ")
 
     @property
@@ -132,14 +132,15 @@ class Transfer:
             out.print(table.drawn())
 
     def keep(self, root: Path = Path()) -> None:
-        """Writes docs/transfer.md, of others than the demo on demo_other with their names, and docs/results/."""
+        """Writes evidence/results/ and evidence/transfer.md, whose name has the runs' own but for the demo's."""
         name = f"{self.config.name}-on-{self.other.name}"
         keep_metrics(self.config.name, {f"on-{self.other.name}": self.abroad}, root)
         first = next(iter(self.abroad.values()))
         head = [
             "# On another data set",
             "",
-            f"`snakemake transfer --cores all{self.options}`, then `cli.py transfer{self.own_options} --keep`. "
+            f"`{SNAKEMAKE} transfer --cores all{self.options}`, then `python -m evidence "
+            f"transfer{self.own_options} --keep`. "
             f"{made_where(self.abroad.values())}.",
             "",
             f"The students of {self.config.name}, as they are, on {first['num_images']} test images of "
@@ -148,7 +149,7 @@ class Transfer:
         ]
         is_first = (self.config.name, self.other.name) == (DEMO, DEMO_OTHER)
         page = "transfer.md" if is_first else f"transfer-{name}.md"
-        write_page(root / "docs" / page, head, self.tables)
+        write_page(root / HERE / page, head, self.tables)
 
 
 def collect(config: Config, other: Config, *, options: str = "") -> Transfer:
@@ -156,8 +157,8 @@ def collect(config: Config, other: Config, *, options: str = "") -> Transfer:
     abroad, at_home = evaluations(config, f"eval-on-{other.name}"), evaluations(config, "eval")
     if not abroad:
         raise UserError(
-            f"no run of {config.name!r} is evaluated on {other.name!r}. Run `snakemake transfer --cores all{options}` "
-            "first."
+            f"no run of {config.name!r} is evaluated on {other.name!r}. Run `{SNAKEMAKE} transfer --cores "
+            f"all{options}` first."
         )
     check_alike(other, list(abroad.values()))
     check_alike(config, list(at_home.values()))

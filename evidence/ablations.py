@@ -9,21 +9,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from evidence.forest import Line, draw_forest
+from evidence.pages import HERE, keep_metrics, made_where, write_page
+from evidence.scores import Results, mean_and_spread, results_of, row_of, sweep_table
+from evidence.variants import DEMO, EVERY, GAMMA, SNAKEMAKE, TABLES, more_tables
+from evidence.verdicts import RULE, Contrast, contrast
 from pipeline.config import Config, UserError
-from pipeline.evidence.contrasts import RULE, Contrast, contrast
-from pipeline.evidence.forest import Line, draw_forest
-from pipeline.evidence.pages import Table, console, keep_metrics, made_where, write_page
-from pipeline.evidence.results import (
-    DEMO,
-    HEADS,
-    KEYS,
-    Results,
-    mean_and_spread,
-    results_of,
-    row_of,
-    sweep_table,
-)
-from pipeline.evidence.variants import EVERY, GAMMA, TABLES, more_tables
+from pipeline.looking.results import HEADS, KEYS, Table, console
 
 SWEPT = KEYS[1:]
 HEAD = ("training", "seeds", *HEADS[1:], "to full", "paper", "to full", "verdict")
@@ -101,7 +93,8 @@ class Ablations:
         """What makes and keeps them."""
         target, own = ("ablations_more", " --more") if self.more else ("ablations", "")
         theirs = self.options.replace("--configfile", "--config")
-        return f"`snakemake {target} --cores all{self.options}`, then `cli.py ablations{theirs}{own} --keep`"
+        made = f"{SNAKEMAKE} {target} --cores all{self.options}"
+        return f"`{made}`, then `python -m evidence ablations{theirs}{own} --keep`"
 
     @property
     def tables(self) -> list[Table]:
@@ -118,12 +111,12 @@ class Ablations:
             out.print(table.drawn())
 
     def keep(self, root: Path = Path()) -> None:
-        """Writes docs/ablations.md, or docs/ablations-more.md, of other runs than the demo with their name; a picture
-        beside it; and every metrics.json into docs/results/.
+        """Writes ablations.md, or ablations-more.md, of other runs than the demo with their name; a picture beside it;
+        and every metrics.json into results/: all in evidence/ below `root`.
         """
         keep_metrics(self.config.name, self.shown, root)
         name = "ablations-more" if self.more else "ablations"
-        page = root / "docs" / (f"{name}.md" if self.config.name == DEMO else f"{name}-{self.config.name}.md")
+        page = root / HERE / (f"{name}.md" if self.config.name == DEMO else f"{name}-{self.config.name}.md")
         lines = {title: _lines(its_rows) for title, its_rows in self.found.items()}
         head = self._opening()
         if draw_forest(lines, page.with_suffix(".png")):

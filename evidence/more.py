@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
 from pathlib import Path
 
 from cache.ledger import Ledger, read_manifest
-from pipeline.config import Config
-from pipeline.evidence.variants import (
+from evidence.variants import (
     MORE,
     QUICK_SEEDS,
     QUICK_SHARE,
@@ -15,17 +14,22 @@ from pipeline.evidence.variants import (
     more_tables,
     own_cache,
     run_name,
+    run_names,
     varied,
 )
+from pipeline.config import Config
 from pipeline.looking.facts import elapsed_s, human_seconds, losses
 from pipeline.running.identity import config_fingerprint
 
 TARGET = "ablations_more"
 
 
-def announced(config: Config, words: Sequence[str], only: str = "", *, quick: bool = False) -> str:
-    """`foretold` where a command line asks for these tables, dry runs too; "" for others, such as a job's own."""
-    return foretold(config, only, quick=quick) if TARGET in words else ""
+def announced(config: Config, only: str = "", *, quick: bool = False) -> list[str]:
+    """The evaluations that these tables need. Snakemake asks when it plans them: `foretold` goes to standard error."""
+    print(foretold(config, only, quick=quick), file=sys.stderr)
+    tables = more_tables(config, only).values()
+    runs = dict.fromkeys(run for variants in tables for run in run_names(config, variants, quick=quick))
+    return [f"{config.runs}/{run}/eval/metrics.json" for run in runs]
 
 
 def foretold(config: Config, only: str = "", *, quick: bool = False) -> str:

@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from cache.files import whole_file
-from pipeline.evidence.contrasts import OPPOSITE, UNRESOLVED, Contrast
+from evidence.verdicts import OPPOSITE, UNRESOLVED, Contrast
 
 OURS, PAPER, FAINT = "#0072B2", "#D55E00", "#777777"  # Okabe and Ito's; told apart by their marks too
 LINE, WIDTH, MARGIN = 0.32, 9.0, 1.1  # inches: a variant's height, the picture's width, room for the axis

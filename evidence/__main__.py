@@ -1,0 +1,96 @@
+"""Tables of many runs beside the paper's: what `snakemake -s evidence/Snakefile` has trained and evaluated.
+
+    python -m evidence contrast --config config/demo.yaml
+
+Options, errors and exit codes are those of cli.py.
+"""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cli import DEFAULT, ConfigOption, SetOption, main
+from pipeline.config import UserError, load, preset
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="The paper's tables, and those beyond it, from the runs of evidence/Snakefile.",
+)
+
+
+@app.command()
+def contrast(
+    config: ConfigOption = DEFAULT,
+    set_: SetOption = [],  # noqa: B006 - typer copies it
+    keep: Annotated[
+        bool, typer.Option("--keep", help="write evidence/results/, evidence/test-log.md and README's table")
+    ] = False,
+) -> None:
+    """Print the contrast table: with GLM, without GLM, seen labels only; means and spreads over seeds."""
+    from evidence.contrast import keep_contrast, print_contrast
+
+    settings = load(config, set_)
+    print_contrast(settings)
+    if keep:
+        keep_contrast(settings)
+
+
+@app.command()
+def ablations(
+    config: ConfigOption = DEFAULT,
+    set_: SetOption = [],  # noqa: B006
+    quick: Annotated[bool, typer.Option("--quick", help="those of `snakemake ... quick=true`")] = False,
+    more: Annotated[bool, typer.Option("--more", help="the tables beyond the paper instead")] = False,
+    table: Annotated[str, typer.Option(help="some of these: lambda,windows,tau, ...")] = "",
+    keep: Annotated[
+        bool, typer.Option("--keep", help="write evidence/ablations.md (or -more.md) and evidence/results/")
+    ] = False,
+) -> None:
+    """Print the paper's Tables 3, 4 and 5 beside ours, and whether each contrast has the paper's sign."""
+    from evidence.ablations import collect
+
+    settings = load(config, set_)
+    if keep and (quick or table):
+        raise UserError("--keep writes whole pages, of full runs: leave out --quick and --table.")
+    found = collect(
+        settings, quick=quick, more=more or bool(table), only=table, configfile=_other_than_demo(config)
+    )
+    found.show()
+    if keep:
+        found.keep()
+
+
+@app.command()
+def transfer(
+    config: ConfigOption = DEFAULT,
+    set_: SetOption = [],  # noqa: B006
+    on: Annotated[str, typer.Option("--on", help="the other data set, as eval's")] = "demo_other",
+    keep: Annotated[
+        bool, typer.Option("--keep", help="write evidence/transfer.md and evidence/results/")
+    ] = False,
+) -> None:
+    """Print the paper's Table 2 beside ours: one data set's students on another, and each contrast's sign."""
+    from evidence.transfer import collect
+
+    configfile = _other_than_demo(config)
+    elsewhere = "" if on == "demo_other" else f" --config on={shlex.quote(on)}"
+    options = (f" --configfile {configfile}" if configfile else "") + elsewhere
+    found = collect(load(config, set_), load(preset(on)), options=options)
+    found.show()
+    if keep:
+        found.keep()
+
+
+def _other_than_demo(config: Path) -> str:
+    """A config's path for a command line that has the demo's by default, in a shell's quotes."""
+    return "" if config == DEFAULT else shlex.quote(config.as_posix())
+
+
+if __name__ == "__main__":
+    main(app)

@@ -1,1 +1,0 @@
-"""Results of finished runs: tables, variants of a run, and whether their contrasts are the paper's."""

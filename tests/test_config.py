@@ -13,6 +13,8 @@ from pipeline.running.identity import config_fingerprint, fingerprint
 from pipeline.running.table import STAGES
 from tests.conftest import ROOT
 
+EVALUATED = ("eval", "report", "figures")
+
 
 def prints(**changes: object) -> dict[str, str]:
     config = from_mapping({}, [f"{key}={value}" for key, value in changes.items()])
@@ -27,13 +29,13 @@ def changed(key: str, value: object) -> list[str]:
 @pytest.mark.parametrize(
     ("key", "value", "stages"),
     [
-        ("train.lr", 1e-3, ["train", "eval", "report"]),
-        ("cluster.threshold", 0.7, ["cluster", "train", "eval", "report"]),
+        ("train.lr", 1e-3, ["train", *EVALUATED]),
+        ("cluster.threshold", 0.7, ["cluster", "train", *EVALUATED]),
         ("views.num", 5, list(STAGES)),
         ("teacher.image_size", 256, list(STAGES)),
-        ("eval.gamma", 2.0, ["eval", "report"]),
-        ("data.test_seed", 9, ["eval", "report"]),
-        ("data.unseen", "[bee]", ["cluster", "cams", "train", "eval", "report"]),
+        ("eval.gamma", 2.0, [*EVALUATED]),
+        ("data.test_seed", 9, [*EVALUATED]),
+        ("data.unseen", "[bee]", ["cluster", "cams", "train", *EVALUATED]),
         ("cams.sinkhorn", 2, ["cams"]),
         ("train.workers", 3, []),
         ("train.losses", "plain", []),
@@ -41,8 +43,8 @@ def changed(key: str, value: object) -> list[str]:
         ("cache.path", "/tmp/x", []),
         ("name", "other", []),
         ("data.root", "/elsewhere", []),
-        ("data.test_list", "test", ["eval", "report"]),
-        ("data.tags", "masks", ["cluster", "cams", "train", "eval", "report"]),
+        ("data.test_list", "test", [*EVALUATED]),
+        ("data.tags", "masks", ["cluster", "cams", "train", *EVALUATED]),
     ],
 )
 def test_a_key_changes_the_stages_that_read_it_and_those_below(key, value, stages):
@@ -53,7 +55,7 @@ def test_the_recipe_says_which_labels_training_reads():
     settings = {"recipe": "clip_es"}
     before, after = prints(**settings), prints(**settings, **{"cams.sinkhorn": 2, "cluster.threshold": 0.7})
     changed_stages = [stage for stage in STAGES if before[stage] != after[stage]]
-    assert changed_stages == ["cluster", "cams", "train", "eval", "report"]
+    assert changed_stages == ["cluster", "cams", "train", *EVALUATED]
     assert prints()["train"] != prints(**settings)["train"]
 
 

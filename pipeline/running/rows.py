@@ -87,20 +87,21 @@ def check_current(config: Config, data: DataSet, fingerprint: str) -> None:
 
     Raises: StaleCache naming what changed and what renews it.
     """
-    store, stage = Store.open(config.cache_path), labels_stage(config)
-    samples = current_samples(config, data, store)
-    now, ledger = stamps_of(data, samples, "labels"), Ledger(store.path, stage)
-    for entry in ledger.entries_of(fingerprint).values():
-        first, stop = entry["rows"]
-        for row, (was, stamp) in enumerate(
-            zip(entry.get("stamps") or (), now[first:stop], strict=False), start=first
-        ):
-            if was != stamp and is_listed(samples[row]):
-                raise StaleCache(
-                    f"{ledger.folder}: the labels of image {samples[row].id!r}, or what the data set's description "
-                    f"says of its masks, have changed since `{stage}` read them. Run `cli.py {stage}` again: it makes "
-                    "what has changed."
-                )
+    store = Store.open(config.cache_path)
+    samples, ledger = current_samples(config, data, store), Ledger(store.path, labels_stage(config))
+    check_labels_unchanged(ledger, fingerprint, samples, stamps_of(data, samples, "labels"))
+
+
+def check_labels_unchanged(
+    ledger: Ledger, fingerprint: str, samples: Sequence[Sample], now: Sequence[str]
+) -> None:
+    """Compares the labels that a stage has read, row by row, with the stamps of today's. Raises: StaleCache."""
+    if changed := changed_rows(ledger, fingerprint, samples, now):
+        raise StaleCache(
+            f"{ledger.folder}: the labels of image {samples[changed[0][0]].id!r}, or what the data set's description "
+            f"says of its masks, have changed since `{ledger.stage}` read them. Run `cli.py {ledger.stage}` again: it "
+            "makes what has changed."
+        )
 
 
 def check_classes(data: DataSet, store: Store) -> None:
@@ -157,7 +158,9 @@ def changed_rows(
     found = []
     for shard, entry in ledger.entries_of(fingerprint).items():
         first, stop = entry["rows"]
-        for row, (was, now) in enumerate(zip(entry["stamps"], stamps[first:stop], strict=False), start=first):
+        for row, (was, now) in enumerate(
+            zip(entry.get("stamps", ()), stamps[first:stop], strict=False), start=first
+        ):
             if was != now and is_listed(samples[row]):
                 found.append((row, shard, was, now))
     return found

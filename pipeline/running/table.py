@@ -160,8 +160,12 @@ def labels_stage(config: Config) -> str:
 
 
 def in_cache(config: Config) -> tuple[str, ...]:
-    """The stages of the cache that a run of this recipe has: others' labels apart."""
-    return tuple(name for name in IN_CACHE if STAGES[name].recipe in ("", config.recipe))
+    """The stages of the cache that a run of this recipe has: others' labels, and what stands on these, apart."""
+    found = list[str]()
+    for name in IN_CACHE:  # in the order of the table: from the ground up
+        if STAGES[name].recipe in ("", config.recipe) and above(config, name) in (None, *found):
+            found.append(name)
+    return tuple(found)
 
 
 def above(config: Config, name: str) -> str | None:
@@ -170,10 +174,17 @@ def above(config: Config, name: str) -> str | None:
     return labels_stage(config) if upstream == LABELS else upstream
 
 
+def all_above(config: Config, name: str) -> tuple[str, ...]:
+    """The stage that one stands on, the one under that, and so on."""
+    over = above(config, name)
+    return () if over is None else (over, *all_above(config, over))
+
+
 def below(name: str) -> tuple[str, ...]:
     """The stages of the cache that stand on one, itself first."""
     found = [name]
-    for other in IN_CACHE:  # in the order of the table: from the ground up
-        if STAGES[other].upstream in found:
+    for other in IN_CACHE:
+        upstream = STAGES[other].upstream
+        if upstream in found or (upstream == LABELS and any(STAGES[made].recipe for made in found)):
             found.append(other)
     return tuple(found)

@@ -408,14 +408,14 @@ def results(
 
 def _add_stages() -> None:
     """The standard command of each stage of the table that has none here."""
-    from pipeline.running.table import STAGES
+    from pipeline.running import table
 
     known = {
         command.name or command.callback.__name__ for command in app.registered_commands if command.callback
     }
-    for entry in STAGES.values():
+    for entry in table.STAGES.values():
         if entry.work and entry.name not in known:
-            app.command(entry.name, help=entry.help)(_standard(entry.name))
+            app.command(entry.name, help=entry.help, rich_help_panel=STAGES)(_standard(entry.name))
 
 
 def _standard(name: str) -> Any:
@@ -444,7 +444,8 @@ def main(commands: typer.Typer = app) -> None:
     from pipeline.terminal import complain
 
     end_with_parent()
-    _add_stages()
+    if commands is app:
+        _add_stages()
     try:
         done = commands(standalone_mode=False)  # an exit code, or what a command returns
         code = done if isinstance(done, int) else 0

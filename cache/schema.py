@@ -8,12 +8,8 @@ single file. No datum ever equals a fill value, so that a row that nobody wrote 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-
-import numpy as np
-import xxhash
 
 VERSION = 2  # raised when an older reader would misread a newer cache
 SHARD = 64  # samples: at 1 MiB of tokens a view, 64 to 256 MiB a file
@@ -190,14 +186,3 @@ def spec_of(name: str, dtype: str | None = None) -> ArraySpec:
     if (name, dtype) not in VARIANTS:
         raise ValueError(f"array {name!r} can't be {dtype}, only {spec.dtype} or one of {sorted(VARIANTS)}.")
     return VARIANTS[name, str(dtype)]
-
-
-def block_digest(array: str, shard: int, block: np.ndarray) -> str:
-    """Hash of a shard's content and place, so that two swapped shards don't pass; 32 hex digits.
-
-    xxh3 of 128 bits: it finds damage, at memory's speed; it isn't meant to withstand forgery.
-    """
-    head = json.dumps([array, shard, block.dtype.str, block.shape])
-    found = xxhash.xxh3_128(head.encode())
-    found.update(np.ascontiguousarray(block).reshape(-1).view(np.uint8).data)
-    return found.hexdigest()

@@ -26,8 +26,8 @@ from cache.header import DATA, HEADER, METADATA, check_same, new_attributes, rea
 from cache.metadata import misfit_of_array
 from cache.places import Place, place, size_of
 from cache.records import Shape, misfit, parsed, said
-from cache.schema import ARRAYS, LONGEST, SAMPLE, SHARD, ArraySpec, block_digest, spec_of
-from cache.shards import ZSTD_LEVEL, holds, shard_bytes
+from cache.schema import ARRAYS, LONGEST, SAMPLE, SHARD, ArraySpec, spec_of
+from cache.shards import ZSTD_LEVEL, block_digest, holds, shard_bytes
 
 SIDES = range(1, LONGEST + 1)  # pixels of an image, patches and views: shapes of `fact`
 # What zarr and its codecs raise on bytes, and on array metadata, that aren't what was written.

@@ -17,7 +17,8 @@ import numpy as np
 from cache.errors import CacheError, StaleCache, damaged
 from cache.ledger import Ledger, read_manifest
 from cache.places import Place, place
-from cache.schema import ARRAYS, SAMPLE, ArraySpec, block_digest
+from cache.schema import ARRAYS, SAMPLE, ArraySpec
+from cache.shards import block_digest
 from cache.store import Store
 
 OK = 0  # code of a usable row in `status`

@@ -25,7 +25,7 @@ import torch
 from cache.errors import CorruptShard, StaleCache, damaged
 from cache.files import remove
 from cache.ledger import Ledger, lock, refuse_if_locked
-from cache.schema import block_digest
+from cache.shards import block_digest
 from cache.store import Store
 from cache.verify import NOT_NAMED, OK, whole_digests
 from pipeline.config import OPTIONS, Config, digest, version

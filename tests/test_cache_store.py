@@ -20,7 +20,8 @@ import cache.files
 import cache.store
 import cache.store as store_module
 from cache.errors import CacheError, CacheWriteFailed, CorruptShard, MissingCache, StaleCache
-from cache.schema import ARRAYS, SAMPLE, SHARD, ArraySpec, block_digest
+from cache.schema import ARRAYS, SAMPLE, SHARD, ArraySpec
+from cache.shards import block_digest
 from cache.store import Store
 
 NUM = 70  # two shards: 64 rows and 6

@@ -13,8 +13,6 @@ from pipeline.running.identity import config_fingerprint, fingerprint
 from pipeline.running.table import STAGES
 from tests.conftest import ROOT
 
-EVALUATED = ("eval", "report", "figures")
-
 
 def prints(**changes: object) -> dict[str, str]:
     config = from_mapping({}, [f"{key}={value}" for key, value in changes.items()])
@@ -29,13 +27,13 @@ def changed(key: str, value: object) -> list[str]:
 @pytest.mark.parametrize(
     ("key", "value", "stages"),
     [
-        ("train.lr", 1e-3, ["train", *EVALUATED]),
-        ("cluster.threshold", 0.7, ["cluster", "train", *EVALUATED]),
+        ("train.lr", 1e-3, ["train", "eval", "report", "figures"]),
+        ("cluster.threshold", 0.7, ["cluster", "train", "eval", "report", "figures"]),
         ("views.num", 5, list(STAGES)),
         ("teacher.image_size", 256, list(STAGES)),
-        ("eval.gamma", 2.0, [*EVALUATED]),
-        ("data.test_seed", 9, [*EVALUATED]),
-        ("data.unseen", "[bee]", ["cluster", "cams", "train", *EVALUATED]),
+        ("eval.gamma", 2.0, ["eval", "report", "figures"]),
+        ("data.test_seed", 9, ["eval", "report", "figures"]),
+        ("data.unseen", "[bee]", ["cluster", "cams", "train", "eval", "report", "figures"]),
         ("cams.sinkhorn", 2, ["cams"]),
         ("train.workers", 3, []),
         ("train.losses", "plain", []),
@@ -43,8 +41,8 @@ def changed(key: str, value: object) -> list[str]:
         ("cache.path", "/tmp/x", []),
         ("name", "other", []),
         ("data.root", "/elsewhere", []),
-        ("data.test_list", "test", [*EVALUATED]),
-        ("data.tags", "masks", ["cluster", "cams", "train", *EVALUATED]),
+        ("data.test_list", "test", ["eval", "report", "figures"]),
+        ("data.tags", "masks", ["cluster", "cams", "train", "eval", "report", "figures"]),
     ],
 )
 def test_a_key_changes_the_stages_that_read_it_and_those_below(key, value, stages):
@@ -55,7 +53,7 @@ def test_the_recipe_says_which_labels_training_reads():
     settings = {"recipe": "clip_es"}
     before, after = prints(**settings), prints(**settings, **{"cams.sinkhorn": 2, "cluster.threshold": 0.7})
     changed_stages = [stage for stage in STAGES if before[stage] != after[stage]]
-    assert changed_stages == ["cluster", "cams", "train", *EVALUATED]
+    assert changed_stages == ["cluster", "cams", "train", "eval", "report", "figures"]
     assert prints()["train"] != prints(**settings)["train"]
 
 

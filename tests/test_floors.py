@@ -72,6 +72,26 @@ def test_imports_go_down(path: Path) -> None:
             assert floor(other) <= mine, f"{own} (floor {mine}) imports {other} (floor {floor(other)})"
 
 
+def test_no_files_import_each_other_in_a_circle() -> None:
+    """Imports inside functions count as well."""
+    names = {module_of(path): path for path in FILES}
+    waiting = {name: (imports(path) & names.keys()) - {name} for name, path in names.items()}
+    while free := [name for name, others in waiting.items() if not others & waiting.keys()]:
+        for name in free:
+            del waiting[name]
+    assert not waiting, {name: sorted(others & waiting.keys()) for name, others in waiting.items()}
+
+
+def test_every_stage_of_the_table_has_its_file() -> None:
+    from pipeline.running.table import STAGES as TABLE
+
+    for stage in TABLE.values():
+        if stage.work:
+            module = stage.work.partition(":")[0]
+            assert module.split(".")[1] in STAGES
+            assert stage.loaded().name == stage.name
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.relative_to(ROOT).as_posix())
 def test_stages_do_not_meet(path: Path) -> None:
     own = module_of(path).split(".")

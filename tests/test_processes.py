@@ -58,8 +58,8 @@ torch.optim.AdamW.step, training.training_batches = step, batches
 import cli
 from pipeline import train as stage
 sys.argv = ["worker"]
-cli.app = lambda **_: stage.train(from_mapping(raw))
-cli.main()
+app = lambda **_: stage.train(from_mapping(raw))
+cli.main(app)
 """
 
 

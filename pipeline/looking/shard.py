@@ -17,7 +17,8 @@ from rich.tree import Tree
 
 from cache.errors import CacheError
 from cache.ledger import Ledger
-from cache.schema import ARRAYS, SHARD, block_digest
+from cache.schema import ARRAYS, SHARD
+from cache.shards import block_digest
 from cache.store import Store
 from pipeline.config import UserError
 from pipeline.looking.facts import human_bytes

@@ -93,7 +93,7 @@ def extract(
         )
     cached = Store.open(path).samples if Store.is_at(path) else []
     samples = in_row_order(data, cached)
-    stamps = made_from(config, data, samples)
+    stamps = made_from(config.cache.tokens, data, samples)
     content = digest([identity, [sample.id for sample in samples], stamps])
     text = _text_identity(config, data)
     if manifest is not None and (manifest.get("content"), manifest.get("text")) == (content, text):
@@ -102,7 +102,7 @@ def extract(
         return manifest
     if manifest is None or manifest.get("content") != content:
         listed = [sample for sample in samples if is_listed(sample)]
-        check_labels(config, data, listed, is_needed=config.cache.tokens == STREAM)
+        check_labels(data, listed, are_tags=config.reads_tags, is_needed=config.cache.tokens == STREAM)
     with lock(path, "extract"):
         ledger = Ledger(path, "extract")
         if not cached:  # records without the arrays that they vouch for
@@ -262,10 +262,18 @@ def extract_shard(config: Config, identity: str, shard: int, *, tick: Any = None
     old, parts = _recorded_rows(config, identity, store, shard)
     num_old = old["rows"][1] - rows.start if old else 0
     new = samples[num_old:]
-    blocks, bad = shard_blocks(config, data, teacher, new, tick)
+    blocks, bad = shard_blocks(
+        data,
+        teacher,
+        new,
+        num_views=config.views.num,
+        batch=config.teacher.batch,
+        tokens=config.cache.tokens,
+        tick=tick,
+    )
     bad = {sample.id: bad[sample.id] for sample in new if sample.id in bad and is_listed(sample)}
     entry: dict[str, Any] = {"rows": span(rows), "fingerprint": identity}
-    entry["stamps"] = old.get("stamps", []) + made_from(config, data, new)
+    entry["stamps"] = old.get("stamps", []) + made_from(config.cache.tokens, data, new)
     entry["quarantined"] = {**old.get("quarantined", {}), **bad}
     if config.cache.tokens == STREAM:
         stats = _cluster(config, data, teacher, new, blocks)
@@ -323,9 +331,15 @@ def audit(config: Config, count: int) -> str:
     if not len(good):
         raise DataError(f"{config.cache_path}: no image of it could be used, so there is nothing to compare.")
     rows = np.sort(np.random.default_rng().choice(good, min(count, len(good)), replace=False))
-    samples = current_samples(config, data, store)
-    unpacked = config.model_copy(update={"cache": config.cache.model_copy(update={"tokens": "float16"})})
-    fresh, bad = shard_blocks(unpacked, data, teacher, [samples[row] for row in rows], None)
+    samples = current_samples(data, store)
+    fresh, bad = shard_blocks(
+        data,
+        teacher,
+        [samples[row] for row in rows],
+        num_views=config.views.num,
+        batch=config.teacher.batch,
+        tokens="float16",
+    )
     if bad:
         listed = "; ".join(f"{name}: {why}" for name, why in bad.items())
         raise DataError(f"audit: what was cached can't be read any more: {listed}. Restore the images.")
@@ -399,7 +413,7 @@ def _text_features(config: Config, data: DataSet, teacher: Teacher) -> np.ndarra
 
 def _open_store(config: Config, data: DataSet, identity: str, samples: Sequence[Sample]) -> Store:
     teacher = teacher_of(config.teacher)
-    sizes = {"N": len(samples), **axis_sizes(config, teacher)}
+    sizes = {"N": len(samples), **axis_sizes(teacher, config.views.num)}
     storage = STORAGE[config.cache.tokens]
     arrays = ["view", "cls", "status", *(storage.arrays if storage.is_kept else ())]
     if config.cache.tokens == STREAM:

@@ -36,9 +36,9 @@ def seen_by_the_teacher(monkeypatch):
     """Ids of the images that go through the teacher, in order."""
     seen, original = [], stage.shard_blocks
 
-    def spy(config, data, teacher, samples, tick=None):
+    def spy(data, teacher, samples, **options):
         seen.extend(sample.id for sample in samples)
-        return original(config, data, teacher, samples, tick)
+        return original(data, teacher, samples, **options)
 
     monkeypatch.setattr(stage, "shard_blocks", spy)
     return seen

@@ -453,6 +453,11 @@ class Config(Section):
         return self.cache.path if "://" in self.cache.path else Path(self.cache.path)
 
     @property
+    def reads_tags(self) -> bool:
+        """Whether training's labels come from image-level ones."""
+        return self.recipe == "clip_es" or self.cluster.named_above is not None
+
+    @property
     def manifest_folder(self) -> Path:
         """Where Snakemake looks: the cache itself, or, when that is a URL, copies in the run folder."""
         where = self.cache_path

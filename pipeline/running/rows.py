@@ -14,10 +14,10 @@ import numpy as np
 
 from cache.errors import StaleCache
 from cache.ledger import Ledger
+from cache.places import Place
 from cache.store import Store
-from pipeline.config import Config
 from pipeline.data.base import DataSet, Sample
-from pipeline.running.table import STREAM, labels_stage
+from pipeline.running.table import STREAM
 
 NOT_LISTED = 2  # code in `status` of an image that the data set no longer lists
 NO_STAMP = "not listed"  # in place of the stamp of such an image
@@ -70,7 +70,7 @@ def cached_samples(data: DataSet, store: Store) -> list[Sample]:
     return samples
 
 
-def current_samples(config: Config, data: DataSet, store: Store) -> list[Sample]:
+def current_samples(data: DataSet, store: Store) -> list[Sample]:
     """The sample of every row, each image still what its row was made from, the classes those of the text features.
 
     Raises: StaleCache naming what changed and what renews it.
@@ -78,17 +78,20 @@ def current_samples(config: Config, data: DataSet, store: Store) -> list[Sample]
     check_classes(data, store)
     samples = cached_samples(data, store)
     identity = str(store.attributes["fingerprint"])
-    check_unchanged(Ledger(store.path, "extract"), identity, samples, made_from(config, data, samples))
+    stamps = made_from(store.fact(str, "tokens"), data, samples)
+    check_unchanged(Ledger(store.path, "extract"), identity, samples, stamps)
     return samples
 
 
-def check_current(config: Config, data: DataSet, fingerprint: str) -> None:
-    """Compares classes, images and masks of the training part with what the cache, its labels of `fingerprint`, is of.
+def check_current(cache_path: str | Place, stage: str, data: DataSet, fingerprint: str) -> None:
+    """Compares classes, images and masks of the training part with what the cache, and `stage` of it, were made from.
+
+    `fingerprint` is the stage's.
 
     Raises: StaleCache naming what changed and what renews it.
     """
-    store = Store.open(config.cache_path)
-    samples, ledger = current_samples(config, data, store), Ledger(store.path, labels_stage(config))
+    store = Store.open(cache_path)
+    samples, ledger = current_samples(data, store), Ledger(store.path, stage)
     check_labels_unchanged(ledger, fingerprint, samples, stamps_of(data, samples, "labels"))
 
 
@@ -143,10 +146,10 @@ def span(rows: range) -> list[int]:
     return [rows.start, rows.stop]
 
 
-def made_from(config: Config, data: DataSet, samples: Sequence[Sample]) -> list[str]:
+def made_from(tokens: str, data: DataSet, samples: Sequence[Sample]) -> list[str]:
     """What extraction makes each row from: its image, and where tokens stream its labels too."""
     images = stamps_of(data, samples)
-    if config.cache.tokens != STREAM:
+    if tokens != STREAM:
         return images
     return [f"{image} {mask}" for image, mask in zip(images, stamps_of(data, samples, "labels"), strict=True)]
 

@@ -133,7 +133,7 @@ def run_stage(name: str, config: Config, *, workers: int = 0, scheduler: str | N
         refuse_if_locked(config.cache_path)  # below every mask is looked at
     identity = fingerprint(config, name, run.above["fingerprint"], stage.facts(run))
     store = Store.open(config.cache_path)
-    run.samples = current_samples(config, data, store)
+    run.samples = current_samples(data, store)
     for over in (over for over in all_above(config, name) if "labels" in STAGES[over].reads):
         made, now = required_manifest(config, over)["fingerprint"], stamps_of(data, run.samples, "labels")
         check_labels_unchanged(Ledger(store.path, over), made, run.samples, now)

@@ -31,7 +31,7 @@ from pipeline.data.base import data_of
 from pipeline.data.demo import render_scene
 from pipeline.models.teacher import Teacher
 from pipeline.ops.views import replay_image
-from pipeline.running.identity import fingerprint
+from pipeline.running.table import fingerprint
 from pipeline.teaching.encode import mean_colour, teacher_of
 
 WIDTH, HEIGHT, SIDE = 640, 480, 512

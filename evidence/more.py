@@ -19,7 +19,7 @@ from evidence.variants import (
 )
 from pipeline.config import Config
 from pipeline.looking.facts import elapsed_s, human_seconds, losses
-from pipeline.running.identity import config_fingerprint
+from pipeline.running.table import config_fingerprint
 
 TARGET = "ablations_more"
 

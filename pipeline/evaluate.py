@@ -37,11 +37,10 @@ from pipeline.looking.extremes import save_extremes
 from pipeline.looking.results import read_metrics, result_table
 from pipeline.ops import metrics
 from pipeline.running.console import say
-from pipeline.running.identity import config_fingerprint, fingerprint
 from pipeline.running.manifests import found_manifest, required_manifest
 from pipeline.running.provenance import provenance
 from pipeline.running.rows import check_current, different_classes
-from pipeline.running.table import labels_stage
+from pipeline.running.table import config_fingerprint, fingerprint, labels_stage
 
 
 @dataclass(frozen=True)

@@ -38,14 +38,6 @@ from pipeline.ops.quantise import dequantised
 from pipeline.running.checked import check_labels
 from pipeline.running.console import progress, say
 from pipeline.running.engine import map_shards
-from pipeline.running.identity import (
-    SAMPLES,
-    asked,
-    config_fingerprint,
-    data_options,
-    difference,
-    fingerprint,
-)
 from pipeline.running.manifests import asked_of, finish, found_manifest, record_shard, reopen, save_config
 from pipeline.running.rows import (
     NOT_LISTED,
@@ -59,7 +51,17 @@ from pipeline.running.rows import (
     samples_of,
     span,
 )
-from pipeline.running.table import IN_CACHE, STREAM, below
+from pipeline.running.table import (
+    IN_CACHE,
+    SAMPLES,
+    STREAM,
+    asked,
+    below,
+    config_fingerprint,
+    data_options,
+    difference,
+    fingerprint,
+)
 from pipeline.teaching.encode import BAD_IMAGE, STORAGE, axis_sizes, mean_colour, shard_blocks, teacher_of
 from pipeline.teaching.pseudo import cluster_tokens, num_centres, sum_of, written_arrays
 

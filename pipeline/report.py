@@ -49,10 +49,9 @@ from pipeline.looking.shard import shard_tree
 from pipeline.looking.tagged import Tagged
 from pipeline.looking.tree import cache_tree
 from pipeline.running.console import say
-from pipeline.running.identity import config_fingerprint
 from pipeline.running.manifests import run_config
 from pipeline.running.rows import check_classes
-from pipeline.running.table import labels_stage
+from pipeline.running.table import config_fingerprint, labels_stage
 from pipeline.terminal import Terminal
 
 LABELS = {"clip_teacher": "Pseudo labels", "clip_es": "CAMs"}

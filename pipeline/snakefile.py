@@ -17,8 +17,7 @@ from typing import IO, Any
 
 from pipeline.config import Config, UserError, digest, nearest_keys
 from pipeline.data.base import DataSet, open_data_set
-from pipeline.running.identity import config_fingerprint
-from pipeline.running.table import IN_CACHE, STAGES, above
+from pipeline.running.table import IN_CACHE, STAGES, above, config_fingerprint
 from pipeline.terminal import complain
 
 QUOTES = ("'", '"')

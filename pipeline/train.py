@@ -52,11 +52,10 @@ from pipeline.learning.training import (
 from pipeline.learning.validation import seen_miou
 from pipeline.looking.pictures import pictures, show
 from pipeline.running.console import console, progress, say
-from pipeline.running.identity import fingerprint
 from pipeline.running.manifests import asked_of, found_manifest, manifest_path, required_manifest, save_config
 from pipeline.running.processes import LOST_S, end_with_parent
 from pipeline.running.rows import check_current
-from pipeline.running.table import labels_stage
+from pipeline.running.table import fingerprint, labels_stage
 
 TRIAL_ITERATIONS = 10  # of a dry run
 # What torch.distributed says when a peer is gone: gloo, NCCL and the store have no error class in common.

@@ -13,10 +13,9 @@ from cache.verify import verify as verify_cache
 from pipeline.config import Config
 from pipeline.data.base import DataError, data_of
 from pipeline.running.console import progress, say
-from pipeline.running.identity import asked, config_fingerprint, difference
 from pipeline.running.manifests import found_manifest
 from pipeline.running.rows import check_current, current_samples
-from pipeline.running.table import STAGES, in_cache, labels_stage
+from pipeline.running.table import asked, config_fingerprint, difference, in_cache, labels_stage, parts_of
 
 
 def verify(config: Config) -> list[Finding]:
@@ -36,8 +35,7 @@ def verify(config: Config) -> list[Finding]:
             progress=lambda done, total: advance(1),
         )
     for stage, manifest in manifests.items():
-        parts = [(f"{part.name}_config", part.name) for part in STAGES.values() if part.part_of == stage]
-        for key, of in (("config", stage), *parts):
+        for key, of in (("config", stage), *((f"{part}_config", part) for part in parts_of(stage))):
             if manifest.get(key) != config_fingerprint(config, of):
                 said = difference(dict(manifest.get(key.replace("config", "asked")) or {}), asked(config, of))
                 what = (

@@ -28,7 +28,7 @@ from evidence.variants import (
 )
 from evidence.verdicts import AS_PAPER, OPPOSITE, RESOLVED, UNRESOLVED, Contrast
 from pipeline.config import UserError, from_mapping, load
-from pipeline.running.identity import config_fingerprint
+from pipeline.running.table import config_fingerprint
 from pipeline.snakefile import stage_triggers
 from pipeline.teaching.takeover import take_over
 from tests.conftest import ROOT, TINY, is_one_line_error

@@ -124,7 +124,7 @@ def test_another_question_makes_them_again_and_a_threshold_does_not(few, tmp_pat
     other = again.model_copy(update={"cams": again.cams.model_copy(update={"sinkhorn": 1})})
     assert cams(other)["digests"] != manifest["digests"]
     swept = again.model_copy(update={"train": again.train.model_copy(update={"confidence": 0.3})})
-    from pipeline.running.identity import config_fingerprint
+    from pipeline.running.table import config_fingerprint
 
     assert config_fingerprint(swept, "cams") == config_fingerprint(again, "cams")
 

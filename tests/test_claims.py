@@ -225,7 +225,7 @@ def test_a_key_that_a_newer_version_has_set_is_named():
 
 
 def test_what_a_config_asks_leaves_defaults_out():
-    from pipeline.running.identity import asked, config_fingerprint, difference
+    from pipeline.running.table import asked, config_fingerprint, difference
 
     plain = Config()
     assert asked(plain, "train") == {}
@@ -239,7 +239,7 @@ def test_what_a_config_asks_leaves_defaults_out():
 def test_defaults_are_pinned():
     """A default that changes changes what finished runs mean: raise identity.MEANING, then this."""
     from pipeline.config import aside_keys, defaults, digest
-    from pipeline.running.identity import MEANING
+    from pipeline.running.table import MEANING
 
     content = {key: value for key, value in defaults().items() if key not in aside_keys()}
     assert (MEANING, digest(content)) == (3, "9f12de6649861a92")

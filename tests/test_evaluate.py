@@ -21,7 +21,7 @@ from pipeline.looking.gallery import scores_of
 from pipeline.models.student import build_student
 from pipeline.models.teacher import Teacher
 from pipeline.ops import metrics
-from pipeline.running.identity import config_fingerprint
+from pipeline.running.table import config_fingerprint
 from tests.conftest import ROOT, is_one_line_error
 
 CHANNELS, SIDE = 128, 64  # of the demo's teacher; of the student's input

@@ -9,7 +9,7 @@ from torch.nn.functional import normalize
 
 from pipeline.config import Cluster, Config, load
 from pipeline.ops.kmeans import lloyd
-from pipeline.running.identity import config_fingerprint
+from pipeline.running.table import config_fingerprint
 from pipeline.teaching.pseudo import backend_of, pseudo_labels
 
 lloyd_euclidean = partial(lloyd, distance="euclidean")

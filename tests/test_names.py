@@ -10,7 +10,7 @@ from pipeline.data.base import data_of, open_data_set
 from pipeline.extract import extract
 from pipeline.learning.batches import CachedViews, Place
 from pipeline.ops.masks import named_labels
-from pipeline.running.identity import config_fingerprint
+from pipeline.running.table import config_fingerprint
 from pipeline.teaching.names import UNNAMED, named, on_tokens
 from pipeline.train import train
 from tests.conftest import TINY, is_one_line_error

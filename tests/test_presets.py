@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from pipeline.config import load
-from pipeline.running.identity import config_fingerprint
+from pipeline.running.table import config_fingerprint
 from tests.conftest import ROOT
 
 PRESETS = sorted(path.stem for path in (ROOT / "config").glob("*.yaml") if path.stem != "environment")

@@ -17,7 +17,7 @@ from pipeline.extract import extract
 from pipeline.models.teacher import Teacher
 from pipeline.ops.sharpness import sharpness
 from pipeline.prompts import select_prompt
-from pipeline.running.identity import config_fingerprint
+from pipeline.running.table import config_fingerprint
 from tests.conftest import ROOT, is_one_line_error
 
 TEXTURES = "[grass, sand, water, brick]"

@@ -23,8 +23,8 @@ from pipeline.looking.page import render
 from pipeline.models.student import build_student
 from pipeline.ops.views import draw_views
 from pipeline.report import inspect, report
-from pipeline.running.identity import config_fingerprint
 from pipeline.running.manifests import manifest_path, record_shard, save_config
+from pipeline.running.table import config_fingerprint
 
 ROOT = Path(__file__).parents[1]
 TRAIN, TEST, SIZE, SIDE, CHANNELS = 66, 5, 64, 8, 8  # 66 images are two shards

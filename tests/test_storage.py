@@ -190,7 +190,7 @@ def test_another_storage_is_another_extraction(made):
 def test_streaming_the_split_enters_at_extract(made):
     """The pseudo labels are extract's there, so another split or lambda is another extraction; kept, only cluster's."""
     from pipeline.config import from_mapping
-    from pipeline.running.identity import config_fingerprint
+    from pipeline.running.table import config_fingerprint
 
     for tokens, is_same in (("float16", True), (STREAM, False)):
         raw = made[tokens].model_dump(mode="json", by_alias=True)

@@ -201,8 +201,8 @@ def test_a_loss_that_is_not_finite_stops_and_leaves_the_last_checkpoint(run_of, 
 
 
 def manifest_identity(config):
-    from pipeline.running.identity import fingerprint
     from pipeline.running.manifests import required_manifest
+    from pipeline.running.table import fingerprint
 
     data, text = data_of(config.data), required_manifest(config, "extract")["text"]
     facts = {"classes": data.classes, "unseen": data.unseen, "text": text}

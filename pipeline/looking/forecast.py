@@ -14,12 +14,13 @@ from math import prod
 
 import numpy as np
 
-from cache.schema import ARRAYS, SHARD, spec_of
+from cache.schema import ARRAYS, FIXED, SHARD, spec_of
 from pipeline.config import Config, Train
 from pipeline.models.student import StudentCost
 from pipeline.models.teacher import TeacherShape
+from pipeline.running.table import STAGES, in_cache
 from pipeline.teaching.encode import STORAGE
-from pipeline.teaching.pseudo import num_centres, written_arrays
+from pipeline.teaching.pseudo import num_centres
 
 CRC, INDEX_ENTRY = 4, 16  # bytes: a crc32c; where a chunk begins and how long it is (cache/shards.py)
 METADATA = 1_200  # bytes of an array's zarr.json: 1,010 to 1,430 in caches of the demo
@@ -58,9 +59,12 @@ def forecast(config: Config, shape: TeacherShape, num_images: int, num_classes: 
     sizes |= {"K": num_classes, "K_c": num_centres(config.cluster, side)}
     storage = STORAGE[tokens]
     names = ["view", "cls", "status", *(storage.arrays if storage.is_kept else ())]
-    # CAMs depend on the images.
-    names += written_arrays(config.cluster) if config.recipe == "clip_teacher" else ()
-    arrays = {name: array_bytes(name, sizes, storage.dtypes.get(name)) for name in names}
+    names += [
+        name for stage in in_cache(config) if STAGES[stage].work for name in STAGES[stage].arrays_of(config)
+    ]
+    # Of arrays over the sample axis; what CAMs take depends on the images.
+    known = [n for n in names if ARRAYS[n].is_sharded and {*ARRAYS[n].axes} <= {*sizes, *FIXED}]
+    arrays = {name: array_bytes(name, sizes, storage.dtypes.get(name)) for name in known}
     text = 4.0 * num_classes * shape.channels
     other = text + num_images * (RECORD_BYTES_PER_IMAGE + ID_BYTES)
     return Forecast(num_images, config.views.num, arrays, other)

@@ -20,8 +20,7 @@ from cache.ledger import Ledger, read_manifest, write_manifest
 from cache.places import Place, place
 from pipeline.config import Config, ConfigError, kept, load
 from pipeline.config.reading import yaml_text
-from pipeline.running.identity import asked, config_fingerprint, difference
-from pipeline.running.table import STAGES, above
+from pipeline.running.table import STAGES, above, asked, config_fingerprint, difference, parts_of
 
 
 def manifest_path(config: Config, stage: str) -> Place:
@@ -73,8 +72,8 @@ def required_manifest(config: Config, stage: str) -> dict[str, Any]:
     if manifest is None or not all(key in manifest for key in STAGES[stage].needed):
         raise MissingCache(f"{path}: `{stage}` has not been completed. Run `cli.py {stage}` first.")
     _refuse_other_config(config, stage, manifest, "config", "asked", path)
-    if stage == "extract":
-        _refuse_other_config(config, "text", manifest, "text_config", "text_asked", path)
+    for part in parts_of(stage):
+        _refuse_other_config(config, part, manifest, f"{part}_config", f"{part}_asked", path)
     return manifest
 
 

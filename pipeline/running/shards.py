@@ -25,7 +25,6 @@ from pipeline.config import Config, digest
 from pipeline.data.base import DataSet, Sample, data_of
 from pipeline.running.console import progress, say
 from pipeline.running.engine import map_shards
-from pipeline.running.identity import fingerprint
 from pipeline.running.manifests import (
     asked_of,
     finish,
@@ -35,7 +34,7 @@ from pipeline.running.manifests import (
     required_manifest,
 )
 from pipeline.running.rows import check_labels_unchanged, current_samples, samples_of, span, stamps_of
-from pipeline.running.table import STAGES, Stage, above, all_above, below
+from pipeline.running.table import STAGES, Stage, above, all_above, below, fingerprint
 
 
 @dataclass

@@ -1,8 +1,9 @@
 """The stages, as data: what each reads, what it stands on, what it writes and says when it ends. One entry a stage.
 
-A stage that makes arrays of the cache shard by shard is a `ShardStage` (pipeline/running/engine.py) in a file of its
+A stage that makes arrays of the cache shard by shard is a `ShardStage` (pipeline/running/shards.py) in a file of its
 own, and an entry here. The command line, the ledger, `verify`, `inspect`, `doctor` and Snakemake know it by its entry.
-Importing this loads neither torch nor any stage.
+`config_fingerprint` says what a config asks of a stage (the Snakefile's trigger), `fingerprint` what the stage makes of
+it: facts about the data included. Importing this loads neither torch nor any stage.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from cache.ledger import MANIFEST
 from cache.places import Place, place
 from cache.records import Shape
 from cache.schema import ARRAYS, ArraySpec
-from pipeline.config import Config
+from pipeline.config import OPTIONS, Config, aside_keys, defaults, digest, settings_apart_from_defaults
 
 STREAM = "stream"  # of cache.tokens: extraction clusters, and keeps no tokens
 LABELS = "labels"  # in place of a stage's name: the one that makes the labels of the run's recipe
@@ -97,6 +98,11 @@ class Stage:
         """Names of all arrays that it may write."""
         return tuple(name for name, spec in ARRAYS.items() if spec.stage == self.name)
 
+    def arrays_of(self, config: Config) -> tuple[str, ...]:
+        """Those that it writes under a config."""
+        found: tuple[str, ...] = self.loaded().arrays(config)
+        return found
+
     def loaded(self) -> Any:
         """An instance of the class that `work` names."""
         module, _, name = self.work.partition(":")
@@ -159,6 +165,11 @@ def labels_stage(config: Config) -> str:
     return next(name for name, stage in STAGES.items() if stage.recipe == config.recipe)
 
 
+def parts_of(name: str) -> tuple[str, ...]:
+    """The stages that one makes and keeps the manifest of."""
+    return tuple(part.name for part in STAGES.values() if part.part_of == name)
+
+
 def in_cache(config: Config) -> tuple[str, ...]:
     """The stages of the cache that a run of this recipe has: others' labels, and what stands on these, apart."""
     found = list[str]()
@@ -188,3 +199,66 @@ def below(name: str) -> tuple[str, ...]:
         if upstream in found or (upstream == LABELS and any(STAGES[made].recipe for made in found)):
             found.append(other)
     return tuple(found)
+
+
+# ---- what a config asks of a stage, as a fingerprint ------------------------------------------------------
+
+# A key at its default is in no fingerprint, so that a new version with one more key finds finished work finished.
+# So a default that changes, or a key that gets another meaning, must raise this: then everything is made again.
+MEANING = 3
+SAMPLES = (
+    "samples"  # what options bear on that say which samples there are: no content where these are a fact
+)
+
+
+def asked(config: Config, stage: str, *, apart_from: str = "") -> dict[str, Any]:
+    """What the config asks of `stage` itself: dotted key -> value, without keys at their defaults.
+
+    `apart_from`: what options of the data set bear on that are left out, SAMPLES.
+    """
+    entries = [STAGES[name] for name in (stage, *STAGES[stage].also(config))]
+    sections = {section for entry in entries for section in entry.sections}
+    hidden = aside_keys() | {f"data.{option}" for option in _hidden_options(config, stage, apart_from)}
+    return {
+        key: value
+        for key, value in settings_apart_from_defaults(config).items()
+        if key.partition(".")[0] in sections and key not in hidden
+    }
+
+
+def data_options(config: Config, stage: str) -> dict[str, Any]:
+    """The data set's options that bear on what a stage makes of one sample."""
+    hidden = _hidden_options(config, stage, SAMPLES)
+    return {name: value for name, value in config.data.options().items() if name not in hidden}
+
+
+def _hidden_options(config: Config, stage: str, apart_from: str) -> set[str]:
+    names = (stage, *STAGES[stage].also(config))
+    seen = {"all", SAMPLES, *(part for name in names for part in STAGES[name].reads)} - {apart_from}
+    return {name for name, option in OPTIONS.items() if option.bears_on not in seen}
+
+
+def config_fingerprint(config: Config, stage: str, *, apart_from: str = "") -> str:
+    """Identity of what the config asks of `stage`: what it reads itself, and the same of all stages above it."""
+    upstream = above(config, stage)
+    over = config_fingerprint(config, upstream, apart_from=apart_from) if upstream else MEANING
+    return digest([stage, asked(config, stage, apart_from=apart_from), over])
+
+
+def fingerprint(config: Config, stage: str, upstream: str | None, facts: Mapping[str, Any]) -> str:
+    """Identity of what `stage` makes: config, the fingerprint found upstream, and facts about the data.
+
+    Options that only say which samples there are don't count; the samples are a fact.
+    """
+    return digest([config_fingerprint(config, stage, apart_from=SAMPLES), upstream, dict(facts)])
+
+
+def difference(was: Mapping[str, Any], now: Mapping[str, Any], limit: int = 3) -> str:
+    """The first keys in which two `asked` differ, with both values; "" where they don't."""
+    usual = defaults()
+    keys = [key for key in dict.fromkeys([*now, *was]) if was.get(key) != now.get(key)]
+    said = [
+        f"{key} was {was.get(key, usual.get(key))!r} and is {now.get(key, usual.get(key))!r}"
+        for key in keys[:limit]
+    ]
+    return "; ".join(said) + (f"; and {len(keys) - limit} more" if len(keys) > limit else "")

@@ -11,7 +11,7 @@ from cache.ledger import read_manifest
 from cache.schema import ARRAYS
 from pipeline.config import Config, UserError
 from pipeline.running.console import say
-from pipeline.running.identity import config_fingerprint
+from pipeline.running.table import config_fingerprint
 
 SMALL = 4096  # bytes: what is this small is copied, such as zarr.json, of which each cache keeps its own
 

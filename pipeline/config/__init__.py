@@ -1,5 +1,7 @@
 """The config of a run: its schema, its keys one by one, its files. Loads no torch."""
 
+# ruff: noqa: F401 - these names are what other folders import
+
 from pipeline.config.files import from_mapping, kept, load, nearest_keys, preset, version
 from pipeline.config.keys import (
     as_mapping,
@@ -11,33 +13,4 @@ from pipeline.config.keys import (
     settings_apart_from_defaults,
 )
 from pipeline.config.schema import OPTIONS, Cams, Cluster, Config, Data, Eval, Student, TeacherSection, Train
-from pipeline.config.section import ConfigError, UserError, aside, content
-
-__all__ = [
-    "OPTIONS",
-    "Cams",
-    "Cluster",
-    "Config",
-    "ConfigError",
-    "Data",
-    "Eval",
-    "Student",
-    "TeacherSection",
-    "Train",
-    "UserError",
-    "as_mapping",
-    "aside",
-    "aside_keys",
-    "content",
-    "defaults",
-    "digest",
-    "fields",
-    "from_mapping",
-    "kept",
-    "leaves",
-    "load",
-    "nearest_keys",
-    "preset",
-    "settings_apart_from_defaults",
-    "version",
-]
+from pipeline.config.section import ConfigError, UserError

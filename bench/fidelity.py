@@ -159,7 +159,9 @@ def seconds(chosen: argparse.Namespace) -> tuple[float, float]:
     samples = data.samples("train")[:TRIALS]
 
     def stage_one() -> None:
-        blocks, _ = shard_blocks(one_view, data, teacher, samples, None)
+        blocks, _ = shard_blocks(
+            data, teacher, samples, num_views=1, batch=one_view.teacher.batch, tokens=one_view.cache.tokens
+        )
         extract._cluster(one_view, data, teacher, samples, blocks)
 
     run = training.new_run(config, training.open_accelerator(config, tracks=False), "", None)

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.config import Config, UserError, as_mapping, digest, from_mapping
+from pipeline.config.reading import Unreadable, read_yaml
 from pipeline.data.words import SEVERAL
-from pipeline.reading import Unreadable, read_yaml
 
 SNAKEMAKE = "snakemake -s evidence/Snakefile"  # as messages and pages name it
 DEMO, DEMO_OTHER = (

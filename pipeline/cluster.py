@@ -51,7 +51,7 @@ class Clustering(ShardStage):
 
     def look(self, run: Run) -> Seen | None:
         listed = [sample for sample in run.samples if is_listed(sample)]
-        return check_labels(run.config, run.data, listed, is_needed=True)
+        return check_labels(run.data, listed, are_tags=run.config.reads_tags, is_needed=True)
 
     def arrays(self, config: Config) -> tuple[str, ...]:
         return tuple(written_arrays(config.cluster))

@@ -35,7 +35,7 @@ from pipeline.looking.forecast import (
 from pipeline.models.student import cost_of
 from pipeline.models.teacher import TeacherShape, shape_of
 from pipeline.ops.masks import fitted_size
-from pipeline.running.checked import reads_tags, wrong_tags
+from pipeline.running.checked import wrong_tags
 from pipeline.running.console import say
 from pipeline.running.devices import device_of
 from pipeline.running.provenance import provenance
@@ -80,7 +80,7 @@ def doctor(config: Config, *, dry: bool = False, most: int = SAMPLE) -> list[Com
     if num_images is not None:
         found += _disk(config, costs)
     if data:
-        if not reads_tags(config):
+        if not config.reads_tags:
             found += filter(None, [no_labels(data, seen) for seen in parts])
         found += complaints(data, parts, config.cache.max_bad)
     return found
@@ -160,7 +160,7 @@ def _looked_at(config: Config, found: list[Complaint], most: int) -> tuple[DataS
         parts.append(seen)
         found += filter(None, [count_complaint(config.data.kind, config.data.options(), seen)])
         say(_described(data, seen))
-    if reads_tags(config) and any(seen.part == "train" for seen in parts):
+    if config.reads_tags and any(seen.part == "train" for seen in parts):
         found += filter(None, [_tags(data)])
     return data, parts
 

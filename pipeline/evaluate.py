@@ -101,7 +101,7 @@ def check_student(config: Config, data: DataSet, manifest: dict[str, Any]) -> No
             "`cli.py train` again."
         )
     try:
-        check_current(config, data, str(labels["fingerprint"]))
+        check_current(config.cache_path, stage, data, str(labels["fingerprint"]))
     except StaleCache as error:
         say(f"eval: the training part is not what this student was trained on: {error}")
     except (DataError, CacheError):

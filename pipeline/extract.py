@@ -28,7 +28,7 @@ from cache.ledger import Ledger, lock, refuse_if_locked
 from cache.shards import block_digest
 from cache.store import Store
 from cache.verify import NOT_NAMED, OK, whole_digests
-from pipeline.config import DATA_OPTIONS, Config, digest, version
+from pipeline.config import OPTIONS, Config, digest, version
 from pipeline.data.base import DataError, DataSet, Sample, data_of
 from pipeline.data.prompts import prompts
 from pipeline.data.words import names_of_classes, other_names
@@ -95,7 +95,7 @@ def extract(
         )
     cached = Store.open(path).samples if Store.is_at(path) else []
     samples = in_row_order(data, cached)
-    stamps = made_from(config, data, samples)
+    stamps = made_from(config.cache.tokens, data, samples)
     content = digest([identity, [sample.id for sample in samples], stamps])
     text = _text_identity(config, data)
     if manifest is not None and (manifest.get("content"), manifest.get("text")) == (content, text):
@@ -104,7 +104,7 @@ def extract(
         return manifest
     if manifest is None or manifest.get("content") != content:
         listed = [sample for sample in samples if is_listed(sample)]
-        check_labels(config, data, listed, is_needed=config.cache.tokens == STREAM)
+        check_labels(data, listed, are_tags=config.reads_tags, is_needed=config.cache.tokens == STREAM)
     with lock(path, "extract"):
         ledger = Ledger(path, "extract")
         if not cached:  # records without the arrays that they vouch for
@@ -186,8 +186,8 @@ def _asked(config: Config) -> dict[str, Any]:
 
 def _differs(config: Config, manifest: dict[str, Any], facts: dict[str, Any]) -> str:
     """Which fact of the teacher's work is another one than in the manifest, both values named."""
-    counted = dict(manifest.get("asked") or {}).items()
-    was = {key: value for key, value in counted if DATA_OPTIONS.get(key.removeprefix("data.")) != SAMPLES}
+    which = {f"data.{name}" for name, option in OPTIONS.items() if option.bears_on == SAMPLES}
+    was = {key: value for key, value in dict(manifest.get("asked") or {}).items() if key not in which}
     if said := difference(was, asked(config, "extract", apart_from=SAMPLES)):
         return said
     there = dict(manifest.get("facts") or {})
@@ -264,10 +264,18 @@ def extract_shard(config: Config, identity: str, shard: int, *, tick: Any = None
     old, parts = _recorded_rows(config, identity, store, shard)
     num_old = old["rows"][1] - rows.start if old else 0
     new = samples[num_old:]
-    blocks, bad = shard_blocks(config, data, teacher, new, tick)
+    blocks, bad = shard_blocks(
+        data,
+        teacher,
+        new,
+        num_views=config.views.num,
+        batch=config.teacher.batch,
+        tokens=config.cache.tokens,
+        tick=tick,
+    )
     bad = {sample.id: bad[sample.id] for sample in new if sample.id in bad and is_listed(sample)}
     entry: dict[str, Any] = {"rows": span(rows), "fingerprint": identity}
-    entry["stamps"] = old.get("stamps", []) + made_from(config, data, new)
+    entry["stamps"] = old.get("stamps", []) + made_from(config.cache.tokens, data, new)
     entry["quarantined"] = {**old.get("quarantined", {}), **bad}
     if config.cache.tokens == STREAM:
         stats = _cluster(config, data, teacher, new, blocks)
@@ -325,9 +333,15 @@ def audit(config: Config, count: int) -> str:
     if not len(good):
         raise DataError(f"{config.cache_path}: no image of it could be used, so there is nothing to compare.")
     rows = np.sort(np.random.default_rng().choice(good, min(count, len(good)), replace=False))
-    samples = current_samples(config, data, store)
-    unpacked = config.model_copy(update={"cache": config.cache.model_copy(update={"tokens": "float16"})})
-    fresh, bad = shard_blocks(unpacked, data, teacher, [samples[row] for row in rows], None)
+    samples = current_samples(data, store)
+    fresh, bad = shard_blocks(
+        data,
+        teacher,
+        [samples[row] for row in rows],
+        num_views=config.views.num,
+        batch=config.teacher.batch,
+        tokens="float16",
+    )
     if bad:
         listed = "; ".join(f"{name}: {why}" for name, why in bad.items())
         raise DataError(f"audit: what was cached can't be read any more: {listed}. Restore the images.")
@@ -401,7 +415,7 @@ def _text_features(config: Config, data: DataSet, teacher: Teacher) -> np.ndarra
 
 def _open_store(config: Config, data: DataSet, identity: str, samples: Sequence[Sample]) -> Store:
     teacher = teacher_of(config.teacher)
-    sizes = {"N": len(samples), **axis_sizes(config, teacher)}
+    sizes = {"N": len(samples), **axis_sizes(teacher, config.views.num)}
     storage = STORAGE[config.cache.tokens]
     arrays = ["view", "cls", "status", *(storage.arrays if storage.is_kept else ())]
     if config.cache.tokens == STREAM:

@@ -83,7 +83,7 @@ def _images(config: Config, data: DataSet, store: Store, fingerprint: str) -> It
             f"{config.cache_path}: keeps no dense tokens nor their mean (cache.tokens: {config.cache.tokens}), and "
             "prompts needs one of them. Extract with cache.tokens pooled, into another cache.path."
         )
-    samples = current_samples(config, data, store)
+    samples = current_samples(data, store)
     for shard in range(store.num_shards):
         blocks = read_recorded(store, shard, {"extract": fingerprint}, (*arrays, "status"))
         good = blocks["status"] == OK

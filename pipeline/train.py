@@ -78,7 +78,7 @@ def train(config: Config) -> dict[str, Any]:
     is_main = accelerator.is_main_process
     with ExitStack() as stack:
         if is_main:
-            check_current(config, data, str(above["fingerprint"]))
+            check_current(config.cache_path, labels_stage(config), data, str(above["fingerprint"]))
         manifest = found_manifest(config, "train")
         accelerator.wait_for_everyone()
         if manifest is not None and manifest.get("fingerprint") == identity:

@@ -52,9 +52,9 @@ def _changes(config: Config, manifests: Mapping[str, Mapping[str, Any]]) -> list
     try:
         data = data_of(config.data)
         store = Store.open(config.cache_path)
-        current_samples(config, data, store)
+        current_samples(data, store)
         if stage in manifests:
-            check_current(config, data, str(manifests[stage]["fingerprint"]))
+            check_current(config.cache_path, stage, data, str(manifests[stage]["fingerprint"]))
     except DataError as error:
         say(f"verify: the data set can't be compared with the cache: {error}")
     except StaleCache as error:

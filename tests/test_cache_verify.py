@@ -244,7 +244,7 @@ def test_a_stage_refuses_what_was_not_recorded(store, tmp_path):
 
 
 def test_text_and_ids_of_another_cache(store):
-    manifest = {"fingerprint": "fx", "num_samples": NUM, "whole": whole_digests(store)}
+    manifest = {"fingerprint": "fx", "num_samples": NUM, "whole": whole_digests(store, "extract")}
     write_manifest(store.path / "extract.manifest.json", manifest)
     assert set(manifest["whole"]) == {"sample", "text"}
     assert verify(store.path) == []

@@ -1,22 +1,13 @@
 import importlib
-import inspect
 
 import pytest
 import yaml
-from pydantic import BaseModel, Field
+from pydantic import Field
 
-from pipeline.config import (
-    DATA_OPTIONS,
-    Config,
-    ConfigError,
-    Section,
-    _kinds,
-    fields,
-    from_mapping,
-    is_content,
-    load,
-)
-from pipeline.data.base import KINDS
+from pipeline.config import OPTIONS, Config, ConfigError, fields, from_mapping, load
+from pipeline.config.keys import is_content
+from pipeline.config.section import Section, kinds_of
+from pipeline.data.base import KINDS, options_of
 from pipeline.running.table import STAGES, config_fingerprint, fingerprint
 from tests.conftest import ROOT
 
@@ -95,21 +86,11 @@ def test_a_wrong_key_or_value_is_named(setting, words):
     assert "\n" not in str(error.value)
 
 
-def leaves(model, prefix=""):
-    """Every key of the schema that isn't a section: name and annotation."""
-    for name, field in model.model_fields.items():
-        key = prefix + (field.alias or name)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from leaves(field.annotation, f"{key}.")
-        else:
-            yield key, field.annotation
-
-
-NUMBERS = [(key, kind) for key, kind in leaves(Config) if {int, float} & _kinds(kind)]
+NUMBERS = [key for key, field in fields(Config) if {int, float} & kinds_of(field.annotation)]
 
 
 @pytest.mark.parametrize("value", [".inf", "-.inf", ".nan", "nan", "1e400", "'inf'"])
-@pytest.mark.parametrize("key", [key for key, _ in NUMBERS])
+@pytest.mark.parametrize("key", NUMBERS)
 def test_no_number_is_infinite_or_none(key, value):
     for text in (value, f"[{value}]", f"[1, 2, {value}]"):
         with pytest.raises(ConfigError, match=key.replace(".", r"\.")):
@@ -124,7 +105,7 @@ def test_nor_in_options_that_the_schema_does_not_know(key, value):
 
 
 @pytest.mark.parametrize("value", ["yes", "true", "off", "[true]"])
-@pytest.mark.parametrize("key", [key for key, _ in NUMBERS])
+@pytest.mark.parametrize("key", NUMBERS)
 def test_yes_is_no_number(key, value):
     with pytest.raises(ConfigError, match=key.replace(".", r"\.")):
         from_mapping({}, [f"{key}={value}"])
@@ -258,7 +239,7 @@ def test_a_name_that_yaml_takes_for_a_date():
 
 
 def test_every_key_says_whether_it_is_content():
-    """A key that says nothing fails here; what the data sets' own options bear on is said beside their section."""
+    """A key that says nothing fails here; what the data sets' own options bear on is said in OPTIONS."""
     policies = {key: is_content(field) for key, field in fields(Config)}
     assert policies["train.lr"]
     assert not policies["train.workers"]
@@ -270,8 +251,8 @@ def test_every_key_says_whether_it_is_content():
         [is_content(field) for _, field in fields(Forgetful)]
 
 
-def test_the_policies_of_data_options_are_of_options_that_there_are():
+def test_every_option_of_a_data_set_says_what_it_bears_on():
     known = set()
     for module, name in KINDS.values():
-        known |= set(inspect.signature(getattr(importlib.import_module(module), name)).parameters)
-    assert known >= DATA_OPTIONS.keys()
+        known |= options_of(getattr(importlib.import_module(module), name)).keys()
+    assert known == OPTIONS.keys()

@@ -26,7 +26,7 @@ DOORS = {
 # Folders from the ground up: each imports those before it, and the cache from `running` on. Last the stages themselves,
 # the files of pipeline/ that no folder holds.
 FLOORS = ("config", "ops", "data", "models", "running", "teaching", "learning", "looking")
-GROUND = ("__init__", "config", "reading", "terminal")
+GROUND = ("__init__", "terminal")
 STAGES = sorted(path.stem for path in ROOT.glob("pipeline/*.py") if path.stem not in GROUND)
 
 

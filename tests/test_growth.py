@@ -14,7 +14,10 @@ from pipeline.data import base
 from pipeline.data.demo import CLASSES, render_scene
 from pipeline.extract import extract
 from pipeline.learning import batches
+from pipeline.running import table
 from pipeline.running.rows import in_row_order, is_listed
+from pipeline.running.shards import Made, ShardStage, run_stage
+from pipeline.running.table import Stage
 from pipeline.train import train
 from pipeline.verify import verify
 from tests.conftest import ROOT, TINY
@@ -33,9 +36,9 @@ def seen_by_the_teacher(monkeypatch):
     """Ids of the images that go through the teacher, in order."""
     seen, original = [], stage.shard_blocks
 
-    def spy(config, data, teacher, samples, tick=None):
+    def spy(data, teacher, samples, **options):
         seen.extend(sample.id for sample in samples)
-        return original(config, data, teacher, samples, tick)
+        return original(data, teacher, samples, **options)
 
     monkeypatch.setattr(stage, "shard_blocks", spy)
     return seen
@@ -188,6 +191,40 @@ def test_a_changed_mask_is_clustered_again_without_the_teacher(garden, seen_by_t
     after = Store.open(config().cache_path).read_whole("pseudo")
     assert (after[1, 0] > 0).all(), "all of d is unseen now"
     assert np.array_equal(after[[0, 2]], before[[0, 2]])
+
+
+class Objects(ShardStage):
+    """A stage on the clusters: how many potential objects each image has."""
+
+    name, makes = "objects", "counted objects"
+
+    def arrays(self, config):
+        return ()
+
+    def make(self, part):
+        return Made({}, {"objects": [int(part.read("cluster", ["pseudo"])["pseudo"].max())]})
+
+    def summary(self, run, stats):
+        return {"objects": sum(part["objects"][0] for part in stats)}
+
+
+def test_a_stage_on_stale_clusters_names_what_renews_them(garden, monkeypatch):
+    folder, config = garden
+    entry = Stage(
+        "objects", (), "cluster", work=f"{__name__}:Objects", in_cache=True, says={"summary?": dict}
+    )
+    monkeypatch.setitem(table.STAGES, "objects", entry)
+    monkeypatch.setattr(table, "IN_CACHE", (*table.IN_CACHE, "objects"))
+    extract(config())
+    cluster(config())
+    assert run_stage("objects", config())["summary"]["objects"] == 0
+    Image.fromarray(np.full((64, 64), len(CLASSES) - 1, np.uint8)).save(folder / "masks" / "d.png")
+    with pytest.raises(StaleCache, match=r"labels of image 'd'.*Run `cli\.py cluster` again"):
+        run_stage("objects", config())
+    cluster(config())
+    assert not (config().cache_path / "objects.manifest.json").exists(), "it stands on what was made again"
+    assert run_stage("objects", config())["summary"]["objects"] > 0
+    assert verify(config()) == []
 
 
 def test_streaming_a_changed_mask_is_named(garden):

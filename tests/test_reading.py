@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.reading import MAX_ALIASED, Unreadable, read_yaml, yaml_text
+from pipeline.config.reading import MAX_ALIASED, Unreadable, read_yaml, yaml_text
 
 
 def bomb(levels, width):

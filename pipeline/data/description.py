@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import reading
+from pipeline.config import reading
 from pipeline.data.base import DataError, check_names, unknown
 from pipeline.data.files import INVALID, raw_table, root_of
 from pipeline.ops.labels import IGNORE, no_class

@@ -15,29 +15,9 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from pipeline.config import Config
+from pipeline.config import OPTIONS, Config
 from pipeline.data.base import KINDS, DataError, options_of
 
-# What a data set's options mean, the same word meaning the same in all of them.
-DATA_OPTIONS = {
-    "root": "its folder",
-    "limit": "only the first so many samples of each part, for tries",
-    "unseen": "names of the classes without a label in training; instead of a split",
-    "split": "a named split into seen and unseen; the first one if left out",
-    "background": "what is no object is a class of its own",
-    "num_classes": "59, or 459: all of PASCAL Context's (`prepare context459`)",
-    "tags": "where image-level labels come from: xml or masks of voc, masks or json of coco14",
-    "train_list": "the training samples: of voc a list, or several joined by +; of coco14 a file below root",
-    "test_list": "the list of test samples",
-    "seed": "of the training scenes",
-    "test_seed": "of the test scenes",
-    "train": "how many training scenes",
-    "test": "how many test scenes",
-    "size": "their side in pixels",
-    "radius": "of the things, in sides",
-    "things": "how many things a scene has, from and to",
-    "classes": "what the classes are called, and which of the world's things each is",
-}
 HEAD = """<!-- Written by `python -m pipeline.looking.keys > config/README.md`; a test holds that it is up to date. -->
 # Presets and keys
 
@@ -49,7 +29,7 @@ errors that name the nearest valid one, a key given twice is one, too. Dates and
 
 
 def page() -> str:
-    """The whole page, Markdown. Raises: DataError for an option of a data set that DATA_OPTIONS lacks."""
+    """The whole page, Markdown. Raises: DataError for an option of a data set that OPTIONS lacks."""
     paths = sorted(path for path in Path("config").glob("*.yaml") if path.name != "environment.yaml")
     presets = [f"- [{path.name}]({path.name}): {_first_sentence(path)}" for path in paths]
     parts = [HEAD + "\n".join(presets), _table("Top level", Config)]
@@ -141,9 +121,9 @@ def _data_options() -> str:
         title = (place.__doc__ or "").strip().partition("\n")[0].rstrip(".:")
         rows.append(f"| `{kind}` | {title} | {', '.join(options)} |")
         used |= set(parameters)
-    if used - set(DATA_OPTIONS):
-        raise DataError(f"{__name__}: DATA_OPTIONS has no meaning for {sorted(used - set(DATA_OPTIONS))}.")
-    meanings = [f"- `{option}`: {meaning}" for option, meaning in DATA_OPTIONS.items() if option in used]
+    if used - set(OPTIONS):
+        raise DataError(f"{__name__}: config.OPTIONS has no meaning for {sorted(used - set(OPTIONS))}.")
+    meanings = [f"- `{name}`: {option.meaning}" for name, option in OPTIONS.items() if name in used]
     head = ["### `data`, by kind", "", "| kind | what | options, with their defaults |", "|---|---|---|"]
     return "\n".join([*head, *rows, "", *meanings])
 

@@ -13,6 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from cache.places import place
 from cache.store import Store
+from pipeline.config.reading import yaml_text
 from pipeline.data.base import DataSet
 from pipeline.looking import facts, scores
 from pipeline.looking.confusion import READABLE
@@ -31,7 +32,6 @@ from pipeline.looking.panels import (
     object_palette,
 )
 from pipeline.looking.tagged import percent_palette
-from pipeline.reading import yaml_text
 from pipeline.running.manifests import found_manifest
 from pipeline.running.table import IN_CACHE, labels_stage
 

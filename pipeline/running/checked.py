@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from pipeline.config import Config
 from pipeline.data.base import STAMP_THREADS, BadImage, DataError, DataSet, Sample
 from pipeline.data.survey import CERTAIN, Palettes, Seen, look_at_masks, never_seen, no_labels
 from pipeline.ops.labels import IGNORE
@@ -20,7 +19,7 @@ FEW = 16  # training masks that test masks are compared with
 MOST_SAID = 3  # of a list
 
 
-def check_labels(config: Config, data: DataSet, samples: Sequence[Sample], *, is_needed: bool) -> Seen | None:
+def check_labels(data: DataSet, samples: Sequence[Sample], *, are_tags: bool, is_needed: bool) -> Seen | None:
     """Looks at the training labels; None where they are made, not read.
 
     Without any they are an error where `is_needed`, unless tags take their place: images may be extracted first and
@@ -30,13 +29,13 @@ def check_labels(config: Config, data: DataSet, samples: Sequence[Sample], *, is
     """
     if not data.has_files:
         return None
-    if reads_tags(config):
+    if are_tags:
         refuse_wrong_tags(data, samples)
     seen = check_masks(data, samples, "train")
-    if is_needed and not reads_tags(config) and (complaint := no_labels(data, seen)):
+    if is_needed and not are_tags and (complaint := no_labels(data, seen)):
         raise DataError(f"{data.name}: {complaint}")
     if seen.num_unlabelled:
-        what = "tagged" if reads_tags(config) else "unlabelled"
+        what = "tagged" if are_tags else "unlabelled"
         say(f"labels: {seen.num_samples} train images, {seen.num_unlabelled} without a mask: {what}")
     if missing := never_seen(data, seen):
         listed = ", ".join(map(repr, missing[:MOST_SAID])) + (", ..." if len(missing) > MOST_SAID else "")
@@ -74,11 +73,6 @@ def _some_palettes(data: DataSet) -> Palettes:
         return look_at_masks(data, data.samples("train")[:FEW], "train").palettes
     except DataError:
         return Palettes()
-
-
-def reads_tags(config: Config) -> bool:
-    """Whether training's labels come from image-level ones."""
-    return config.recipe == "clip_es" or config.cluster.named_above is not None
 
 
 def wrong_tags(data: DataSet, sample: Sample) -> str:

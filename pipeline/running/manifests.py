@@ -19,7 +19,7 @@ from cache.header import DATA, METADATA
 from cache.ledger import Ledger, read_manifest, write_manifest
 from cache.places import Place, place
 from pipeline.config import Config, ConfigError, kept, load
-from pipeline.reading import yaml_text
+from pipeline.config.reading import yaml_text
 from pipeline.running.table import STAGES, above, asked, config_fingerprint, difference, parts_of
 
 

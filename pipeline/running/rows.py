@@ -14,10 +14,10 @@ import numpy as np
 
 from cache.errors import StaleCache
 from cache.ledger import Ledger
+from cache.places import Place
 from cache.store import Store
-from pipeline.config import Config
 from pipeline.data.base import DataSet, Sample
-from pipeline.running.table import STREAM, labels_stage
+from pipeline.running.table import STREAM
 
 NOT_LISTED = 2  # code in `status` of an image that the data set no longer lists
 NO_STAMP = "not listed"  # in place of the stamp of such an image
@@ -70,7 +70,7 @@ def cached_samples(data: DataSet, store: Store) -> list[Sample]:
     return samples
 
 
-def current_samples(config: Config, data: DataSet, store: Store) -> list[Sample]:
+def current_samples(data: DataSet, store: Store) -> list[Sample]:
     """The sample of every row, each image still what its row was made from, the classes those of the text features.
 
     Raises: StaleCache naming what changed and what renews it.
@@ -78,29 +78,33 @@ def current_samples(config: Config, data: DataSet, store: Store) -> list[Sample]
     check_classes(data, store)
     samples = cached_samples(data, store)
     identity = str(store.attributes["fingerprint"])
-    check_unchanged(Ledger(store.path, "extract"), identity, samples, made_from(config, data, samples))
+    stamps = made_from(store.fact(str, "tokens"), data, samples)
+    check_unchanged(Ledger(store.path, "extract"), identity, samples, stamps)
     return samples
 
 
-def check_current(config: Config, data: DataSet, fingerprint: str) -> None:
-    """Compares classes, images and masks of the training part with what the cache, its labels of `fingerprint`, is of.
+def check_current(cache_path: str | Place, stage: str, data: DataSet, fingerprint: str) -> None:
+    """Compares classes, images and masks of the training part with what the cache, and `stage` of it, were made from.
+
+    `fingerprint` is the stage's.
 
     Raises: StaleCache naming what changed and what renews it.
     """
-    store, stage = Store.open(config.cache_path), labels_stage(config)
-    samples = current_samples(config, data, store)
-    now, ledger = stamps_of(data, samples, "labels"), Ledger(store.path, stage)
-    for entry in ledger.entries_of(fingerprint).values():
-        first, stop = entry["rows"]
-        for row, (was, stamp) in enumerate(
-            zip(entry.get("stamps") or (), now[first:stop], strict=False), start=first
-        ):
-            if was != stamp and is_listed(samples[row]):
-                raise StaleCache(
-                    f"{ledger.folder}: the labels of image {samples[row].id!r}, or what the data set's description "
-                    f"says of its masks, have changed since `{stage}` read them. Run `cli.py {stage}` again: it makes "
-                    "what has changed."
-                )
+    store = Store.open(cache_path)
+    samples, ledger = current_samples(data, store), Ledger(store.path, stage)
+    check_labels_unchanged(ledger, fingerprint, samples, stamps_of(data, samples, "labels"))
+
+
+def check_labels_unchanged(
+    ledger: Ledger, fingerprint: str, samples: Sequence[Sample], now: Sequence[str]
+) -> None:
+    """Compares the labels that a stage has read, row by row, with the stamps of today's. Raises: StaleCache."""
+    if changed := changed_rows(ledger, fingerprint, samples, now):
+        raise StaleCache(
+            f"{ledger.folder}: the labels of image {samples[changed[0][0]].id!r}, or what the data set's description "
+            f"says of its masks, have changed since `{ledger.stage}` read them. Run `cli.py {ledger.stage}` again: it "
+            "makes what has changed."
+        )
 
 
 def check_classes(data: DataSet, store: Store) -> None:
@@ -142,10 +146,10 @@ def span(rows: range) -> list[int]:
     return [rows.start, rows.stop]
 
 
-def made_from(config: Config, data: DataSet, samples: Sequence[Sample]) -> list[str]:
+def made_from(tokens: str, data: DataSet, samples: Sequence[Sample]) -> list[str]:
     """What extraction makes each row from: its image, and where tokens stream its labels too."""
     images = stamps_of(data, samples)
-    if config.cache.tokens != STREAM:
+    if tokens != STREAM:
         return images
     return [f"{image} {mask}" for image, mask in zip(images, stamps_of(data, samples, "labels"), strict=True)]
 
@@ -157,7 +161,9 @@ def changed_rows(
     found = []
     for shard, entry in ledger.entries_of(fingerprint).items():
         first, stop = entry["rows"]
-        for row, (was, now) in enumerate(zip(entry["stamps"], stamps[first:stop], strict=False), start=first):
+        for row, (was, now) in enumerate(
+            zip(entry.get("stamps", ()), stamps[first:stop], strict=False), start=first
+        ):
             if was != now and is_listed(samples[row]):
                 found.append((row, shard, was, now))
     return found

@@ -35,8 +35,8 @@ from pipeline.running.manifests import (
     reopen,
     required_manifest,
 )
-from pipeline.running.rows import current_samples, samples_of, span, stamps_of
-from pipeline.running.table import STAGES, Stage, above, below, fingerprint
+from pipeline.running.rows import check_labels_unchanged, current_samples, samples_of, span, stamps_of
+from pipeline.running.table import STAGES, Stage, above, all_above, below, fingerprint
 
 
 @dataclass
@@ -134,7 +134,10 @@ def run_stage(name: str, config: Config, *, workers: int = 0, scheduler: str | N
         refuse_if_locked(config.cache_path)  # below every mask is looked at
     identity = fingerprint(config, name, run.above["fingerprint"], stage.facts(run))
     store = Store.open(config.cache_path)
-    run.samples = current_samples(config, data, store)
+    run.samples = current_samples(data, store)
+    for over in (over for over in all_above(config, name) if "labels" in STAGES[over].reads):
+        made, now = required_manifest(config, over)["fingerprint"], stamps_of(data, run.samples, "labels")
+        check_labels_unchanged(Ledger(store.path, over), made, run.samples, now)
     stamps = _stamps(entry, data, run.samples)
     content = digest([identity, run.above["content"], stamps])
     if manifest is not None and manifest.get("content") == content and "summary" in manifest:

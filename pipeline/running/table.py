@@ -17,14 +17,7 @@ from cache.ledger import MANIFEST
 from cache.places import Place, place
 from cache.records import Shape
 from cache.schema import ARRAYS, ArraySpec
-from pipeline.config import (
-    DATA_OPTIONS,
-    Config,
-    aside_keys,
-    defaults,
-    digest,
-    settings_apart_from_defaults,
-)
+from pipeline.config import OPTIONS, Config, aside_keys, defaults, digest, settings_apart_from_defaults
 
 STREAM = "stream"  # of cache.tokens: extraction clusters, and keeps no tokens
 LABELS = "labels"  # in place of a stage's name: the one that makes the labels of the run's recipe
@@ -178,8 +171,12 @@ def parts_of(name: str) -> tuple[str, ...]:
 
 
 def in_cache(config: Config) -> tuple[str, ...]:
-    """The stages of the cache that a run of this recipe has: others' labels apart."""
-    return tuple(name for name in IN_CACHE if STAGES[name].recipe in ("", config.recipe))
+    """The stages of the cache that a run of this recipe has: others' labels, and what stands on these, apart."""
+    found = list[str]()
+    for name in IN_CACHE:  # in the order of the table: from the ground up
+        if STAGES[name].recipe in ("", config.recipe) and above(config, name) in (None, *found):
+            found.append(name)
+    return tuple(found)
 
 
 def above(config: Config, name: str) -> str | None:
@@ -188,11 +185,18 @@ def above(config: Config, name: str) -> str | None:
     return labels_stage(config) if upstream == LABELS else upstream
 
 
+def all_above(config: Config, name: str) -> tuple[str, ...]:
+    """The stage that one stands on, the one under that, and so on."""
+    over = above(config, name)
+    return () if over is None else (over, *all_above(config, over))
+
+
 def below(name: str) -> tuple[str, ...]:
     """The stages of the cache that stand on one, itself first."""
     found = [name]
-    for other in IN_CACHE:  # in the order of the table: from the ground up
-        if STAGES[other].upstream in found:
+    for other in IN_CACHE:
+        upstream = STAGES[other].upstream
+        if upstream in found or (upstream == LABELS and any(STAGES[made].recipe for made in found)):
             found.append(other)
     return tuple(found)
 
@@ -203,14 +207,14 @@ def below(name: str) -> tuple[str, ...]:
 # So a default that changes, or a key that gets another meaning, must raise this: then everything is made again.
 MEANING = 3
 SAMPLES = (
-    "samples"  # options that only say which samples there are: they don't count where the samples are a fact
+    "samples"  # what options bear on that say which samples there are: no content where these are a fact
 )
 
 
 def asked(config: Config, stage: str, *, apart_from: str = "") -> dict[str, Any]:
     """What the config asks of `stage` itself: dotted key -> value, without keys at their defaults.
 
-    `apart_from`: a kind of the data set's options that is left out, SAMPLES.
+    `apart_from`: what options of the data set bear on that are left out, SAMPLES.
     """
     entries = [STAGES[name] for name in (stage, *STAGES[stage].also(config))]
     sections = {section for entry in entries for section in entry.sections}
@@ -230,8 +234,8 @@ def data_options(config: Config, stage: str) -> dict[str, Any]:
 
 def _hidden_options(config: Config, stage: str, apart_from: str) -> set[str]:
     names = (stage, *STAGES[stage].also(config))
-    seen = {SAMPLES, *(part for name in names for part in STAGES[name].reads)} - {apart_from}
-    return {option for option, kind in DATA_OPTIONS.items() if kind not in seen}
+    seen = {"all", SAMPLES, *(part for name in names for part in STAGES[name].reads)} - {apart_from}
+    return {name for name, option in OPTIONS.items() if option.bears_on not in seen}
 
 
 def config_fingerprint(config: Config, stage: str, *, apart_from: str = "") -> str:

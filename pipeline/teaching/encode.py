@@ -21,7 +21,7 @@ from torch import Tensor
 
 from cache.schema import spec_of
 from cache.verify import OK
-from pipeline.config import Config
+from pipeline.config import TeacherSection
 from pipeline.data.base import BadImage, DataSet, Sample
 from pipeline.models.teacher import Teacher, TeacherError
 from pipeline.ops.quantise import quantised
@@ -68,7 +68,7 @@ STORAGE = {
 
 
 @functools.lru_cache(maxsize=1)
-def teacher_of(section: Any) -> Teacher:
+def teacher_of(section: TeacherSection) -> Teacher:
     """The run's teacher, loaded once a process."""
     return Teacher.load(
         section.model,
@@ -80,37 +80,47 @@ def teacher_of(section: Any) -> Teacher:
     )
 
 
-def axis_sizes(config: Config, teacher: Teacher) -> dict[str, int]:
+def axis_sizes(teacher: Teacher, num_views: int) -> dict[str, int]:
     """Lengths of the axes that the teacher and the views fix."""
     side = teacher.image_size // teacher.patch
-    return {"V": config.views.num, "C": teacher.channels, "h": side, "w": side}
+    return {"V": num_views, "C": teacher.channels, "h": side, "w": side}
 
 
 def shard_blocks(
-    config: Config, data: DataSet, teacher: Teacher, samples: Sequence[Sample], tick: Any = None
+    data: DataSet,
+    teacher: Teacher,
+    samples: Sequence[Sample],
+    *,
+    num_views: int,
+    batch: int,
+    tokens: str,
+    tick: Any = None,
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """The arrays of one shard. Rows of quarantined images keep the fill values (NaN), status says so."""
-    num, views = len(samples), config.views.num
+    """The arrays of one shard, dense tokens kept as `tokens` says, a key of STORAGE; why images are quarantined, by id.
+
+    Rows of quarantined images keep the fill values (NaN), status says so.
+    Raises: TeacherError for values that aren't finite.
+    """
+    num = len(samples)
     blocks: dict[str, np.ndarray] = {
-        "view": np.full((num, views, 4), np.nan, np.float32),
+        "view": np.full((num, num_views, 4), np.nan, np.float32),
         "status": np.full(num, OK, np.uint8),
     }
     bad: dict[str, str] = {}
     waiting: list[tuple[int, int, Tensor]] = []
-    sizes = axis_sizes(config, teacher)
-    storage = STORAGE[config.cache.tokens]
+    sizes, storage = axis_sizes(teacher, num_views), STORAGE[tokens]
     for name in ("cls", *storage.arrays):
         spec = spec_of(name, storage.dtypes.get(name))
         blocks[name] = np.full((num, *spec.shape({"N": num, **sizes})[1:]), spec.fill, spec.dtype)
 
     def flush() -> None:
-        encoded = _encode_padded(config, teacher, [image for _, _, image in waiting])
+        encoded = _encode_padded(teacher, [image for _, _, image in waiting], batch, storage)
         for name, values in encoded.items():
             for (row, view, _), value in zip(waiting, values, strict=True):
                 blocks[name][row, view] = value
         waiting.clear()
 
-    load = functools.partial(_load_views, config, data, mean_colour(teacher.mean))
+    load = functools.partial(_load_views, data, num_views, teacher.image_size, mean_colour(teacher.mean))
     with ThreadPoolExecutor(DECODE_THREADS) as pool:
         for row, loaded in enumerate(pool.map(load, samples)):
             if isinstance(loaded, str):
@@ -120,7 +130,7 @@ def shard_blocks(
                 blocks["view"][row] = boxes
                 for view, image in enumerate(images):
                     waiting.append((row, view, image))
-                    if len(waiting) == config.teacher.batch:
+                    if len(waiting) == batch:
                         flush()
             if tick:
                 tick(1)
@@ -129,17 +139,16 @@ def shard_blocks(
     good = blocks["status"] == OK
     if not all(np.isfinite(blocks[name][good]).all() for name in blocks):
         raise TeacherError(
-            f"the teacher {config.teacher.model!r} gave values that are not finite in float16 for images "
+            f"the teacher {teacher.provenance['model']!r} gave values that are not finite in float16 for images "
             f"{samples[0].id} to {samples[-1].id}: try teacher.precision fp32."
         )
     return blocks, bad
 
 
 def _load_views(
-    config: Config, data: DataSet, mean: np.ndarray, sample: Any
+    data: DataSet, num_views: int, size: int, mean: np.ndarray, sample: Sample
 ) -> tuple[np.ndarray, list[torch.Tensor]] | str:
     """Boxes (V, 4) and V views (3, S, S) uint8 of one image, or why there are none."""
-    size = config.teacher.image_size
     if not is_listed(sample):
         return "not listed"
     try:
@@ -147,17 +156,19 @@ def _load_views(
     except BadImage as error:
         return str(error)
     height, width = image.shape[:2]
-    boxes = draw_views(data.name, sample.id, config.views.num, width, height, size)
+    boxes = draw_views(data.name, sample.id, num_views, width, height, size)
     return boxes, [replay_image(image, box, size, mean) for box in boxes]
 
 
-def _encode_padded(config: Config, teacher: Teacher, views: list[Tensor]) -> dict[str, np.ndarray]:
+def _encode_padded(
+    teacher: Teacher, views: list[Tensor], batch: int, storage: Storage
+) -> dict[str, np.ndarray]:
     """What is kept of the teacher's outputs for b <= batch views: arrays (b, ...) by name."""
-    images, missing = torch.stack(views), config.teacher.batch - len(views)
+    images, missing = torch.stack(views), batch - len(views)
     if missing:
         images = torch.cat([images, images[-1:].expand(missing, -1, -1, -1)])
     cls, tokens = teacher.encode(images)
-    packed = {"cls": cls.to(torch.float16), **STORAGE[config.cache.tokens].packed(tokens)}
+    packed = {"cls": cls.to(torch.float16), **storage.packed(tokens)}
     return {name: value[: len(views)].cpu().numpy() for name, value in packed.items()}
 
 

@@ -1,46 +1,17 @@
-"""The one schema of a run: YAML in, checked values out.
-
-Defaults live here and nowhere else. Each key says itself whether it is `content`, which enters the fingerprint of the
-stages that read its section, or stands `aside`. Which sections a stage reads is in the table of stages.
-"""
+"""The one schema of a run. Defaults live here and nowhere else."""
 
 from __future__ import annotations
 
-import difflib
-import functools
-import hashlib
-import json
-import math
 import os
-import re
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
-from importlib import metadata
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
-from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from pipeline.reading import NOT_TEXT, Unreadable, read_yaml
-
-
-class UserError(ValueError):
-    """Something that the user can mend: shown as one line, exit code 2. All the pipeline's errors are kin."""
-
-
-class ConfigError(UserError):
-    """The user's config can't be used; the message says which key, what was found and what fits."""
-
+from pipeline.config.reading import NOT_TEXT
+from pipeline.config.section import Section, aside, content, refuse_infinite
 
 # Bounds beyond which a value can only be a slip: refused before any work, not by a machine that ran out of memory.
 MAX_BATCH = 4096  # images at once: 3 GB as bytes at 512 x 512
@@ -53,8 +24,44 @@ MAX_NEGATIVES = 1_000_000  # 2 GB of CLS tokens, four views of all COCO images a
 MAX_PICTURES = 10_000  # in one HTML page
 MAX_LISTED = 1000  # numbers in a list of a setting
 MAX_NAME = 200  # bytes: file systems take 255, and variants, stages and partial files add to a run's name
-SHOWN = 300  # characters of a value in an error
 MIN_STRIDE = 0.01  # of a window: 10,000 overlapping views of every pixel
+
+
+@dataclass(frozen=True)
+class Option:
+    """An option of a data set, the same word meaning the same in all of them, and what a change of it bears on.
+
+    `all` that is made of the data set; its `labels`; its `test` part; which `samples` there are, not what any of them
+    is; or only its `place`, of which a cache needs nothing: ids and stamps say what it holds.
+    """
+
+    meaning: str
+    bears_on: Literal["all", "labels", "test", "samples", "place"] = "all"
+
+
+OPTIONS = {
+    "root": Option("its folder", "place"),
+    "limit": Option("only the first so many samples of each part, for tries", "samples"),
+    "unseen": Option("names of the classes without a label in training; instead of a split", "labels"),
+    "split": Option("a named split into seen and unseen; the first one if left out", "labels"),
+    "background": Option("what is no object is a class of its own"),
+    "num_classes": Option("59, or 459: all of PASCAL Context's (`prepare context459`)"),
+    "tags": Option(
+        "where image-level labels come from: xml or masks of voc, masks or json of coco14", "labels"
+    ),
+    "train_list": Option(
+        "the training samples: of voc a list, or several joined by +; of coco14 a file below root", "samples"
+    ),
+    "test_list": Option("the list of test samples", "test"),
+    "seed": Option("of the training scenes"),
+    "test_seed": Option("of the test scenes", "test"),
+    "train": Option("how many training scenes", "samples"),
+    "test": Option("how many test scenes", "test"),
+    "size": Option("their side in pixels"),
+    "radius": Option("of the things, in sides"),
+    "things": Option("how many things a scene has, from and to"),
+    "classes": Option("what the classes are called, and which of the world's things each is"),
+}
 
 
 def _folder(path: str) -> str:
@@ -68,68 +75,6 @@ def _folder(path: str) -> str:
     return os.path.expanduser(path)
 
 
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _numbers(cls, value: Any, info: ValidationInfo) -> Any:
-        """No yes for 1, and no number that is none, in options that the schema doesn't know either."""
-        kinds = _kinds(cls.model_fields[info.field_name or ""].annotation)
-        if any(isinstance(kind, type) and issubclass(kind, BaseModel) for kind in kinds):
-            return value  # a section, which sees to its own fields
-        _refuse_infinite(value)
-        if (
-            kinds & {int, float}
-            and not kinds & {bool, Any}
-            and any(v is True or v is False for v in _inside(value))
-        ):
-            raise ValueError(f"want a number, found {json.dumps(value, default=str)}")
-        return value
-
-
-def content(default: Any = PydanticUndefined, **options: Any) -> Any:
-    """A key that says what a stage makes: it enters the stage's fingerprint, unless it is at its default."""
-    return Field(default, json_schema_extra={"is_content": True}, **options)
-
-
-def aside(default: Any = PydanticUndefined, **options: Any) -> Any:
-    """A key of speed, place or bookkeeping: it enters no fingerprint, and changing it runs nothing again."""
-    return Field(default, json_schema_extra={"is_content": False}, **options)
-
-
-def _inside(value: Any) -> Iterator[Any]:
-    """A value's leaves, itself if it is one."""
-    if isinstance(value, Mapping):
-        value = list(value.values())
-    if isinstance(value, list | tuple):
-        for item in value:
-            yield from _inside(item)
-    else:
-        yield value
-
-
-def _refuse_infinite(value: Any) -> None:
-    for leaf in _inside(value):
-        if isinstance(leaf, float) and not math.isfinite(leaf):
-            raise ValueError(f"{leaf} is not a finite number")
-
-
-def _kinds(annotation: Any) -> set[Any]:
-    """The types that an annotation is made of."""
-    inner = get_args(annotation)
-    return {annotation}.union(*map(_kinds, inner)) if inner else {annotation}
-
-
-# What an option of a data set bears on. One that isn't here bears on all that is made of the data set.
-DATA_OPTIONS = {
-    "root": "place",  # of which a cache needs none: ids and stamps say what it holds
-    **dict.fromkeys(("train", "limit", "train_list"), "samples"),  # which there are, not what any of them is
-    **dict.fromkeys(("unseen", "split", "tags"), "labels"),
-    **dict.fromkeys(("test_seed", "test", "test_list"), "test"),
-}
-
-
 class Data(Section):
     """Which data set; the options beside `kind` are the data set's own (see pipeline/data)."""
 
@@ -141,7 +86,7 @@ class Data(Section):
     def _finite(cls, values: Any) -> Any:
         for name, value in values.items() if isinstance(values, Mapping) else ():
             try:
-                _refuse_infinite(value)
+                refuse_infinite(value)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
         return values
@@ -509,233 +454,12 @@ class Config(Section):
         return self.cache.path if "://" in self.cache.path else Path(self.cache.path)
 
     @property
+    def reads_tags(self) -> bool:
+        """Whether training's labels come from image-level ones."""
+        return self.recipe == "clip_es" or self.cluster.named_above is not None
+
+    @property
     def manifest_folder(self) -> Path:
         """Where Snakemake looks: the cache itself, or, when that is a URL, copies in the run folder."""
         where = self.cache_path
         return where if isinstance(where, Path) else self.run_path / "cache"
-
-
-def digest(value: Any) -> str:
-    """16 hex digits of a JSON-able value."""
-    text = json.dumps(value, sort_keys=True, default=str)
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-
-
-def settings_apart_from_defaults(config: Config) -> dict[str, Any]:
-    """Dotted key -> value of all that isn't at its default."""
-    usual = defaults()
-    return {key: value for key, value in leaves(as_mapping(config)).items() if usual.get(key) != value}
-
-
-@functools.cache
-def defaults() -> dict[str, Any]:
-    """Dotted key -> default value of every key."""
-    return leaves(as_mapping(Config()))
-
-
-@functools.cache
-def aside_keys() -> frozenset[str]:
-    """The dotted keys that enter no fingerprint."""
-    return frozenset(key for key, field in fields(Config) if not is_content(field))
-
-
-def is_content(field: FieldInfo) -> bool:
-    """A key's policy. Raises: KeyError for a key that has none."""
-    return bool(dict(field.json_schema_extra or {})["is_content"])  # type: ignore[arg-type]
-
-
-def fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Dotted key and field of every key of a schema, sections walked into."""
-    for name, field in model.model_fields.items():
-        key = prefix + (field.alias or name)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from fields(field.annotation, f"{key}.")
-        else:
-            yield key, field
-
-
-def as_mapping(config: Config) -> dict[str, Any]:
-    """The resolved config as YAML and JSON have it."""
-    return config.model_dump(mode="json", by_alias=True)
-
-
-def leaves(value: Any, key: str = "") -> dict[str, Any]:
-    """The values of nested mappings by dotted key."""
-    if not isinstance(value, dict) or not value:
-        return {key: value}
-    found: dict[str, Any] = {}
-    for name, inner in value.items():
-        found |= leaves(inner, f"{key}.{name}" if key else name)
-    return found
-
-
-# --- configs that another version wrote -------------------------------------------------------------
-
-WRITTEN_BY = "written_by"  # section of a config that the program has written
-
-
-def version() -> str:
-    """This program's version; "unknown" where it isn't installed."""
-    try:
-        return metadata.version("clipteacher")
-    except metadata.PackageNotFoundError:
-        return "unknown"
-
-
-def kept(config: Config) -> dict[str, Any]:
-    """The config as the program keeps it in a run folder and in a student: with the version, and the keys set.
-
-    An older version that reads it passes over keys that it doesn't know while they aren't among those.
-    """
-    keys = sorted(settings_apart_from_defaults(config))
-    return {**as_mapping(config), WRITTEN_BY: {"version": version(), "keys": keys}}
-
-
-def _readable(values: dict[str, Any], where: str) -> dict[str, Any]:
-    """A kept config without the keys that this version doesn't know, if they are at their defaults.
-
-    Raises: ConfigError naming the version that wrote one that isn't.
-    """
-    written = values.pop(WRITTEN_BY, None)
-    if not isinstance(written, dict):
-        return values
-    keys = found if isinstance(found := written.get("keys"), list) else []
-    for unknown in _unknown_keys(values, Config):
-        if any(key == unknown or str(key).startswith(f"{unknown}.") for key in keys):
-            raise ConfigError(
-                f"{where}: was written by version {written.get('version')}, which knows {unknown!r} and has it set; "
-                f"this is version {version()}. Upgrade this program, or make that run again with it."
-            )
-        *path, last = unknown.split(".")
-        section = values
-        for name in path:
-            section = section[name]
-        del section[last]
-    return values
-
-
-def _unknown_keys(values: Mapping[str, Any], model: Any, prefix: str = "") -> list[str]:
-    """Dotted keys of `values` that the schema lacks; what is not a section is left to the schema's own check."""
-    fields = {field.alias or name: field.annotation for name, field in model.model_fields.items()}
-    found = []
-    for name, value in values.items():
-        if name not in fields:
-            found += [] if model.model_config.get("extra") == "allow" else [f"{prefix}{name}"]
-        elif isinstance(value, dict) and isinstance(fields[name], type) and issubclass(fields[name], Section):
-            found += _unknown_keys(value, fields[name], f"{prefix}{name}.")
-    return found
-
-
-def load(path: str | Path, settings: Iterable[str] = ()) -> Config:
-    """Reads a YAML file and applies `a.b=value` settings. Raises ConfigError, one line each."""
-    path = Path(path)
-    if not os.path.exists(path):
-        near = sorted(p.as_posix() for p in Path("config").glob("*.yaml"))
-        raise ConfigError(f"{path}: no such config file. There are: {', '.join(near) or 'none here'}.")
-    try:
-        raw = read_yaml(path, where=str(path), keys_are_text=True)
-    except Unreadable as error:
-        raise ConfigError(str(error)) from None
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: a config is a mapping of sections, found {type(raw).__name__}.")
-    return from_mapping(raw, settings, where=str(path))
-
-
-def preset(name_or_path: str) -> Path:
-    """The file of a preset in config/ called by its name, else the path itself."""
-    path = Path(name_or_path)
-    return path if path.suffix or len(path.parts) > 1 else Path("config") / f"{name_or_path}.yaml"
-
-
-def from_mapping(raw: Mapping[str, Any], settings: Iterable[str] = (), *, where: str = "config") -> Config:
-    values = json.loads(json.dumps(raw, default=str))  # a copy; a date without quotes is a name, too
-    values = _readable(values, where)
-    for setting in settings:
-        key, equals, text = setting.partition("=")
-        if not equals or not key:
-            raise ConfigError(
-                f"--set {_short(setting)}: write it as section.key=value, for example train.lr=1e-4."
-            )
-        _assign(values, key.strip().split("."), _value(setting, text), setting)
-    try:
-        return Config.model_validate(values)
-    except ValidationError as error:
-        raise ConfigError("; ".join(_explain(where, item) for item in error.errors())) from None
-
-
-def _value(setting: str, text: str) -> Any:
-    """What stands behind the = of a setting, read as YAML."""
-    if not text:
-        return None
-    try:
-        value = read_yaml(text, where="--set", keys_are_text=True)
-    except Unreadable as error:
-        raise ConfigError(
-            f"--set {_short(setting)}: the value is not YAML ({error.reason}). Put it in quotes."
-        ) from None
-    head, *comment = re.split(r"(?:^|\s)#", text, maxsplit=1)
-    if comment:
-        with suppress(Unreadable):  # a quote that is open: the # is inside
-            if read_yaml(head, where="--set", keys_are_text=True) == value:
-                raise ConfigError(
-                    f"--set {_short(setting)}: in YAML # begins a comment. Put the value in quotes."
-                )
-    return value
-
-
-def _assign(values: dict[str, Any], keys: list[str], value: Any, setting: str) -> None:
-    for key in keys[:-1]:
-        values = values.setdefault(key, {})
-        if not isinstance(values, dict):
-            raise ConfigError(f"--set {_short(setting)}: {key!r} is a value, not a section.")
-    values[keys[-1]] = value
-
-
-def _explain(where: str, item: Any) -> str:
-    keys = [str(part) for part in item["loc"]]
-    name = ".".join(keys)
-    if item["type"] == "extra_forbidden":
-        return f"{where}: unknown key {name!r}; {nearest_key(name)}."
-    if item["type"] == "value_error":
-        return f"{where}: {name}{': ' if name else ''}{item['msg'].removeprefix('Value error, ')}."
-    if item["type"] == "string_pattern_mismatch":
-        return (
-            f"{where}: {name} = {_short(item['input'])}: want letters, digits, '.', '_' and '-', a letter or "
-            "digit first and no '.' last."
-        )
-    is_bare = item["type"] == "string_type" and isinstance(item["input"], int | float)
-    hint = " (text that YAML takes for a number, or for yes, needs quotes)" if is_bare else ""
-    return f"{where}: {name} = {_short(item['input'])}: {item['msg'][0].lower()}{item['msg'][1:]}{hint}."
-
-
-def nearest_key(name: str) -> str:
-    """A few words on where a key that isn't known may belong."""
-    if name in _known_keys(Config):
-        section, _, key = name.rpartition(".")
-        return f"write it inside its section, {section}: {{{key}: ...}}"
-    return f"the nearest valid one is {' or '.join(map(repr, nearest_keys(name)))}"
-
-
-def nearest_keys(name: str) -> list[str]:
-    """The keys that one which isn't known may stand for: the same in other sections, or the nearest beside it."""
-    known = list(_known_keys(Config))
-    section, _, last = name.rpartition(".")
-    if owners := [key for key in known if key.rpartition(".")[2] == last and key != last]:
-        return owners
-    beside = [key for key in known if key.rpartition(".")[0] == section]
-    return difflib.get_close_matches(name, beside or known, 1, 0.0)
-
-
-def _known_keys(model: Any, prefix: str = "") -> Iterator[str]:
-    """The dotted keys of a schema, sections too."""
-    for field_name, field in model.model_fields.items():
-        key = prefix + (field.alias or field_name)
-        yield key
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from _known_keys(field.annotation, f"{key}.")
-
-
-def _short(value: Any) -> str:
-    """As Python writes it; of what fills pages the beginning."""
-    text = repr(value)
-    return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."

@@ -23,9 +23,7 @@ app = typer.Typer(
 )
 
 ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="the run's YAML")]
-SetOption = Annotated[
-    list[str], typer.Option("--set", "-s", help="override a key: train.lr=1e-4; may be repeated")
-]
+SetOption = Annotated[list[str], typer.Option("--set", "-s", help="override a key: train.lr=1e-4; may be repeated")]
 LogOption = Annotated[Path | None, typer.Option("--log", help="write what is printed to this file too")]
 WorkersOption = Annotated[
     int, typer.Option("--workers", min=0, help="dask processes on this machine; 0 runs in this one")
@@ -69,16 +67,11 @@ def extract(
     set_: SetOption = [],  # noqa: B006 - typer copies it
     workers: WorkersOption = 0,
     scheduler: SchedulerOption = None,
-    audit: Annotated[
-        int, typer.Option(min=0, help="recompute this many random rows and compare, instead")
-    ] = 0,
+    audit: Annotated[int, typer.Option(min=0, help="recompute this many random rows and compare, instead")] = 0,
     like: Annotated[
-        Path | None,
-        typer.Option(help="begin a new cache as this one, by hard links, if extraction is the same"),
+        Path | None, typer.Option(help="begin a new cache as this one, by hard links, if extraction is the same")
     ] = None,
-    renew: Annotated[
-        bool, typer.Option("--renew", help="make the shards again whose images have changed")
-    ] = False,
+    renew: Annotated[bool, typer.Option("--renew", help="make the shards again whose images have changed")] = False,
     log: LogOption = None,
 ) -> None:
     """Run the frozen teacher once over the training images: views, CLS, dense tokens, text features."""
@@ -116,9 +109,7 @@ def cams(
     set_: SetOption = [],  # noqa: B006
     workers: WorkersOption = 0,
     scheduler: SchedulerOption = None,
-    text: Annotated[
-        list[str], typer.Option("--text", help="find this in --image, instead; may be repeated")
-    ] = [],  # noqa: B006
+    text: Annotated[list[str], typer.Option("--text", help="find this in --image, instead; may be repeated")] = [],  # noqa: B006
     image: Annotated[Path | None, typer.Option("--image", help="the image that --text is about")] = None,
     out: Annotated[Path, typer.Option(help="the picture that --text writes")] = Path("refined.png"),
     log: LogOption = None,
@@ -144,8 +135,7 @@ def prompts(
     config: ConfigOption = DEFAULT,
     set_: SetOption = [],  # noqa: B006
     templates: Annotated[
-        list[str],
-        typer.Option("--templates", help='a named set, or a template "a {} ..."; may be repeated'),
+        list[str], typer.Option("--templates", help='a named set, or a template "a {} ..."; may be repeated')
     ] = ["clip80"],  # noqa: B006
     log: LogOption = None,
 ) -> None:
@@ -211,9 +201,7 @@ def evaluate(
 def predict(
     images: Annotated[
         list[str],
-        typer.Argument(
-            help="files, folders, patterns ('photos/**/*.jpg'), or - for a list on standard input"
-        ),
+        typer.Argument(help="files, folders, patterns ('photos/**/*.jpg'), or - for a list on standard input"),
     ],
     run: Annotated[Path, typer.Option(help="a run folder or a checkpoint")] = Path("runs/demo"),
     names: Annotated[
@@ -223,14 +211,13 @@ def predict(
             "run's, or in double quotes: '\"road, street\",water'"
         ),
     ] = None,
-    out: Annotated[
-        Path, typer.Option(help="folder for overlays and masks; a folder's structure is kept in it")
-    ] = Path("predictions"),
+    out: Annotated[Path, typer.Option(help="folder for overlays and masks; a folder's structure is kept in it")] = Path(
+        "predictions"
+    ),
     gamma: Annotated[
         float | None,
         typer.Option(
-            callback=_finite,
-            help="added to the logits of names never labelled in training; default: the run's",
+            callback=_finite, help="added to the logits of names never labelled in training; default: the run's"
         ),
     ] = None,
     reject: Annotated[
@@ -294,9 +281,7 @@ def inspect(
     run: Annotated[Path, typer.Argument(help="a run folder")],
     image: Annotated[str | None, typer.Option("--image", help="only this sample")] = None,
     class_: Annotated[str | None, typer.Option("--class", help="only images that hold this class")] = None,
-    png: Annotated[
-        Path | None, typer.Option("--png", help="write the panels as one PNG instead of the report")
-    ] = None,
+    png: Annotated[Path | None, typer.Option("--png", help="write the panels as one PNG instead of the report")] = None,
     export: Annotated[
         Path | None, typer.Option("--export", help="write pseudo labels, or CLIP-ES's masks, as indexed PNGs")
     ] = None,
@@ -362,15 +347,11 @@ def verify(config: ConfigOption = DEFAULT, set_: SetOption = []) -> None:  # noq
 
 @app.command(rich_help_panel=DATA)
 def prepare(
-    kind: Annotated[
-        str, typer.Argument(help="voc, context, context459, coco14: what published annotations are of")
-    ],
+    kind: Annotated[str, typer.Argument(help="voc, context, context459, coco14: what published annotations are of")],
     root: Annotated[Path, typer.Option("--root", help="the data set's folder, the data.root of a config")],
     source: Annotated[
         Path | None,
-        typer.Option(
-            "--source", help="voc: SBD's folder; context: the JSON, or the folder of .mat (of context459)"
-        ),
+        typer.Option("--source", help="voc: SBD's folder; context: the JSON, or the folder of .mat (of context459)"),
     ] = None,
 ) -> None:
     """Convert published annotations to indexed masks and lists. Resumes by itself."""
@@ -384,9 +365,7 @@ def doctor(
     config: ConfigOption = DEFAULT,
     set_: SetOption = [],  # noqa: B006
     dry: Annotated[bool, typer.Option("--dry", help="look at no data set; counts from the config")] = False,
-    every: Annotated[
-        bool, typer.Option("--all", help="open every image and mask, not 64 of each part")
-    ] = False,
+    every: Annotated[bool, typer.Option("--all", help="open every image and mask, not 64 of each part")] = False,
 ) -> None:
     """Say what a run will cost, and what of machine and data would stop or spoil it. Exit code 2 if anything."""
     settings = _load(config, set_)
@@ -401,9 +380,7 @@ def doctor(
 
 
 @app.command(rich_help_panel=LOOK)
-def results(
-    runs: Annotated[list[Path], typer.Argument(help="run folders; those not evaluated are left out")],
-) -> None:
+def results(runs: Annotated[list[Path], typer.Argument(help="run folders; those not evaluated are left out")]) -> None:
     """Print the result table of one or more runs."""
     from pipeline.looking.results import print_results
 
@@ -414,9 +391,7 @@ def _add_stages() -> None:
     """The standard command of each stage of the table that has none here."""
     from pipeline.running import table
 
-    known = {
-        command.name or command.callback.__name__ for command in app.registered_commands if command.callback
-    }
+    known = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
     for entry in table.STAGES.values():
         if entry.work and entry.name not in known:
             app.command(entry.name, help=entry.help, rich_help_panel=STAGES)(_standard(entry.name))
@@ -456,9 +431,7 @@ def main(commands: typer.Typer = app) -> None:
     except (UserError, CacheError) as error:
         code = complain(error)
     except OSError as error:  # disk full, no permission: the system's word and the path it names
-        code = complain(
-            f"{error.filename or 'writing'}: {error.strerror or error}. Make room or mend permissions."
-        )
+        code = complain(f"{error.filename or 'writing'}: {error.strerror or error}. Make room or mend permissions.")
     except ClickException as error:
         code = _misused(error)
     except KeyboardInterrupt:

@@ -13,9 +13,7 @@ from pathlib import Path
 
 KNOWN = "jinja2==3.1.0\n"  # CVE-2024-22195 and others
 # Advisories of pinned versions that have no mended release, and why they don't reach us.
-IGNORED = {
-    "CVE-2026-95897": "dask.array.from_npy_stack unpickles what a stack's folder says of itself; never called"
-}
+IGNORED = {"CVE-2026-95897": "dask.array.from_npy_stack unpickles what a stack's folder says of itself; never called"}
 
 
 def asked(command: str, pinned: str) -> list[dict] | None:
@@ -25,9 +23,7 @@ def asked(command: str, pinned: str) -> list[dict] | None:
         file.write_text(pinned)
         words = [command, "--no-deps", "--disable-pip", "--progress-spinner", "off", "--timeout", "10"]
         try:
-            subprocess.run(
-                [*words, "-r", str(file), "-f", "json", "-o", str(answer)], capture_output=True, timeout=300
-            )
+            subprocess.run([*words, "-r", str(file), "-f", "json", "-o", str(answer)], capture_output=True, timeout=300)
             return json.loads(answer.read_text())["dependencies"]
         except (OSError, ValueError, subprocess.SubprocessError):
             return None
@@ -53,9 +49,7 @@ def main(command: str, files: list[str]) -> int:
         found = holes(answer)
         unknown = [package["name"] for package in answer or [] if "vulns" not in package]
         print("".join(f"{name}: {line}\n" for line in found), end="")
-        print(
-            f"audit: {name}: {len(found)} known vulnerabilities; nothing known of {', '.join(unknown) or 'none'}"
-        )
+        print(f"audit: {name}: {len(found)} known vulnerabilities; nothing known of {', '.join(unknown) or 'none'}")
         code |= answer is None or bool(found)
     return int(code)
 

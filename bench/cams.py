@@ -53,9 +53,7 @@ def teacher_of(precision: str) -> Teacher:
     )
 
 
-def one_at_a_time(
-    teacher: Teacher, section: Cams, image: torch.Tensor, features: torch.Tensor, num: int
-) -> list:
+def one_at_a_time(teacher: Teacher, section: Cams, image: torch.Tensor, features: torch.Tensor, num: int) -> list:
     """The published order of things for one image: features (num + N, C), the first `num` are its classes."""
     visual, kept, maps = teacher.model.visual, [], []
     with torch.no_grad():
@@ -87,9 +85,7 @@ def one_at_a_time(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--classes", type=int, default=3)
     parser.add_argument("--images", type=int, default=4, help="in a batch of ours")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
@@ -98,9 +94,7 @@ def main() -> None:
     chosen = parser.parse_args()
     if chosen.threads:
         torch.set_num_threads(chosen.threads)
-    heading(
-        f"CAM + CAA, ViT-B/16 at {SIDE} x {SIDE}, {chosen.classes} classes an image, ours in {chosen.precision}"
-    )
+    heading(f"CAM + CAA, ViT-B/16 at {SIDE} x {SIDE}, {chosen.classes} classes an image, ours in {chosen.precision}")
     section = Cams()
     plain, ours = teacher_of("fp32"), teacher_of(chosen.precision)
     images = torch.randint(0, 256, (chosen.images, 3, SIDE, SIDE), dtype=torch.uint8)
@@ -121,9 +115,7 @@ def main() -> None:
             plain.model.visual.transformer(tokens)
 
     theirs = torch.stack([torch.stack(maps) for maps in singly()]).view(chosen.images, chosen.classes, 32, 32)
-    print(
-        f"  largest difference of a map between the two: {float((theirs.cpu() - batched()).abs().max()):.1e}"
-    )
+    print(f"  largest difference of a map between the two: {float((theirs.cpu() - batched()).abs().max()):.1e}")
     took = medians({"ours": batched, "one class at a time": singly, "bare forward": bare}, chosen.rounds)
     for name, seconds in took.items():
         print(f"  {name}: {1000 * seconds / chosen.images:.0f} ms an image")

@@ -59,9 +59,7 @@ def sklearn_kmeans(tokens, centres) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--views", type=int, default=8, help="views handed over at once")
     parser.add_argument("--rounds", type=int, default=7)
     chosen = parser.parse_args()
@@ -72,9 +70,7 @@ def main() -> None:
     centres, alive = kmeans.window_centres(grid, state)
     flat = grid.flatten(1, 2)
     steps = kmeans.lloyd(flat, torch.ones(flat.shape[:2], dtype=torch.bool), centres, alive).num_iterations
-    heading(
-        f"cluster: {chosen.views} views of 1,024 x 512 tokens, 58 centres; median {int(steps.median())} iterations"
-    )
+    heading(f"cluster: {chosen.views} views of 1,024 x 512 tokens, 58 centres; median {int(steps.median())} iterations")
     points, starts = flat.numpy(), centres.numpy()
     sides = {
         "ours, faiss": lambda: pseudo_labels(grid, state, Cluster(backend="faiss", device="cpu")),
@@ -91,16 +87,10 @@ def main() -> None:
     with threadpool_limits(1):
         seconds = medians(sides, chosen.rounds)
     for name, value in seconds.items():
-        print(
-            f"  {name:<28} {1e3 * value / chosen.views:8.2f} ms a view, {chosen.views / value:8.0f} views/s"
-        )
+        print(f"  {name:<28} {1e3 * value / chosen.views:8.2f} ms a view, {chosen.views / value:8.0f} views/s")
     best = min(seconds["ours, faiss"], seconds["ours, torch"])
-    verdict(
-        "ours (faiss) / faiss.Kmeans", seconds["ours, faiss"] / seconds["faiss.Kmeans"], 1.0, at_most=True
-    )
-    verdict(
-        "ours (torch) / faiss.Kmeans", seconds["ours, torch"] / seconds["faiss.Kmeans"], 1.0, at_most=True
-    )
+    verdict("ours (faiss) / faiss.Kmeans", seconds["ours, faiss"] / seconds["faiss.Kmeans"], 1.0, at_most=True)
+    verdict("ours (torch) / faiss.Kmeans", seconds["ours, torch"] / seconds["faiss.Kmeans"], 1.0, at_most=True)
     verdict("ours / scikit-learn", best / seconds["scikit-learn"], 0.2, at_most=True)
     if torch.cuda.is_available():
         gpu, single = seconds["ours, torch, GPU"], seconds["the same, a view at a time"]

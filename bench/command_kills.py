@@ -78,8 +78,7 @@ def commands(inputs: Path) -> dict[str, Command]:
             lambda here: here / "SegmentationClass",
         ),
         "report": Command(
-            lambda here: ["report", str(run), "--out", str(here / "page" / "index.html")],
-            lambda here: here / "page",
+            lambda here: ["report", str(run), "--out", str(here / "page" / "index.html")], lambda here: here / "page"
         ),
     }
 
@@ -94,17 +93,11 @@ def make_inputs(inputs: Path) -> None:
     (inputs / "annotations").mkdir()
     for part in ("train", "val"):
         images = [
-            {"id": i, "file_name": f"{part}_{i:03}.jpg", "height": 480, "width": 640}
-            for i in range(NUM_PICTURES)
+            {"id": i, "file_name": f"{part}_{i:03}.jpg", "height": 480, "width": 640} for i in range(NUM_PICTURES)
         ]
         boxes = rng.integers(0, 240, (NUM_PICTURES, 2)).tolist()
         objects = [
-            {
-                "image_id": i,
-                "category_id": 1,
-                "area": 1,
-                "segmentation": [[x, y, x + 99, y, x + 99, y + 99, x, y + 99]],
-            }
+            {"image_id": i, "category_id": 1, "area": 1, "segmentation": [[x, y, x + 99, y, x + 99, y + 99, x, y + 99]]}
             for i, (x, y) in enumerate(boxes)
         ]
         found = {"images": images, "annotations": objects, "categories": [{"id": 1, "name": "person"}]}
@@ -121,9 +114,7 @@ def _lived(arguments: list[str], log: Path, kill_after_s: float | None = None) -
     process.kill()
     process.join()
     if process.exitcode not in (0, -9):
-        raise SystemExit(
-            f"{arguments[0]} failed by itself, exit code {process.exitcode}: {log.read_text()[-3000:]}"
-        )
+        raise SystemExit(f"{arguments[0]} failed by itself, exit code {process.exitcode}: {log.read_text()[-3000:]}")
     return process.exitcode == 0
 
 
@@ -212,17 +203,7 @@ def kill_snakemake(kills: int, seed: int, folder: Path) -> Count:
 def _snakemake(where: Path, kill_after_s: float | None = None, *, with_jobs: bool = False) -> tuple[int, str]:
     """Exit code and what was said of a small run's Snakemake, killed after a while, alone or with its jobs."""
     settings = " ".join((f"runs={where / 'runs'}", *SETTINGS, "data.train=64"))
-    words = [
-        sys.executable,
-        "-m",
-        "snakemake",
-        "--cores",
-        "1",
-        "--quiet",
-        "all",
-        "--config",
-        f"set={settings}",
-    ]
+    words = [sys.executable, "-m", "snakemake", "--cores", "1", "--quiet", "all", "--config", f"set={settings}"]
     (where / "log").parent.mkdir(parents=True, exist_ok=True)
     with (where / "log").open("w+") as log:
         process = subprocess.Popen(words, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)

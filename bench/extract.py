@@ -72,9 +72,7 @@ def config_of(folder: Path, chosen: argparse.Namespace) -> Config:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16", "fp16"])
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=2)
@@ -91,10 +89,7 @@ def main() -> None:
         teacher = teacher_of(config.teacher)
         mean = mean_colour(teacher.mean)
         views = torch.stack(
-            [
-                replay_image(data.image(s), np.array([0, 0, WIDTH, HEIGHT]), SIDE, mean)
-                for s in data.samples("train")
-            ]
+            [replay_image(data.image(s), np.array([0, 0, WIDTH, HEIGHT]), SIDE, mean) for s in data.samples("train")]
         )
         heading(
             f"extract: {SHARD} photographs, batch {chosen.batch}, {chosen.precision}, {torch.get_num_threads()} threads"
@@ -105,18 +100,14 @@ def main() -> None:
                 teacher.encode(batch)
 
         def everything() -> None:
-            Ledger(config.cache_path, "extract").path(0).unlink(
-                missing_ok=True
-            )  # a recorded shard is not made again
+            Ledger(config.cache_path, "extract").path(0).unlink(missing_ok=True)  # a recorded shard is not made again
             stage.extract_shard(config, identity, 0)
 
         seconds = medians({"bare": bare, "extract": everything}, chosen.rounds, warm_up=0)
         for name, value in seconds.items():
             rate, speed = SHARD / value, SHARD * flops_of_a_forward() / value / 1e9
             print(f"  {name:<8} {value:6.1f} s, {rate:6.2f} images/s, {speed:5.0f} GFLOP/s of the forward")
-        verdict(
-            "extract / bare forward, in images/s", seconds["bare"] / seconds["extract"], 0.95, at_most=False
-        )
+        verdict("extract / bare forward, in images/s", seconds["bare"] / seconds["extract"], 0.95, at_most=False)
         if chosen.precision != "fp32":
             compare(teacher, config, views[: chosen.batch])
     finally:

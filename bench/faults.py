@@ -244,9 +244,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--faults", type=int, default=200, help="of each kind")
     parser.add_argument("--stages", type=int, default=40, help="of each kind shown to cluster and to train")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--only", choices=("damage", MEANINGS), help="five kinds of damage, or the sixth kind"
-    )
+    parser.add_argument("--only", choices=("damage", MEANINGS), help="five kinds of damage, or the sixth kind")
     chosen = parser.parse_args(arguments)
     began, counts, missed = time.monotonic(), {}, list[str]()
     out = Console(highlight=False, width=WIDTH)
@@ -256,9 +254,7 @@ def main(arguments: list[str] | None = None) -> int:
     if chosen.only != "damage":
         tried, more = meanings(chosen.faults, chosen.seed)
         missed += more
-        out.print(
-            f"{sum(tried.values())} facts changed, {sum(tried.values()) - len(more)} noticed or without effect:"
-        )
+        out.print(f"{sum(tried.values())} facts changed, {sum(tried.values()) - len(more)} noticed or without effect:")
         out.print(", ".join(f"{what} {num}" for what, num in tried.items()))
     for miss in missed[:MOST_SHOWN]:
         out.print(miss, markup=False)

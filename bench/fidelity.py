@@ -106,9 +106,7 @@ class OwnFlips(CachedViews):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ways", default=",".join(WAYS), help=f"of {', '.join(WAYS)}")
     parser.add_argument("--runs", default="runs/fidelity", help="folder of the runs")
     parser.add_argument("--table", action="store_true", help="write the table of what has been run, only")
@@ -191,9 +189,7 @@ def write(chosen: argparse.Namespace) -> None:
     rows, points = [], []
     order = ("v1", "v2", "v4", "v8", "v16", "online", "v1-flips", "int8")
     for name in order:
-        found = [
-            read_metrics(Path(chosen.runs) / f"{name}-{seed}" / "eval" / "metrics.json") for seed in SEEDS
-        ]
+        found = [read_metrics(Path(chosen.runs) / f"{name}-{seed}" / "eval" / "metrics.json") for seed in SEEDS]
         results = [metrics for metrics in found if metrics is not None]
         if not results:
             continue
@@ -235,9 +231,7 @@ def write(chosen: argparse.Namespace) -> None:
 
 
 def _spread(values: list[float]) -> str:
-    return f"{statistics.mean(values):.1f}" + (
-        f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    )
+    return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
 
 
 def _plot(points: list[tuple[Way, int, dict[str, list[float]]]], path: Path) -> None:
@@ -255,9 +249,7 @@ def _plot(points: list[tuple[Way, int, dict[str, list[float]]]], path: Path) -> 
             if chosen:
                 spread = [statistics.stdev(v) if len(v) > 1 else 0 for _, v in chosen]
                 mean = [statistics.mean(v) for _, v in chosen]
-                axes.errorbar(
-                    [n for n, _ in chosen], mean, spread, fmt=marker, color=colour, label=label, capsize=3
-                )
+                axes.errorbar([n for n, _ in chosen], mean, spread, fmt=marker, color=colour, label=label, capsize=3)
     axes.set(xscale="log", xlabel="teacher forwards", ylabel="percent, development scenes", ylim=(0, 100))
     axes.grid(alpha=0.3)
     axes.legend()

@@ -31,9 +31,7 @@ NO_CANDIDATE = -1e9
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=Path("config/demo.yaml"))
     parser.add_argument("--hold-out", required=True, help="seen classes, separated by commas")
     parser.add_argument("--set", action="append", default=[], dest="settings")
@@ -69,9 +67,7 @@ def main() -> None:
             advance(1)
     scores = {g: metrics.summary(matrix.compute(), seen, held) for g, matrix in matrices.items()}
     for g, score in scores.items():
-        print(
-            f"gamma {g:g}: seen {score['mIoU_S']:.1f}, held out {score['mIoU_U']:.1f}, hIoU {score['hIoU']:.1f}"
-        )
+        print(f"gamma {g:g}: seen {score['mIoU_S']:.1f}, held out {score['mIoU_U']:.1f}, hIoU {score['hIoU']:.1f}")
     print(f"best: gamma {max(scores, key=lambda g: scores[g]['hIoU']):g}")
 
 

@@ -79,9 +79,7 @@ def of_array(values: Any) -> str:
     values = np.asarray(values)
     if values.dtype.kind in "iub":
         values = values.astype(np.int64)
-    return of_bytes(
-        str(values.shape).encode(), values.dtype.kind.encode(), np.ascontiguousarray(values).tobytes()
-    )
+    return of_bytes(str(values.shape).encode(), values.dtype.kind.encode(), np.ascontiguousarray(values).tobytes())
 
 
 def of_cache(cache: Path) -> dict[str, str]:
@@ -153,9 +151,7 @@ def goldens(folder: Path, tell: Any, only: tuple[str, ...] = ()) -> dict[str, An
         rng = np.random.default_rng(1)
         for index, (height, width) in enumerate(((128, 128), (90, 160), (200, 300))):
             blocks = rng.integers(0, 256, (height // 10, width // 10, 3), dtype=np.uint8)
-            Image.fromarray(blocks).resize((width, height), Image.Resampling.BICUBIC).save(
-                images / f"{index}.png"
-            )
+            Image.fromarray(blocks).resize((width, height), Image.Resampling.BICUBIC).save(images / f"{index}.png")
         for mode in ("whole", "slide"):
             tell(f"{config}: predict, {mode}")
             out = folder / f"{config}-{mode}"
@@ -169,14 +165,10 @@ def goldens(folder: Path, tell: Any, only: tuple[str, ...] = ()) -> dict[str, An
             tell("demo: evaluation at several scales")
             several = ("eval.scales=[0.75, 1.25]", "eval.flip=true", "eval.mode=slide", "data.test=6")
             stage(folder, "eval", config, f"name={config}", *several)
-            found[config]["metrics of scales"] = content(
-                json.loads((run / "eval" / "metrics.json").read_text())
-            )
+            found[config]["metrics of scales"] = content(json.loads((run / "eval" / "metrics.json").read_text()))
     for name, settings in TRAININGS.items() if not only or "trainings" in only else ():
         tell(f"training {name}")
-        stage(
-            folder, "train", "demo", f"name={name}", f"cache.path={folder}/runs/demo/cache", *SHORT, *settings
-        )
+        stage(folder, "train", "demo", f"name={name}", f"cache.path={folder}/runs/demo/cache", *SHORT, *settings)
         found[name] = of_training(folder / "runs" / name)
     for name, settings in CACHES.items() if not only or "caches" in only else ():
         tell(f"cache {name}")
@@ -190,22 +182,14 @@ def leaves(value: Any, key: str = "") -> dict[str, Any]:
     if not isinstance(value, dict | list) or not value:
         return {key: value}
     items = value.items() if isinstance(value, dict) else enumerate(value)
-    return {
-        k: v
-        for name, inner in items
-        for k, v in leaves(inner, f"{key} / {name}" if key else str(name)).items()
-    }
+    return {k: v for name, inner in items for k, v in leaves(inner, f"{key} / {name}" if key else str(name)).items()}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="the JSON to write")
     parser.add_argument("--against", type=Path, help="an earlier one: exit code 1 where they differ")
-    parser.add_argument(
-        "--keep", type=Path, help="an empty folder for the runs, kept; default: one that is deleted"
-    )
+    parser.add_argument("--keep", type=Path, help="an empty folder for the runs, kept; default: one that is deleted")
     parts = "demo, demo_clip_es, trainings (with demo), caches; several separated by commas"
     parser.add_argument("--only", default="", help=parts)
     chosen = parser.parse_args()
@@ -223,9 +207,7 @@ def main() -> None:
         other = [key for key in {**was, **now} if was.get(key) != now.get(key)]
         for key in other[:20]:
             print(f"differs: {key}: {was.get(key)!r} and {now.get(key)!r}")
-        print(
-            f"{len(was) - len(other)} of {len(was)} are the same" if other else f"all {len(was)} are the same"
-        )
+        print(f"{len(was) - len(other)} of {len(was)} are the same" if other else f"all {len(was)} are the same")
         sys.exit(bool(other))
 
 

@@ -111,9 +111,7 @@ class Starter:
         process.kill()  # SIGKILL; nothing happens to one that has ended
         process.join()
         if process.exitcode not in (0, -9):
-            raise SystemExit(
-                f"{stage} failed by itself, exit code {process.exitcode}: {self.log.read_text()}"
-            )
+            raise SystemExit(f"{stage} failed by itself, exit code {process.exitcode}: {self.log.read_text()}")
         return process.exitcode == -9, time.monotonic() - began
 
     def touched(self) -> set[str]:
@@ -162,9 +160,7 @@ def look_after_kill(count: Count, config: Config, stage: str, before: dict, touc
     data = config.cache_path / "data.zarr"
     count.half_a_file += bool(list(config.cache_path.rglob("*.partial")))
     first = {"extract": "view", "cluster": "pseudo"}[stage]
-    written = {
-        int(path.name.split(".")[1]) for path in data.glob(f"{first}/c.*") if path.suffix != ".partial"
-    }
+    written = {int(path.name.split(".")[1]) for path in data.glob(f"{first}/c.*") if path.suffix != ".partial"}
     count.file_without_record += bool(written - recorded)
 
 
@@ -271,9 +267,7 @@ def main(arguments: list[str] | None = None) -> int:
     faults = [fault for count in (*counts.values(), *others.values()) for fault in count.faults]
     for fault in faults[:MOST_SHOWN]:
         out.print(fault, markup=False)
-    out.print(
-        f"seed {chosen.seed}, {time.monotonic() - began:.0f} s: {'FAILED' if faults else 'nothing lost'}"
-    )
+    out.print(f"seed {chosen.seed}, {time.monotonic() - began:.0f} s: {'FAILED' if faults else 'nothing lost'}")
     return 1 if faults else 0
 
 

@@ -88,9 +88,7 @@ def timed(config: Config, num: int) -> tuple[Clock, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", choices=CASES, default="b0")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--threads", type=int, help="default: torch's own choice")

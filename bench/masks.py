@@ -34,9 +34,7 @@ def drawn(number: int) -> list[tuple[np.ndarray, np.ndarray]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=20)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     chosen = parser.parse_args()
@@ -45,10 +43,7 @@ def main() -> None:
 
     def shown(name: str, began: float) -> None:
         taken = time.perf_counter() - began
-        print(
-            f"{name:24} {1000 * taken / len(pairs):7.0f} ms an image  {len(pairs) / taken:6.2f} images/s",
-            flush=True,
-        )
+        print(f"{name:24} {1000 * taken / len(pairs):7.0f} ms an image  {len(pairs) / taken:6.2f} images/s", flush=True)
 
     for number in chosen.processes:  # before torch is loaded here; each start of the processes is counted
         began = time.perf_counter()

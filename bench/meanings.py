@@ -41,12 +41,7 @@ DESCRIPTION: dict[str, Any] = {
     "test": {"images": "test/*.png", "masks": "test_masks/*.png"},
 }
 SETTINGS: dict[str, Any] = {
-    "teacher": {
-        "model": "local-dir:config/demo_teacher",
-        "pretrained": None,
-        "image_size": SIDE,
-        "batch": 16,
-    },
+    "teacher": {"model": "local-dir:config/demo_teacher", "pretrained": None, "image_size": SIDE, "batch": 16},
     "text": {"templates": ["a photo of a {}."]},
     "views": {"num": 1},
     "student": {
@@ -174,15 +169,11 @@ def test_mask_edited(garden: Garden, random_: random.Random) -> None:
 
 
 def image_edited(garden: Garden, random_: random.Random) -> None:
-    _painted(
-        random_.choice(garden.files("train")), random_, np.uint8([random_.randrange(256) for _ in range(3)])
-    )
+    _painted(random_.choice(garden.files("train")), random_, np.uint8([random_.randrange(256) for _ in range(3)]))
 
 
 def test_image_edited(garden: Garden, random_: random.Random) -> None:
-    _painted(
-        random_.choice(garden.files("test")), random_, np.uint8([random_.randrange(256) for _ in range(3)])
-    )
+    _painted(random_.choice(garden.files("test")), random_, np.uint8([random_.randrange(256) for _ in range(3)]))
 
 
 def images_swapped(garden: Garden, random_: random.Random) -> None:
@@ -272,9 +263,7 @@ def student_gone(garden: Garden, random_: random.Random) -> None:
 
 
 def arrays_gone(garden: Garden, random_: random.Random) -> None:
-    shutil.rmtree(
-        garden.run / "cache" / "data.zarr" / random_.choice(["", "tokens", "pseudo", "text", "cls"])
-    )
+    shutil.rmtree(garden.run / "cache" / "data.zarr" / random_.choice(["", "tokens", "pseudo", "text", "cls"]))
 
 
 # ---- changes that make no difference ------------------------------------------------------------------------------
@@ -420,9 +409,7 @@ class World:
             is_fine = said.code == 0 or said.is_line or (stage == "verify alone" and said.code == 2)
             if not is_fine or "Traceback" in said.text:
                 return f"{what} (seed {seed}): {stage} ended with {said.code}: {said.text[-800:]}"
-        if any(
-            said.code for said in heard.values()
-        ):  # refused: and no later stage goes on as if nothing were
+        if any(said.code for said in heard.values()):  # refused: and no later stage goes on as if nothing were
             first = next(i for i, stage in enumerate(STAGES) if heard[stage].code)
             silent = [stage for stage in STAGES[first + 1 :] if heard[stage].is_silent]
             return f"{what} (seed {seed}): {STAGES[first]} refused, {silent} went on" if silent else ""
@@ -511,9 +498,7 @@ def _results(garden: Garden) -> dict[str, Any] | None:
 
 def _apart(one: dict[str, Any] | None, two: dict[str, Any] | None) -> str:
     if one is None or two is None:
-        return (
-            f"{'nothing' if one is None else 'a result'} against {'nothing' if two is None else 'a result'}"
-        )
+        return f"{'nothing' if one is None else 'a result'} against {'nothing' if two is None else 'a result'}"
     apart = [
         f"{part}.{key}"
         for part in one

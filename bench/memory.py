@@ -39,9 +39,7 @@ def peak_mb(stage: str, settings: list[str]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
     chosen = parser.parse_args()
     heading(f"memory over {', '.join(map(str, chosen.sizes))} images")
@@ -49,13 +47,7 @@ def main() -> None:
     for num in chosen.sizes:
         folder = tempfile.mkdtemp()
         try:
-            settings = [
-                f"runs={folder}",
-                f"data.train={num}",
-                "data.test=1",
-                "data.size=64",
-                "teacher.image_size=64",
-            ]
+            settings = [f"runs={folder}", f"data.train={num}", "data.test=1", "data.size=64", "teacher.image_size=64"]
             for stage, found in peaks.items():
                 found.append(peak_mb(stage, settings))
                 print(f"  {stage:<8} {num:>7} images: {found[-1]:7.0f} MB", flush=True)

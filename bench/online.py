@@ -35,19 +35,12 @@ def random_teacher(precision: str, device: str) -> Teacher:
         torch.manual_seed(0)
         torch.save(open_clip.create_model("ViT-B-16-quickgelu", load_weights=False).state_dict(), path)
         return Teacher.load(
-            "ViT-B-16-quickgelu",
-            str(path),
-            image_size=SIDE,
-            quick_gelu=True,
-            precision=precision,
-            device=device,
+            "ViT-B-16-quickgelu", str(path), image_size=SIDE, quick_gelu=True, precision=precision, device=device
         )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cpu")

@@ -38,9 +38,7 @@ REFINED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     parser.add_argument("--images", type=int, help="only the first so many")
     parser.add_argument("--sure", type=float, default=0.95, help="a score from which a pixel counts as sure")
@@ -78,9 +76,7 @@ def main() -> None:
                     sure[how].append(float((confidence >= chosen.sure).float().mean()))
             for how in REFINED:
                 miou = 100 * np.nanmean(metrics.iou_per_class(counts[how]))
-                print(
-                    f"{name:8} power {power:g}  {how:5} mIoU {miou:5.1f}  sure {100 * np.mean(sure[how]):3.0f} %"
-                )
+                print(f"{name:8} power {power:g}  {how:5} mIoU {miou:5.1f}  sure {100 * np.mean(sure[how]):3.0f} %")
 
 
 if __name__ == "__main__":

@@ -74,10 +74,7 @@ def main() -> None:
         while kills < options.kills:
             starts += 1
             child = subprocess.Popen(
-                command("train", [*shared, "name=killed"]),
-                cwd=ROOT,
-                stderr=subprocess.DEVNULL,
-                start_new_session=True,
+                command("train", [*shared, "name=killed"]), cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True
             )
             try:
                 child.wait(rng.uniform(0, length))

@@ -31,9 +31,7 @@ def filled(folder: Path, num: int) -> list[float]:
     """Makes a cache of `num` rows; the seconds that each shard took."""
     sizes = {"N": num, "V": VIEWS, "C": CHANNELS, "h": 32, "w": 32, "K": 1}
     samples = [f"image-{row:09d}" for row in range(num)]
-    store = Store.create(
-        folder, sizes=sizes, arrays=["view", "cls", "status"], samples=samples, attributes={}
-    )
+    store = Store.create(folder, sizes=sizes, arrays=["view", "cls", "status"], samples=samples, attributes={})
     ledger, rng = Ledger(folder, "extract"), np.random.default_rng(0)
     taken = []
     for shard in range(store.num_shards):
@@ -52,15 +50,11 @@ def filled(folder: Path, num: int) -> list[float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
     chosen = parser.parse_args()
-    heading(
-        f"rows: {', '.join(map(str, chosen.sizes))} of {VIEWS} x {CHANNELS} CLS tokens on {chosen.folder}"
-    )
+    heading(f"rows: {', '.join(map(str, chosen.sizes))} of {VIEWS} x {CHANNELS} CLS tokens on {chosen.folder}")
     per_row = {}
     for num in chosen.sizes:
         folder = Path(tempfile.mkdtemp(dir=chosen.folder))

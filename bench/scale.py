@@ -129,25 +129,19 @@ def main() -> None:
         f"store and ledger, {STORE_US_A_ROW:g} us a row": [
             f"{STORE_US_A_ROW * j.num_images / 3.6e9:,.3f} h" for j in JOBS
         ],
-        f"ledger read when resuming, {RECORD_US:g} us a record": [
-            f"{RECORD_US * s / 1e6:,.1f} s" for s in shards
-        ],
+        f"ledger read when resuming, {RECORD_US:g} us a record": [f"{RECORD_US * s / 1e6:,.1f} s" for s in shards],
         f"lists in extract's memory, {held:,.0f} bytes an image": [size(held * j.num_images) for j in JOBS],
         f"clustering on the host, {CLUSTER_MS_A_VIEW:g} ms a view": [
             f"{CLUSTER_MS_A_VIEW * v / 3.6e6:,.1f} core hours" for v in views
         ],
-        f"decoding and views, {decode:.1f} ms a view": [
-            f"{decode * v / 3.6e6:,.1f} core hours" for v in views
-        ],
+        f"decoding and views, {decode:.1f} ms a view": [f"{decode * v / 3.6e6:,.1f} core hours" for v in views],
     }.items():
         rows.add_row(what, *values)
     for table in (disk, hours, rows):
         out.print(table)
     for gpu, peak in PEAKS.items():
         rate = UTILISATION * peak / flops
-        print(
-            f"one {gpu}: {rate * decode / 1e3:.0f} cores decode, {rate * CLUSTER_MS_A_VIEW / 1e3:.0f} cluster"
-        )
+        print(f"one {gpu}: {rate * decode / 1e3:.0f} cores decode, {rate * CLUSTER_MS_A_VIEW / 1e3:.0f} cluster")
     print(
         f"a worker's {DECODE_THREADS} decoding threads, as many as cores here, feed at most "
         f"{1e3 * DECODE_THREADS / decode:.0f} views/s"

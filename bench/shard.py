@@ -23,9 +23,7 @@ SIZES = {"N": SHARD, "V": 1, "C": 512, "h": 32, "w": 32, "K": 1}  # ViT-B/16 at 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--rounds", type=int, default=7)
     chosen = parser.parse_args()

@@ -50,10 +50,7 @@ CASES = {
         "batch": 8,
         "channels": 128,
         "seen": 15,
-        "student": {
-            "encoder": "tu-edgenext_xx_small",
-            "options": {"decoder_segmentation_channels": 64},
-        },
+        "student": {"encoder": "tu-edgenext_xx_small", "options": {"decoder_segmentation_channels": 64}},
     },
 }
 FULL = Train()
@@ -171,12 +168,7 @@ def terms(bench: Bench, rounds: int) -> list[tuple[str, float, float, float]]:
     calls: list[tuple[str, Callable[[], Tensor], list[Tensor], float]] = [
         # The attention reads R for its scores and its sums and again backward, and writes a gradient.
         ("global", lambda: losses.pooled(batch["cls"], dense).sum(), [dense], 4 * dense_bytes / bandwidth),
-        (
-            "centroids",
-            lambda: losses.centroids(dense, ids, width)[0].sum(),
-            [dense],
-            2 * dense_bytes / bandwidth,
-        ),
+        ("centroids", lambda: losses.centroids(dense, ids, width)[0].sum(), [dense], 2 * dense_bytes / bandwidth),
         (
             "adapter",
             lambda: learner.vla(means, batch["cls"]).sum(),
@@ -199,9 +191,7 @@ def terms(bench: Bench, rounds: int) -> list[tuple[str, float, float, float]]:
         for _ in range(rounds + 1):
             held: list[Tensor] = []
             forward.append(bench.seconds(lambda call=call, held=held: held.append(call())))
-            backward.append(
-                bench.seconds(lambda held=held, inputs=inputs: torch.autograd.grad(held[0], inputs))
-            )
+            backward.append(bench.seconds(lambda held=held, inputs=inputs: torch.autograd.grad(held[0], inputs)))
         rows.append((name, 1e3 * median(forward[1:]), 1e3 * median(backward[1:]), 1e3 * least))
     return rows
 

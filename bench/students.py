@@ -139,9 +139,7 @@ only. Batch norm over 1 x 1 (DeepLabV3Plus, PAN, UPerNet) needs two images a pro
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--gpu", action="store_true")
     parser.add_argument("--print", action="store_true", dest="is_printed")

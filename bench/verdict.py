@@ -41,9 +41,7 @@ def summary_of(config: Config, cache: str, *, shuffled: bool = False) -> dict:
         kept = np.roll(blocks["tokens"], 1, axis=0) if shuffled else blocks["tokens"]
         tokens, usable = token_reader(kept, None), blocks["status"] == 0
         samples = samples_of(data, store, store.rows(shard))
-        parts.append(
-            cluster_tokens(config.cluster, data, samples, blocks["view"], usable, tokens, shape, size)[1]
-        )
+        parts.append(cluster_tokens(config.cluster, data, samples, blocks["view"], usable, tokens, shape, size)[1])
     return summarise(parts)
 
 

@@ -179,11 +179,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     chosen = parser.parse_args(arguments)
     os.chdir(ROOT)
-    random_, table, has_failed = (
-        random.Random(chosen.seed),
-        Table("", "runs", "same content", "seconds"),
-        False,
-    )
+    random_, table, has_failed = (random.Random(chosen.seed), Table("", "runs", "same content", "seconds"), False)
     with tempfile.TemporaryDirectory() as folder:
 
         def run(name: str) -> Config:

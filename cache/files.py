@@ -191,12 +191,8 @@ def held(path: Path, holder: bytes, busy: Callable[[], Exception]) -> Iterator[i
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     try:
         found = os.fstat(descriptor)
-        if (
-            not stat.S_ISREG(found.st_mode) or found.st_nlink > 1
-        ):  # what a lock says is written over what is there
-            raise CacheWriteFailed(
-                f"{path}: is no file of its own, but a device or another file's link: remove it."
-            )
+        if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:  # what a lock says is written over what is there
+            raise CacheWriteFailed(f"{path}: is no file of its own, but a device or another file's link: remove it.")
         with writing(path):
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -27,10 +27,7 @@ SHAPE = {"sizes": {str: range(1, MOST_SAMPLES + 1)}, "dtypes": {str: str}, "iden
 
 
 def new_attributes(
-    sizes: Mapping[str, int],
-    samples: Sequence[str],
-    sections: Mapping[str, Any],
-    dtypes: Mapping[str, str],
+    sizes: Mapping[str, int], samples: Sequence[str], sections: Mapping[str, Any], dtypes: Mapping[str, str]
 ) -> dict[str, Any]:
     """The attributes of a cache made from `sections`. Raises: ValueError for arguments that don't fit."""
     if not samples or len(samples) != sizes.get("N") or len(set(samples)) != len(samples):
@@ -69,9 +66,7 @@ def read_attributes(path: Place) -> dict[str, Any]:
             "CONFIG` again, or use the version of the program that made it."
         )
     if (what := _misfit(header)) is not None:
-        raise CorruptShard(
-            f"{file}: isn't the header of a cache: {what}. Delete {path} and run extract again."
-        )
+        raise CorruptShard(f"{file}: isn't the header of a cache: {what}. Delete {path} and run extract again.")
     return attributes
 
 
@@ -122,10 +117,7 @@ def check_same(
 
 
 def _pairs(
-    found: Mapping[str, Any],
-    found_samples: Sequence[str],
-    wanted: Mapping[str, Any],
-    wanted_samples: Sequence[str],
+    found: Mapping[str, Any], found_samples: Sequence[str], wanted: Mapping[str, Any], wanted_samples: Sequence[str]
 ) -> Iterable[tuple[str, Any, Any]]:
     """(what, in the cache, wanted) of all that must be equal."""
     for section in sorted({*found[HEADER]["identity"], *wanted[HEADER]["identity"]}):
@@ -136,9 +128,7 @@ def _pairs(
                 yield f"{section}.{key}", there.get(key), asked.get(key)
         else:
             yield f"attribute {section!r}", there, asked
-    later = {
-        name: dtype for name, dtype in found[HEADER]["dtypes"].items() if ARRAYS[name].stage != "extract"
-    }
+    later = {name: dtype for name, dtype in found[HEADER]["dtypes"].items() if ARRAYS[name].stage != "extract"}
     yield "what is of an unusual dtype", found[HEADER]["dtypes"], later | wanted[HEADER]["dtypes"]
     for axis, size in wanted[HEADER]["sizes"].items():
         if axis != "N" or len(found_samples) > size:

@@ -15,16 +15,7 @@ from cache.records import misfit, said
 from cache.schema import MOST_BYTES, MOST_SAMPLES, SAMPLE, ArraySpec
 
 # What zarr reads by. Notes and names of axes may be another version's.
-READ_BY = (
-    "zarr_format",
-    "node_type",
-    "shape",
-    "data_type",
-    "chunk_grid",
-    "chunk_key_encoding",
-    "codecs",
-    "fill_value",
-)
+READ_BY = ("zarr_format", "node_type", "shape", "data_type", "chunk_grid", "chunk_key_encoding", "codecs", "fill_value")
 
 
 def misfit_of_array(

@@ -51,15 +51,7 @@ _SPECS = (
     ArraySpec("view", ("N", "V", "box"), "float32", NAN, "extract", "box in source pixels", blank=True),
     ArraySpec("cls", ("N", "V", "C"), "float16", NAN, "extract", "the teacher's CLS token", blank=True),
     # No entropy coding: it gains 8 % on float16 features and doubles the time to read.
-    ArraySpec(
-        "tokens",
-        ("N", "V", "h", "w", "C"),
-        "float16",
-        NAN,
-        "extract",
-        "the teacher's dense tokens",
-        blank=True,
-    ),
+    ArraySpec("tokens", ("N", "V", "h", "w", "C"), "float16", NAN, "extract", "the teacher's dense tokens", blank=True),
     ArraySpec(
         "token_scale",
         ("N", "V", "h", "w"),
@@ -69,9 +61,7 @@ _SPECS = (
         "int8 tokens times this are the teacher's",
         blank=True,
     ),
-    ArraySpec(
-        "pooled", ("N", "V", "C"), "float16", NAN, "extract", "the mean of the dense tokens", blank=True
-    ),
+    ArraySpec("pooled", ("N", "V", "C"), "float16", NAN, "extract", "the mean of the dense tokens", blank=True),
     # One byte a sample and always read as a whole, hence not one chunk a sample.
     ArraySpec("status", ("N",), "uint8", 255, "extract", "0 ok, else why it is quarantined", chunk=SHARD),
     ArraySpec("text", ("K", "C"), "float32", NAN, "extract", "unit-norm text features", 0, is_sharded=False),
@@ -138,13 +128,7 @@ _SPECS = (
         is_debug=True,
     ),
     ArraySpec(
-        "cam_class",
-        ("N", "K_max"),
-        "uint8",
-        254,
-        "cams",
-        "class id of each CAM, 255 beyond the last",
-        blank=True,
+        "cam_class", ("N", "K_max"), "uint8", 254, "cams", "class id of each CAM, 255 beyond the last", blank=True
     ),
     ArraySpec("cam_shape", ("N", "hw"), "uint16", 65535, "cams", "tokens down and across", blank=True),
     ArraySpec(
@@ -176,9 +160,7 @@ VARIANTS = {("tokens", "int8"): replace(ARRAYS["tokens"], dtype="int8", fill=-12
 }
 # The ids, by row. An array and not an attribute, because attributes are read at every opening by every
 # worker, and 100,000 ids are megabytes of them. 4096 a file: few files, and appending rewrites the last alone.
-SAMPLE = ArraySpec(
-    "sample", ("N",), "string", "", "extract", "ids", chunk=4096, compressed=True, is_sharded=False
-)
+SAMPLE = ArraySpec("sample", ("N",), "string", "", "extract", "ids", chunk=4096, compressed=True, is_sharded=False)
 
 
 def spec_of(name: str, dtype: str | None = None) -> ArraySpec:

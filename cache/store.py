@@ -153,9 +153,7 @@ class Store:
         """What fills a view beyond the image, (3,) uint8. Raises: CorruptShard."""
         colour = self.fact([range(256)], "mean_colour")
         if len(colour) != 3:
-            raise CorruptShard(
-                f"{self.data / METADATA}: attribute {said('mean_colour', colour)}, want three numbers."
-            )
+            raise CorruptShard(f"{self.data / METADATA}: attribute {said('mean_colour', colour)}, want three numbers.")
         return np.array(colour, np.uint8)
 
     def update_attributes(self, section: str, values: Mapping[str, Any]) -> None:
@@ -368,9 +366,7 @@ def _write_ids(data: Place, samples: Sequence[str], first: int) -> None:
     ids = np.array(samples, dtype=np.dtypes.StringDType())
     for number, row in enumerate(range(start, len(ids), SAMPLE.chunk), start=start // SAMPLE.chunk):
         part = ids[row : row + SAMPLE.chunk]
-        filled = np.concatenate(
-            [part, np.full(SAMPLE.chunk - len(part), SAMPLE.fill, ids.dtype)]
-        )  # as zarr does
+        filled = np.concatenate([part, np.full(SAMPLE.chunk - len(part), SAMPLE.fill, ids.dtype)])  # as zarr does
         made = _encoded(SAMPLE, (SAMPLE.chunk,), filled)
         write_atomic(data / SAMPLE.name / f"c.{number}", made[f"{SAMPLE.name}/c.0"])
     write_atomic(data / SAMPLE.name / METADATA, _encoded(SAMPLE, ids.shape)[f"{SAMPLE.name}/{METADATA}"])

@@ -42,10 +42,7 @@ class Finding:
 
 
 def verify(
-    cache_root: str | Place,
-    *,
-    fingerprints: Mapping[str, str] | None = None,
-    progress: Progress | None = None,
+    cache_root: str | Place, *, fingerprints: Mapping[str, str] | None = None, progress: Progress | None = None
 ) -> list[Finding]:
     """All that is wrong with a cache; an empty list when every recorded shard is as it was written.
 

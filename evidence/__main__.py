@@ -58,9 +58,7 @@ def ablations(
     settings = load(config, set_)
     if keep and (quick or table):
         raise UserError("--keep writes whole pages, of full runs: leave out --quick and --table.")
-    found = collect(
-        settings, quick=quick, more=more or bool(table), only=table, configfile=_other_than_demo(config)
-    )
+    found = collect(settings, quick=quick, more=more or bool(table), only=table, configfile=_other_than_demo(config))
     found.show()
     if keep:
         found.keep()
@@ -71,9 +69,7 @@ def transfer(
     config: ConfigOption = DEFAULT,
     set_: SetOption = [],  # noqa: B006
     on: Annotated[str, typer.Option("--on", help="the other data set, as eval's")] = "demo_other",
-    keep: Annotated[
-        bool, typer.Option("--keep", help="write evidence/transfer.md and evidence/results/")
-    ] = False,
+    keep: Annotated[bool, typer.Option("--keep", help="write evidence/transfer.md and evidence/results/")] = False,
 ) -> None:
     """Print the paper's Table 2 beside ours: one data set's students on another, and each contrast's sign."""
     from evidence.transfer import collect

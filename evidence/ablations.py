@@ -46,9 +46,7 @@ def rows(table: Mapping[str, float | None], results: Results) -> list[Row]:
     return found
 
 
-def rows_by_table(
-    config: Config, results: Results, *, more: bool = False, only: str = ""
-) -> dict[str, list[Row]]:
+def rows_by_table(config: Config, results: Results, *, more: bool = False, only: str = "") -> dict[str, list[Row]]:
     """Of the paper's tables, or of those beyond it."""
     wanted: Mapping[str, Mapping[str, float | None]] = TABLES
     if more:
@@ -152,20 +150,14 @@ def collect(
     results = results_of(config, tuple(EVERY), quick=quick)
     found = rows_by_table(config, results, more=more, only=only)
     settings = ["quick=true"] * quick + [f"table={only}"] * bool(only)
-    options = f" --configfile {configfile}" * bool(configfile) + f" --config {' '.join(settings)}" * bool(
-        settings
-    )
+    options = f" --configfile {configfile}" * bool(configfile) + f" --config {' '.join(settings)}" * bool(settings)
     made = Ablations(config, results, found, more, options)
     if not made.tables:
         missing = "no variant" if "full" in results else "the full method" if results else "no run"
-        raise UserError(
-            f"{missing} of {config.name!r} is evaluated yet. Run {made.commands.partition(',')[0]} first."
-        )
+        raise UserError(f"{missing} of {config.name!r} is evaluated yet. Run {made.commands.partition(',')[0]} first.")
     return made
 
 
 def _lines(its_rows: list[Row]) -> list[Line]:
     """What the picture shows of a table."""
-    return [
-        Line(EVERY[row.variant].label, row.contrast, row.paper_difference) for row in its_rows if row.contrast
-    ]
+    return [Line(EVERY[row.variant].label, row.contrast, row.paper_difference) for row in its_rows if row.contrast]

@@ -73,9 +73,7 @@ def results_section(results: Results) -> str:
         *markdown(Table("", ("training", "seeds", *HEADS), rows)),
     ]
     if 0 in results.get("full", {}):
-        own = ", ".join(
-            f"{head} {results['full'][0][key]:.1f}" for head, key in zip(HEADS, KEYS, strict=True)
-        )
+        own = ", ".join(f"{head} {results['full'][0][key]:.1f}" for head, key in zip(HEADS, KEYS, strict=True))
         lines += ["", f"    make demo             # the full method's first seed: {own}"]
         lines += ["    make demo-contrast    # the whole table"]
     lift = lift_of_glm(results)

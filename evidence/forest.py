@@ -64,11 +64,7 @@ def draw_forest(tables: Mapping[str, Sequence[Line]], path: Path) -> bool:
         axes.grid(axis="x", alpha=0.3)
     parts[-1].set_xlabel(
         "hIoU against the full method, points: dot ours (hollow: not resolved; bar: the larger spread)"
-        + (
-            ", diamond the paper's"
-            if any(line.paper is not None for part in tables.values() for line in part)
-            else ""
-        ),
+        + (", diamond the paper's" if any(line.paper is not None for part in tables.values() for line in part) else ""),
         fontsize=8,
     )
     FigureCanvasAgg(figure)

@@ -6,17 +6,7 @@ import sys
 from pathlib import Path
 
 from cache.ledger import Ledger, read_manifest
-from evidence.variants import (
-    MORE,
-    QUICK_SEEDS,
-    QUICK_SHARE,
-    SEEDS,
-    more_tables,
-    own_cache,
-    run_name,
-    run_names,
-    varied,
-)
+from evidence.variants import MORE, QUICK_SEEDS, QUICK_SHARE, SEEDS, more_tables, own_cache, run_name, run_names, varied
 from pipeline.config import Config
 from pipeline.looking.facts import elapsed_s, human_seconds, losses
 from pipeline.running.table import config_fingerprint
@@ -39,9 +29,7 @@ def foretold(config: Config, only: str = "", *, quick: bool = False) -> str:
     """
     variants = tuple(dict.fromkeys(name for names in more_tables(config, only).values() for name in names))
     seeds = QUICK_SEEDS if quick else SEEDS
-    runs = [
-        Path(config.runs) / run_name(config, name, seed, quick=quick) for name in variants for seed in seeds
-    ]
+    runs = [Path(config.runs) / run_name(config, name, seed, quick=quick) for name in variants for seed in seeds]
     missing = [run for run in runs if not (run / "eval" / "metrics.json").is_file()]
     caches = {name: cache for name in variants if (cache := own_cache(config, name)) is not None}
     absent = [name for name, cache in caches.items() if not (cache / "cluster.manifest.json").is_file()]

@@ -13,16 +13,7 @@ from pipeline.config import Config, UserError
 from pipeline.looking.results import KEYS, Table, read_metrics
 
 # What evaluations that share a table have in common.
-ALIKE = (
-    "gamma",
-    "num_images",
-    "unseen",
-    "mode",
-    "flip",
-    "scales",
-    "stride",
-    "several_names",
-)
+ALIKE = ("gamma", "num_images", "unseen", "mode", "flip", "scales", "stride", "several_names")
 
 
 Results = dict[str, dict[int, dict[str, Any]]]  # by contrast and seed, the metrics
@@ -59,9 +50,7 @@ def check_alike(config: Config, found: Sequence[Mapping[str, Any]]) -> None:
                 "`cli.py eval` of all with one config."
             )
     if len({tuple(metrics.get("gamma_sweep") or ()) for metrics in found}) > 1:
-        raise UserError(
-            f"runs of {config.name!r} were evaluated with other eval.gamma_sweep. Evaluate all with one."
-        )
+        raise UserError(f"runs of {config.name!r} were evaluated with other eval.gamma_sweep. Evaluate all with one.")
 
 
 def mean_and_spread(seeds: Mapping[int, Mapping[str, Any]], key: str) -> str:

@@ -57,11 +57,7 @@ def claims(abroad: Seeds, at_home: Seeds) -> list[Claim]:
     """
     theirs = [(rows["Context"], rows["COCO-Stuff"]) for rows in PAPER.values()]
     above = [there[2] - there[1] for there, _ in theirs]
-    found = [
-        _claim(
-            "mIoU(U) above mIoU(S), elsewhere", _values(abroad, "mIoU_U"), _values(abroad, "mIoU_S"), above
-        )
-    ]
+    found = [_claim("mIoU(U) above mIoU(S), elsewhere", _values(abroad, "mIoU_U"), _values(abroad, "mIoU_S"), above)]
     if abroad.keys() <= at_home.keys():
         home = [at_home[seed]["hIoU"] for seed in abroad]
         lift = [there[3] - here[3] for there, here in theirs]
@@ -118,9 +114,7 @@ class Transfer:
         for claim in claims(self.abroad, self.at_home):
             ours, (low, high) = claim.ours, claim.paper
             spread = "" if ours.spread is None else f"{ours.spread:.1f}"
-            said.append(
-                [claim.what, f"{ours.difference:+.1f}", spread, f"{low:+.1f} to {high:+.1f}", ours.verdict]
-            )
+            said.append([claim.what, f"{ours.difference:+.1f}", spread, f"{low:+.1f} to {high:+.1f}", ours.verdict])
         return [
             Table("Table 2, another data set without training on it (percent)", HEAD, lines),
             Table("Its contrasts, the paper's on Context", CLAIMS_HEAD, said),

@@ -17,10 +17,7 @@ from pipeline.config.reading import Unreadable, read_yaml
 from pipeline.data.words import SEVERAL
 
 SNAKEMAKE = "snakemake -s evidence/Snakefile"  # as messages and pages name it
-DEMO, DEMO_OTHER = (
-    "demo",
-    "demo_other",
-)  # whose pages have no name in their file's; the demo's own other data set
+DEMO, DEMO_OTHER = ("demo", "demo_other")  # whose pages have no name in their file's; the demo's own other data set
 
 
 @dataclass(frozen=True)
@@ -41,8 +38,7 @@ VARIANTS = {
     "full": Variant("full method"),
     "glm_off": Variant("without GLM", ("train.glm=off", NO_LENGTH)),
     "seen_only": Variant(
-        "seen labels only (no GLM, no potential objects)",
-        ("train.glm=off", NO_LENGTH, "train.potential=false"),
+        "seen labels only (no GLM, no potential objects)", ("train.glm=off", NO_LENGTH, "train.potential=false")
     ),
     "nel_off": Variant("without focal and dice", ("train.nel=off",)),
     "ce_off": Variant("without cross-entropy", ("train.weights.ce=0",)),
@@ -71,13 +67,9 @@ MORE = {
     "negatives_192": Variant(
         "192 negatives from the whole cache: as many as the demo's bank of 24", ("train.negatives=192",)
     ),
-    "negatives_768": Variant(
-        "768 negatives from the whole cache: the demo's every image", ("train.negatives=768",)
-    ),
+    "negatives_768": Variant("768 negatives from the whole cache: the demo's every image", ("train.negatives=768",)),
     "potentials_image": Variant("potential objects of the image alone compete", ("train.potentials=image",)),
-    "potentials_batch": Variant(
-        "potential objects of the batch compete (eq. 9)", ("train.potentials=batch",)
-    ),
+    "potentials_batch": Variant("potential objects of the batch compete (eq. 9)", ("train.potentials=batch",)),
     "nel_seen": Variant("focal and dice on seen classes", ("train.nel=seen",)),
     "nel_all": Variant("focal and dice on potential objects too", ("train.nel=all",)),
     "views_1": Variant("the first cached view alone", ("train.views=1",)),
@@ -106,13 +98,7 @@ SEEDS = (0, 1, 2)
 CONTRAST = ("full", "glm_off", "seen_only")  # what the paper's main claim rests on (Table 3)
 # The paper's ablations and their hIoU on PASCAL Context, SegFormer-B0, 20k iterations.
 TABLES: dict[str, dict[str, float]] = {
-    "Table 3, components": {
-        "full": 45.4,
-        "nel_off": 44.6,
-        "ce_off": 38.4,
-        "glm_off": 13.2,
-        "generate_off": 45.2,
-    },
+    "Table 3, components": {"full": 45.4, "nel_off": 44.6, "ce_off": 38.4, "glm_off": 13.2, "generate_off": 45.2},
     "Table 4, GLM": {"full": 45.4, "glm_max": 35.5, "glm_mean": 42.0},
     "Table 5, VLA": {"full": 45.4, "vla_mlp": 45.2, "vla_original": 45.1},
 }

@@ -85,22 +85,11 @@ class ActivationMaps(ShardStage):
 def written_arrays(section: Cams) -> tuple[str, ...]:
     """The arrays that this stage makes."""
     debug = ("cam_raw",) if section.debug else ()
-    return (
-        "cam",
-        "cam_class",
-        "cam_shape",
-        *debug,
-        *(("mask", "confidence") if section.refine != "none" else ()),
-    )
+    return ("cam", "cam_class", "cam_shape", *debug, *(("mask", "confidence") if section.refine != "none" else ()))
 
 
 def shard_maps(
-    config: Config,
-    data: DataSet,
-    samples: Sequence[Sample],
-    usable: np.ndarray,
-    store: Store,
-    tick: Any = None,
+    config: Config, data: DataSet, samples: Sequence[Sample], usable: np.ndarray, store: Store, tick: Any = None
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """The arrays of `written_arrays` for n samples, and counts for the summary. Rows that aren't usable stay unwritten.
 
@@ -116,9 +105,7 @@ def shard_maps(
     tags = [checked_tags(data, sample) if usable[row] else () for row, sample in enumerate(samples)]
     refines, waiting = section.refine != "none", []
     for group, images in _same_sized(data, samples, usable, section, teacher.patch):
-        maps, raw = explained_maps(
-            teacher, section, images, [tags[row] for row in group], foreground, background
-        )
+        maps, raw = explained_maps(teacher, section, images, [tags[row] for row in group], foreground, background)
         height, width = maps.shape[2:]
         for place, row in enumerate(group):
             num = len(tags[row])
@@ -152,19 +139,14 @@ def _refine(
     blocks: dict[str, np.ndarray],
 ) -> Iterator[tuple[int, Tensor]]:
     """Masks at pixels of (row, image, maps), by `cams.refine`, into `blocks`; yields row and mask as each is done."""
-    pairs = (
-        (image, class_scores(cam, (image.shape[1], image.shape[2]), section.power))
-        for _, image, cam in waiting
-    )
+    pairs = ((image, class_scores(cam, (image.shape[1], image.shape[2]), section.power)) for _, image, cam in waiting)
     for (row, image, _), scores in zip(waiting, REFINERS[section.refine](pairs), strict=True):
         best, ids = scores.max(0)
         mask = torch.tensor([background, *tags[row]])[ids]
         height, width = image.shape[1:]
         blocks["mask"][row], blocks["confidence"][row] = np.iinfo(blocks["mask"].dtype).max, 0
         blocks["mask"][row, :height, :width] = mask.numpy()
-        blocks["confidence"][row, :height, :width] = (
-            (FULL_CONFIDENCE * best).round().clamp(0, FULL_CONFIDENCE).numpy()
-        )
+        blocks["confidence"][row, :height, :width] = (FULL_CONFIDENCE * best).round().clamp(0, FULL_CONFIDENCE).numpy()
         yield row, mask
 
 

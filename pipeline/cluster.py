@@ -140,9 +140,7 @@ def summarise(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "coverage": round(100 * ignored / max(int(tokens[:2].sum()), 1), 2),
         "tokens_per_mask": round(ignored / max(int(total["masks"][0]), 1), 2),
         "largest_mask_share": round(100 * int(total["largest"][0]) / max(ignored, 1), 2),
-        "purity": round(100 * int(total["majority"][0]) / int(total["known"][0]), 2)
-        if total["known"][0]
-        else None,
+        "purity": round(100 * int(total["majority"][0]) / int(total["known"][0]), 2) if total["known"][0] else None,
         "purity_tokens": int(total["known"][0]),
     }
 

@@ -122,9 +122,7 @@ def build(segmenter: Segmenter, folder: Path) -> Any:
         with gradio.Row():
             with gradio.Column():
                 sources = ["upload", "clipboard"]
-                image = gradio.Image(
-                    label="Image", type="filepath", image_mode=None, sources=sources, height=360
-                )
+                image = gradio.Image(label="Image", type="filepath", image_mode=None, sources=sources, height=360)
                 # gradio's own step opens the file, which ends in a traceback where it can't; `found` says it in a line.
                 image.preprocess = lambda upload: None if upload is None else upload.path
                 names = gradio.Textbox(
@@ -144,9 +142,7 @@ def build(segmenter: Segmenter, folder: Path) -> Any:
                 picture = gradio.Image(label="Found", height=360, **how)
                 table = gradio.HTML()
 
-        def segment(
-            path: str | None, text: str, gamma: float, reject: float
-        ) -> tuple[Image.Image | None, str]:
+        def segment(path: str | None, text: str, gamma: float, reject: float) -> tuple[Image.Image | None, str]:
             if path is not None and not is_own(path, folder):
                 return None, wrong("This page opens no files of the machine it runs on: upload a picture.")
             return found(segmenter, path, text, gamma, reject)

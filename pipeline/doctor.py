@@ -125,9 +125,7 @@ def _image_size(config: Config, shape: TeacherShape) -> list[Complaint]:
     if size % shape.patch == 0:
         return []
     below = max(size // shape.patch, 1) * shape.patch
-    what = (
-        f"teacher.image_size {size} is no multiple of the patch of {config.teacher.model!r}, {shape.patch}."
-    )
+    what = f"teacher.image_size {size} is no multiple of the patch of {config.teacher.model!r}, {shape.patch}."
     return [Complaint("image size", what, f"Set it to {below} or {below + shape.patch}.")]
 
 
@@ -223,9 +221,7 @@ def _say_costs(config: Config, costs: dict[str, Forecast], flops: float) -> None
     for name, cost in costs.items():
         mark = " (chosen)" if name == config.cache.tokens else ""
         estimated = sum(size for array, size in cost.arrays.items() if array not in EXACT) + cost.other
-        table.add_row(
-            name + mark, f"{cost.per_view:,.0f}", human_bytes(cost.total), f"{human_bytes(estimated)}"
-        )
+        table.add_row(name + mark, f"{cost.per_view:,.0f}", human_bytes(cost.total), f"{human_bytes(estimated)}")
     say(table)
 
 

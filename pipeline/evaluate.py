@@ -191,11 +191,7 @@ def _evaluated(config: Config, above: dict[str, Any], task: Task) -> dict[str, A
     """Does the task unless its results are there; returns the metrics."""
     path, section = task.folder / "metrics.json", config.eval
     found = read_metrics(path)
-    if (
-        found is not None
-        and found.get("fingerprint") == task.identity
-        and found.get("pictures") == section.pictures
-    ):
+    if found is not None and found.get("fingerprint") == task.identity and found.get("pictures") == section.pictures:
         say(f"eval: nothing to do, {path} is of this student, config and data")
         _say(task, found)
         return found

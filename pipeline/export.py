@@ -72,9 +72,7 @@ def export(run: Path, out: Path, size: int | None = None) -> tuple[Path, Path]:
         what = " ".join(str(error).split())[:200]
         todo = "Fix the sides with --size." if size is None else "Export another student."
         section = checkpoint.config.student
-        raise UserError(
-            f"{section.arch} on {section.encoder!r} can't be written as ONNX: {what}. {todo}"
-        ) from None
+        raise UserError(f"{section.arch} on {section.encoder!r} can't be written as ONNX: {what}. {todo}") from None
     write_atomic(out, content)
     table = out.with_suffix(".text.npy")
     with whole_file(table) as file:

@@ -68,15 +68,10 @@ from pipeline.teaching.pseudo import cluster_tokens, num_centres, sum_of, writte
 # An audit fails below this cosine. int8 alone costs about 3e-5, bfloat16 on another machine 1e-4.
 AUDIT_COSINE = 0.999
 VERSIONS = ("open_clip", "torch")  # of the teacher's provenance: said, and no reason to run it again
-KEPT = {
-    "stamps",
-    "quarantined",
-}  # of a record beside what all have; one without them is of no shard that is done
+KEPT = {"stamps", "quarantined"}  # of a record beside what all have; one without them is of no shard that is done
 
 
-def extract(
-    config: Config, *, workers: int = 0, scheduler: str | None = None, renew: bool = False
-) -> dict[str, Any]:
+def extract(config: Config, *, workers: int = 0, scheduler: str | None = None, renew: bool = False) -> dict[str, Any]:
     """Runs the stage to its end, or finds it there; returns the manifest.
 
     `renew` makes the shards again whose images have changed, which are an error otherwise.
@@ -119,9 +114,7 @@ def extract(
             say(f"extract: {_renewed(manifest, data)}; the text features alone are made again")
         elif cached and len(samples) > len(cached):
             say(f"extract: {len(samples) - len(cached)} images are new, {len(cached)} keep their rows")
-        features = _text_features(
-            config, data, teacher_of(config.teacher)
-        )  # a mistake in them comes before any change
+        features = _text_features(config, data, teacher_of(config.teacher))  # a mistake in them comes before any change
         store = _open_store(config, data, identity, samples)
         is_text_alone = manifest is not None and manifest.get("content") == content
         entries = {s: entry for s, entry in ledger.entries_of(identity).items() if entry.keys() >= KEPT}
@@ -141,9 +134,7 @@ def extract(
         bad: dict[str, str] = {}
         for entry in entries.values():
             bad |= entry["quarantined"]
-        _stop_if_too_many(
-            bad, config.cache.max_bad
-        )  # a run that stopped for them must not pass when repeated
+        _stop_if_too_many(bad, config.cache.max_bad)  # a run that stopped for them must not pass when repeated
         with progress("extract", len(samples), done=kept) as advance:
             local = not workers and not scheduler
             work = functools.partial(extract_shard, config, identity, tick=advance if local else None)
@@ -179,9 +170,7 @@ def extract(
 
 def _asked(config: Config) -> dict[str, Any]:
     """What the config asks of this stage, for the stages that compare."""
-    return asked_of(config, "extract") | {
-        f"text_{key}": value for key, value in asked_of(config, "text").items()
-    }
+    return asked_of(config, "extract") | {f"text_{key}": value for key, value in asked_of(config, "text").items()}
 
 
 def _differs(config: Config, manifest: dict[str, Any], facts: dict[str, Any]) -> str:
@@ -246,9 +235,7 @@ def _write_codes(store: Store, ledger: Ledger, codes: Mapping[int, np.ndarray]) 
 def _codes(samples: Sequence[Sample], quarantined: Mapping[str, str]) -> np.ndarray:
     """(rows,) uint8, the codes of `status`."""
     usual = [BAD_IMAGE if sample.id in quarantined else OK for sample in samples]
-    return np.array(
-        [c if is_listed(s) else NOT_LISTED for c, s in zip(usual, samples, strict=True)], np.uint8
-    )
+    return np.array([c if is_listed(s) else NOT_LISTED for c, s in zip(usual, samples, strict=True)], np.uint8)
 
 
 def extract_shard(config: Config, identity: str, shard: int, *, tick: Any = None) -> dict[str, Any]:
@@ -297,9 +284,7 @@ def _recorded_rows(
     entry = Ledger(config.cache_path, "extract").entry(shard)
     if entry is None or entry["fingerprint"] != identity or not entry.keys() >= KEPT:
         return {}, {}
-    if entry["rows"][0] != store.rows(shard).start or (
-        config.cache.tokens == STREAM and "stats" not in entry
-    ):
+    if entry["rows"][0] != store.rows(shard).start or (config.cache.tokens == STREAM and "stats" not in entry):
         return {}, {}
     rows = np.arange(*entry["rows"])
     blocks = {name: store.read_rows(name, rows) for name in entry["digests"]}

@@ -71,20 +71,14 @@ def predict(run: Path, pictures: Sequence[Picture], out: Path, wanted: Wanted) -
     check(wanted.reject, wanted.mode, wanted.gamma)
     segmenter = Segmenter(run)
     if wanted.names is None and (changed := segmenter.renamed()):
-        say(
-            f"predict: the student's own names are those it was trained with; its data set has others now: {changed}"
-        )
+        say(f"predict: the student's own names are those it was trained with; its data set has others now: {changed}")
     names = wanted.names
-    asked = segmenter.ask(
-        parsed_names(names, segmenter.checkpoint.classes) if isinstance(names, str) else names
-    )
+    asked = segmenter.ask(parsed_names(names, segmenter.checkpoint.classes) if isinstance(names, str) else names)
     recipe = _recipe(segmenter, asked, wanted)
     at = {picture: out / picture.place for picture in pictures}
     missing = {each: None for each in pictures if not _is_done(each, at[each], recipe, wanted)}  # in order
     if len(missing) < len(pictures):
-        say(
-            f"predict: {len(pictures) - len(missing)} of {len(pictures)} are in {out} already, made the same way"
-        )
+        say(f"predict: {len(pictures) - len(missing)} of {len(pictures)} are in {out} already, made the same way")
     for picture in pictures:
         if picture not in missing:
             yield _named(at[picture], OVERLAY), _named(at[picture], MASK)
@@ -125,12 +119,7 @@ def _is_done(picture: Picture, base: Path, recipe: str, wanted: Wanted) -> bool:
     try:
         with Image.open(_named(base, MASK), formats=["PNG"]) as mask:
             return mask.info.get(STAMP) == file_stamp(picture.path) and mask.info.get(RECIPE) == recipe
-    except (
-        OSError,
-        DataError,
-        SyntaxError,
-        ValueError,
-    ):  # no mask that can be read; or the image's own fault
+    except (OSError, DataError, SyntaxError, ValueError):  # no mask that can be read; or the image's own fault
         return False
 
 

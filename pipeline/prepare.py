@@ -26,14 +26,7 @@ from PIL import Image
 from cache.files import write_atomic
 from pipeline.data.base import MAX_PIXELS, DataError, unknown
 from pipeline.data.classes import COCO_CLASSES
-from pipeline.data.convert import (
-    coco_mask,
-    context_map,
-    context_mask,
-    context_mask_of_runs,
-    context_names,
-    sbd_mask,
-)
+from pipeline.data.convert import coco_mask, context_map, context_mask, context_mask_of_runs, context_names, sbd_mask
 from pipeline.data.files import files_by_id, folder_of, read_ids, refuse_missing
 from pipeline.running.console import progress, say
 

@@ -48,9 +48,7 @@ def refer(config: Config, texts: Sequence[str], image: Path, out: Path) -> np.nd
         picture.save(file, "PNG")
     for text, found in zip(texts, full, strict=True):
         if not found.any():
-            say(
-                f"cams: {text!r}: an empty map; nothing in {image} speaks for it against {section.background}"
-            )
+            say(f"cams: {text!r}: an empty map; nothing in {image} speaks for it against {section.background}")
     say(f"cams: {out}")
     return full
 
@@ -69,8 +67,6 @@ def _picture(image: np.ndarray, maps: np.ndarray, texts: Sequence[str]) -> Image
     page = Image.new("RGB", (len(panels) * side[0], side[1] + 2 * line), "white")
     pen, font = ImageDraw.Draw(page), ImageFont.load_default(line)
     for place, (panel, name) in enumerate(zip(panels, names, strict=True)):
-        page.paste(
-            Image.fromarray(panel).resize(side, Image.Resampling.BILINEAR), (place * side[0], 2 * line)
-        )
+        page.paste(Image.fromarray(panel).resize(side, Image.Resampling.BILINEAR), (place * side[0], 2 * line))
         pen.text((place * side[0] + line // 2, line // 3), name, fill="black", font=font)
     return page

@@ -56,10 +56,7 @@ from pipeline.terminal import Terminal
 
 LABELS = {"clip_teacher": "Pseudo labels", "clip_es": "CAMs"}
 LABEL_MAPS = {"clip_teacher": "pseudo label maps", "clip_es": "masks"}
-TAUGHT: dict[str, Callable[[Config, Store, DataSet, set[int]], Taught]] = {
-    "clip_teacher": Clustered,
-    "clip_es": Tagged,
-}
+TAUGHT: dict[str, Callable[[Config, Store, DataSet, set[int]], Taught]] = {"clip_teacher": Clustered, "clip_es": Tagged}
 PIPE_WIDTH = 160  # columns of the tree where there is no terminal to ask
 
 
@@ -94,9 +91,7 @@ def report_runs(folders: Sequence[Path], out: Path | None = None) -> Path:
     configs = [config_of(folder) for folder in folders]
     first, names = configs[0], [config.name for config in configs]
     if len(configs) > charts.STYLES:
-        raise UserError(
-            f"{len(configs)} runs: at most {charts.STYLES} lines can be told apart on a page. Give fewer."
-        )
+        raise UserError(f"{len(configs)} runs: at most {charts.STYLES} lines can be told apart on a page. Give fewer.")
     if len({config.run_path.resolve() for config in configs}) < len(configs):
         raise UserError(f"{', '.join(names)}: one of these runs is named twice. Name each once.")
     runs = []
@@ -141,9 +136,7 @@ def draw_figures(config: Config, out: Path | None = None) -> list[Path]:
     Raises: MissingCache (no pseudo labels), CheckpointError (no student), UserError (clip_es has no clusters).
     """
     if config.recipe != "clip_teacher":
-        raise UserError(
-            f"figures are of recipe clip_teacher, {config.name} is {config.recipe}: use `cli.py report`."
-        )
+        raise UserError(f"figures are of recipe clip_teacher, {config.name} is {config.recipe}: use `cli.py report`.")
     store, data, labelled = Store.open(config.cache_path), data_of(config.data), _labelled(config)
     check_classes(data, store)
     if not labelled:
@@ -174,9 +167,7 @@ def inspect(
     doesn't exist, naming the nearest that do.
     """
     if shard is not None and any((image, class_name, png, export)):
-        raise UserError(
-            "--shard prints a shard and draws nothing: leave --image, --class, --png and --export out."
-        )
+        raise UserError("--shard prints a shard and draws nothing: leave --image, --class, --png and --export out.")
     config = config_of(run)
     store = Store.open(config.cache_path)
     metrics = facts.found_metrics(facts.metrics_path(config), facts.REPORTED)
@@ -225,9 +216,7 @@ def config_of(run: Path) -> Config:
     return config.model_copy(update={"runs": run.absolute().parent.as_posix(), "name": run.absolute().name})
 
 
-def _selection(
-    config: Config, store: Store, data: DataSet, image: str | None, class_name: str | None
-) -> Selection:
+def _selection(config: Config, store: Store, data: DataSet, image: str | None, class_name: str | None) -> Selection:
     if image is not None and class_name is not None:
         raise UserError("--image and --class are two choices: give one of them.")
     if image is not None:
@@ -255,9 +244,7 @@ def _cards(
         if run.metrics is not None and run.metrics.get("config") != config_fingerprint(run.config, "eval")
     ]
     if chosen.limit > MAX_CARDS:
-        about.append(
-            f"report.images is {chosen.limit}; a page shows at most {MAX_CARDS} training and test images."
-        )
+        about.append(f"report.images is {chosen.limit}; a page shows at most {MAX_CARDS} training and test images.")
     if chosen.image is not None:
         about.append(f"Only image {chosen.image}.")
     if chosen.class_id is not None:
@@ -302,9 +289,7 @@ def _write_page(path: Path, runs: Sequence[Run], chosen: Selection) -> None:
     drawn, is_spread = [], chosen.image is None and chosen.class_id is None
     if config.recipe == "clip_teacher" and is_spread:
         drawn = figures(store, data, _labelled(config), pupils[0] if pupils else None, predictions=False)
-    write_atomic(
-        path, render(runs, store, data, cards, figures=drawn, about=about, is_spread=is_spread).encode()
-    )
+    write_atomic(path, render(runs, store, data, cards, figures=drawn, about=about, is_spread=is_spread).encode())
 
 
 def _labelled(config: Config) -> set[int]:

@@ -137,9 +137,7 @@ def stage_triggers(config: Config) -> dict[str, str]:
     triggers["extract"] = digest([triggers["extract"], triggers["text"], _listing(options, "train", "image")])
     for stage in (name for name in IN_CACHE if "labels" in STAGES[name].reads):
         triggers[stage] = digest([triggers[stage], _listing(options, "train", "mask")])
-    triggers["eval"] = digest(
-        [triggers["eval"], _listing(options, "test", "image"), _listing(options, "test", "mask")]
-    )
+    triggers["eval"] = digest([triggers["eval"], _listing(options, "test", "image"), _listing(options, "test", "mask")])
     return triggers
 
 
@@ -156,9 +154,7 @@ def _listing(options: str, part: str, what: str) -> str:
     except UserError as error:
         return digest([str(error)])
     files = [(sample.image, sample.mask)[what == "mask"] for sample in samples]
-    others = sorted(
-        {*data.files(part)} - {path for sample in samples for path in (sample.image, sample.mask)}
-    )
+    others = sorted({*data.files(part)} - {path for sample in samples for path in (sample.image, sample.mask)})
     return digest([list(data.classes), list(data.unseen), [_state(file) for file in (*others, *files)]])
 
 

@@ -101,9 +101,7 @@ def _nothing_to_do(config: Config, manifest: dict[str, Any], is_main: bool) -> d
         path, manifest = manifest_path(config, "train"), manifest | asked_of(config, "train")
         if found_manifest(config, "train") != manifest:
             write_manifest(path, manifest)
-        say(
-            f"train: nothing to do, {manifest.get('iterations')} iterations are in {config.run_path / 'train'}"
-        )
+        say(f"train: nothing to do, {manifest.get('iterations')} iterations are in {config.run_path / 'train'}")
     return manifest
 
 
@@ -182,9 +180,7 @@ def _loop(run: Run) -> int:
                 show(accelerator.trackers, pictures(run.learner, run.student, run.views), done)
                 clock.mark("pictures")
             if is_main and done % section.checkpoint_every == 0 and not is_last:
-                save_checkpoint(
-                    run.folder, done, run.checkpoint, run.student, state_of(run), keep=section.keep
-                )
+                save_checkpoint(run.folder, done, run.checkpoint, run.student, state_of(run), keep=section.keep)
                 clock.mark("checkpoints")
     if curve:
         curve.close()
@@ -252,9 +248,7 @@ def _validate(run: Run, done: int) -> bool:
     return ends
 
 
-def _stop_if_not_finite(
-    values: dict[str, float], iteration: int, views: CachedViews, batch: dict[str, Tensor]
-) -> None:
+def _stop_if_not_finite(values: dict[str, float], iteration: int, views: CachedViews, batch: dict[str, Tensor]) -> None:
     bad = [name for name, value in values.items() if not math.isfinite(value)]
     if bad:
         names = ", ".join(views.samples[int(row)].id for row in batch["sample"])

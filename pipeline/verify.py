@@ -38,9 +38,7 @@ def verify(config: Config) -> list[Finding]:
         for key, of in (("config", stage), *((f"{part}_config", part) for part in parts_of(stage))):
             if manifest.get(key) != config_fingerprint(config, of):
                 said = difference(dict(manifest.get(key.replace("config", "asked")) or {}), asked(config, of))
-                what = (
-                    f"made with another config: {said or 'a stage above it, or the version, is another one'}"
-                )
+                what = f"made with another config: {said or 'a stage above it, or the version, is another one'}"
                 todo = f"Run `cli.py {stage}` again."
                 findings.append(Finding("stale", f"{config.cache_path}: {stage}", what, todo))
     return findings + _changes(config, manifests)

@@ -38,9 +38,7 @@ class Browser:
 
     def __init__(self) -> None:
         program = next((found for found in map(shutil.which, NAMES) if found), None)
-        assert program, (
-            f"none of {', '.join(NAMES)} is installed; leave these tests out with -m 'not browser'"
-        )
+        assert program, f"none of {', '.join(NAMES)} is installed; leave these tests out with -m 'not browser'"
         self.home = tempfile.mkdtemp()
         to_child, self.write = os.pipe()
         self.read, from_child = os.pipe()

@@ -45,8 +45,7 @@ def test_verdicts_by_hand():
     # full: mean 50, std 1. Without GLM: 30, std 2, so -20 > 2 and the paper's sign (-32.2). Without cross-entropy
     # 55, std 1: +5, the paper says -7. Without L_generate 49, std 3: -1 is less than 3.
     found = rows(
-        table,
-        results(full=[49, 50, 51], glm_off=[28, 30, 32], ce_off=[54, 55, 56], generate_off=[46, 49, 52]),
+        table, results(full=[49, 50, 51], glm_off=[28, 30, 32], ce_off=[54, 55, 56], generate_off=[46, 49, 52])
     )
     assert [(row.variant, row.contrast, row.paper) for row in found] == [
         ("full", None, 45.4),
@@ -123,9 +122,7 @@ def test_tables_are_written_from_metrics(tmp_path, run_evidence):
     assert log.count("| demo-glm_max-1 | abc | 50.0 / 31.0 / 31.0 |") == 1
     done = run_evidence("ablations", "--set", f"runs={tmp_path}/runs")
     assert done.returncode == 0, done.stderr
-    assert re.search(r"GLM by max pooling +│ 2 +│ .*│ 30.5 ± 0.7 +│ -11.5", done.stdout), (
-        "no number is left out"
-    )
+    assert re.search(r"GLM by max pooling +│ 2 +│ .*│ 30.5 ± 0.7 +│ -11.5", done.stdout), "no number is left out"
     with pytest.raises(
         UserError, match=r"no variant of 'demo' .*ablations_more --cores all --config table=lambda` first"
     ):
@@ -189,12 +186,7 @@ def test_what_the_run_is_already_is_no_variant():
     assert narrowed["lambda"] == ("full", "lambda_0.7", "lambda_0.9"), (
         "a config of its own train.views has variants too"
     )
-    assert more_tables(load("config/demo.yaml", ["views.num=4"]))["views"] == (
-        "full",
-        "views_1",
-        "views_2",
-        "views_8",
-    )
+    assert more_tables(load("config/demo.yaml", ["views.num=4"]))["views"] == ("full", "views_1", "views_2", "views_8")
     assert list(more_tables(load("config/demo.yaml"), "tau,lambda")) == ["lambda", "tau"]
     with pytest.raises(UserError, match="'lamda': there are lambda"):
         more_tables(load("config/demo.yaml"), "tau,lamda")
@@ -219,9 +211,7 @@ def test_the_time_by_hand(tmp_path, capsys):
     said = capsys.readouterr().err
     assert "9 of 9 trainings and 2 of 2 caches" in said
     assert "8 min and 8.0 s one after the other" in said
-    assert (
-        cache_seconds(config, "views_8") == (30 + 4) * 8 / 2
-    )  # other views: the teacher again, four times as many
+    assert cache_seconds(config, "views_8") == (30 + 4) * 8 / 2  # other views: the teacher again, four times as many
     assert cache_seconds(config, "tokens_int8") == 34
     assert "3 of 3 trainings" in foretold(config, "lambda", quick=True)
     assert "30.0 s and" in foretold(config, "lambda", quick=True)  # three of a fifth of the iterations
@@ -242,13 +232,7 @@ def test_snakemake_plans_them_and_says_the_time():
     assert done.returncode == 0, done.stderr
     assert "ablations_more: 3 of 3 trainings and 2 of 2 caches" in done.stderr
     said = done.stdout + done.stderr
-    for job, count in (
-        ("extract", 1),
-        ("cluster", 1),
-        ("extract_like", 2),
-        ("cluster_own", 2),
-        ("train_variant", 3),
-    ):
+    for job, count in (("extract", 1), ("cluster", 1), ("extract_like", 2), ("cluster_own", 2), ("train_variant", 3)):
         assert any(line.split() == [job, str(count)] for line in said.splitlines()), (job, said)
 
 
@@ -275,9 +259,7 @@ def test_snakemake_answers_a_mistake_in_one_line(words, says):
 
 
 def test_options_of_snakemake_that_are_true_or_false():
-    assert [
-        yes_or_no(given, "quick") for given in ({}, {"quick": ""}, {"quick": "True"}, {"quick": "false"})
-    ] == [
+    assert [yes_or_no(given, "quick") for given in ({}, {"quick": ""}, {"quick": "True"}, {"quick": "false"})] == [
         False,
         False,
         True,
@@ -304,9 +286,7 @@ def test_another_lambda_end_to_end(cached_demo, run_cli, run_evidence, tmp_path)
     assert "takes over" in said
     assert "nothing to do" in said
     cache = own_cache(config, "lambda_0.7")
-    shard = next(
-        p for p in (cache / "data.zarr" / "tokens").rglob("*") if p.is_file() and p.name != "zarr.json"
-    )
+    shard = next(p for p in (cache / "data.zarr" / "tokens").rglob("*") if p.is_file() and p.name != "zarr.json")
     assert shard.samefile(cached_demo / shard.relative_to(cache))  # hard links
     assert not (cache / "data.zarr" / "pseudo").exists()
     stage("cluster", own)

@@ -49,9 +49,7 @@ def test_without_holes_it_passes_and_names_what_it_knows_nothing_of(tmp_path, sk
     assert ("of b" if skipped else "of none") in said
 
 
-@pytest.mark.parametrize(
-    "answer", [None, [{"name": "jinja2", "skip_reason": "not found"}]], ids=["fails", "no data"]
-)
+@pytest.mark.parametrize("answer", [None, [{"name": "jinja2", "skip_reason": "not found"}]], ids=["fails", "no data"])
 def test_without_data_it_says_so_and_passes(tmp_path, answer):
     code, said = audited(tmp_path, answer)
     assert code == 0
@@ -99,13 +97,7 @@ def test_pins_keep_the_floors_and_the_page_has_its_own():
             ("numcodecs", "0.17.0"),
             ("pillow", "12.3.0"),
         ),
-        *(
-            ("fsspec", "2026.4.0"),
-            ("dask", "2025.12.0"),
-            ("jinja2", "3.1.5"),
-            ("onnx", "1.20.1"),
-            ("s3fs", "2026.4.0"),
-        ),
+        *(("fsspec", "2026.4.0"), ("dask", "2025.12.0"), ("jinja2", "3.1.5"), ("onnx", "1.20.1"), ("s3fs", "2026.4.0")),
     ],
 )
 def test_versions_with_known_holes_are_not_admitted(package, refused):

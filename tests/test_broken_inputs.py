@@ -173,9 +173,7 @@ def test_max_bad_is_honoured_to_the_image(cached, max_bad, passes):
         if passes:
             assert len(extract(config)["quarantined"]) == 5
         else:
-            with pytest.raises(
-                DataError, match=r"5 images can't be used, more than cache.max_bad = 4: .*\.jpg"
-            ):
+            with pytest.raises(DataError, match=r"5 images can't be used, more than cache.max_bad = 4: .*\.jpg"):
                 extract(config)
             assert not path.exists()
     finally:
@@ -217,9 +215,7 @@ def test_names_composed_and_decomposed_pair_up(tmp_path):
 def test_a_name_that_is_no_text(tmp_path, run_cli):
     folder = garden(tmp_path / "garden", images=1)
     for ending in (b"jpg", b"png"):
-        os.rename(
-            folder / "train" / f"0.{ending.decode()}", os.fsencode(folder / "train") + b"/\xff." + ending
-        )
+        os.rename(folder / "train" / f"0.{ending.decode()}", os.fsencode(folder / "train") + b"/\xff." + ending)
     done = run_cli("extract", *options(tmp_path))
     assert is_one_line_error(done, "udcff.jpg", "rename")
 

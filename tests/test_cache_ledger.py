@@ -31,9 +31,7 @@ HOLD = textwrap.dedent("""
 @pytest.fixture
 def holder(tmp_path):
     """Another process that holds the lock on tmp_path."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True
-    )
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "held\n"
     yield process
     process.kill()
@@ -102,9 +100,7 @@ def test_a_malformed_record_is_none(tmp_path, odd):
     assert ledger.entries() == {}
 
 
-@pytest.mark.parametrize(
-    "content", [b"", b'{"shard": 1, "finger', b"[1]", b"\xff\xfe", b"null", b'{"shard": 2}']
-)
+@pytest.mark.parametrize("content", [b"", b'{"shard": 1, "finger', b"[1]", b"\xff\xfe", b"null", b'{"shard": 2}'])
 def test_a_torn_or_foreign_record_is_none(tmp_path, content):
     ledger = Ledger(tmp_path, "extract")
     ledger.record(0, ENTRY)
@@ -241,9 +237,7 @@ def test_the_lock_clears_what_killed_writers_left(tmp_path):
     for path in left:
         path.parent.mkdir(parents=True)
         path.write_bytes(b"half")
-    hosts = [
-        tmp_path / f"{path}.host.example.12.partial" for path in ("data.zarr/zarr.json", "data.zarr/cls/c.1")
-    ]
+    hosts = [tmp_path / f"{path}.host.example.12.partial" for path in ("data.zarr/zarr.json", "data.zarr/cls/c.1")]
     hosts.append(tmp_path / "extract.manifest.json.host.12.partial")
     for path in hosts:
         path.write_bytes(b"half")
@@ -283,9 +277,7 @@ def test_a_folder_of_other_things_is_refused_untouched(tmp_path, name):
     (tmp_path / name).write_text("mine")
     before = [(path, path.stat().st_mtime_ns) for path in sorted(tmp_path.rglob("*"))]
     for refused in (lambda: lock(tmp_path, "extract").__enter__(), lambda: refuse_if_locked(tmp_path)):
-        with pytest.raises(
-            CacheError, match=r"is no cache, but holds .*Nothing was changed.*cache\.path"
-        ) as caught:
+        with pytest.raises(CacheError, match=r"is no cache, but holds .*Nothing was changed.*cache\.path") as caught:
             refused()
         assert "\n" not in str(caught.value)
     assert [(path, path.stat().st_mtime_ns) for path in sorted(tmp_path.rglob("*"))] == before

@@ -429,9 +429,7 @@ def test_adding_arrays_of_another_stage(filled):
     assert filled.sizes["K_c"] == 9
     filled.write_shard("centroids", 1, np.zeros((6, 2, 9, 3), np.float16))
     make(filled.path)  # the extraction's own creation doesn't mind what was added
-    filled.add_arrays(
-        ["pseudo"], {"K_c": 5}, replace=True
-    )  # left behind by a run that kept them; not asked for now
+    filled.add_arrays(["pseudo"], {"K_c": 5}, replace=True)  # left behind by a run that kept them; not asked for now
     assert not filled.has("centroids")
 
 
@@ -550,12 +548,7 @@ def test_ids_over_several_files(tmp_path, monkeypatch):
     store = make(tmp_path, samples=ids, sizes=SIZES | {"N": 7})
     assert store.samples == ids
     assert store.ids(range(2, 4)) == ["2", "3"]
-    assert sorted(file.name for file in (store.data / "sample").iterdir()) == [
-        "c.0",
-        "c.1",
-        "c.2",
-        "zarr.json",
-    ]
+    assert sorted(file.name for file in (store.data / "sample").iterdir()) == ["c.0", "c.1", "c.2", "zarr.json"]
     kept = (store.data / "sample" / "c.1").stat().st_mtime_ns
     more = [str(row) for row in range(11)]
     assert make(tmp_path, samples=more, sizes=SIZES | {"N": 11}).samples == more

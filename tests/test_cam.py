@@ -43,8 +43,7 @@ def test_boxes_by_hand():
         0 0 1 0 1 1
         0 0 0 0 0 0"""
     maps, wanted = (
-        torch.tensor([[float(v) for v in row.split()] for row in text.split("\n")[1:]])
-        for text in (drawn, boxed)
+        torch.tensor([[float(v) for v in row.split()] for row in text.split("\n")[1:]]) for text in (drawn, boxed)
     )
     # Diagonal neighbours are one part; 4 is above 0.4 * 9 = 3.6, 3 is not. Each part has its own box.
     assert torch.equal(box_masks(maps, 0.4), wanted.bool())
@@ -67,9 +66,7 @@ def test_refinement_masks_columns():
     for image in range(2):
         for k in range(3):
             plain = (alike[image] * boxes[image, k][None, :]) @ maps[image, k]
-            assert torch.allclose(
-                found[image, k], (plain - plain.min()) / (plain.max() - plain.min()), atol=1e-6
-            )
+            assert torch.allclose(found[image, k], (plain - plain.min()) / (plain.max() - plain.min()), atol=1e-6)
 
 
 # --- masks ---------------------------------------------------------------------------------------
@@ -146,9 +143,7 @@ def test_the_batch_is_one_class_at_a_time_by_definition(teacher, drawn):
         for k in range(int(present[image].sum())):
             activation, gradient, score = by_definition(teacher, images[image], features, k)
             assert torch.allclose(found.activations[image], activation, atol=1e-4)
-            assert torch.allclose(
-                found.gradients[k, image], gradient, atol=1e-4 * float(gradient.abs().max())
-            )
+            assert torch.allclose(found.gradients[k, image], gradient, atol=1e-4 * float(gradient.abs().max()))
             assert found.scores[image, k] == pytest.approx(float(score), abs=1e-4)
             plain = (activation * gradient.mean(0)).sum(1).relu()  # (L,)
             if plain.max() > plain.min():
@@ -186,9 +181,7 @@ def test_an_image_of_another_shape_has_positions_of_its_own_grid(teacher, drawn)
     visual = teacher.model.visual
     kept = visual.positional_embedding
     grid = interpolate(kept[1:].T.reshape(1, -1, 8, 8), (6, 12), mode="bilinear")
-    visual.positional_embedding = torch.nn.Parameter(
-        torch.cat([kept[:1], grid.flatten(2)[0].T]), requires_grad=False
-    )
+    visual.positional_embedding = torch.nn.Parameter(torch.cat([kept[:1], grid.flatten(2)[0].T]), requires_grad=False)
     try:
         activation, _, score = by_definition(teacher, images[0], torch.cat([foreground[0], background]), 1)
     finally:

@@ -52,9 +52,7 @@ def few(tmp_path_factory):
 
     os.chdir(ROOT)
     runs = tmp_path_factory.mktemp("few")
-    config = load(
-        "config/demo.yaml", [f"runs={runs}", "name=es", *SETTINGS, "data.train=12", "cams.max_side=128"]
-    )
+    config = load("config/demo.yaml", [f"runs={runs}", "name=es", *SETTINGS, "data.train=12", "cams.max_side=128"])
     extract(config)
     return config
 
@@ -139,9 +137,7 @@ def test_refusals(made, tmp_path, run_cli):
     with pytest.raises(DataError, match=r"every class from its tags, and data.unseen names tomato"):
         cams(config.model_copy(update={"data": unseen}))
     words = config.model_copy(update={"cams": config.cams.model_copy(update={"background": "vok"})})
-    with pytest.raises(
-        DataError, match=r"cams.background: unknown set 'vok'; the nearest valid one is 'voc'"
-    ):
+    with pytest.raises(DataError, match=r"cams.background: unknown set 'vok'; the nearest valid one is 'voc'"):
         cams(words)
     done = run_cli("cams", "--set", f"runs={tmp_path}/nowhere", "--set", "recipe=clip_es")
     assert is_one_line_error(done, "`extract` has not been completed")
@@ -166,11 +162,7 @@ def odd(tmp_path):
     rng = np.random.default_rng(0)
     for part in ("train", "test"):
         (tmp_path / "odd" / part).mkdir(parents=True)
-        for name, size, ids in (
-            ("dot", (3, 5), (0, 1)),
-            ("empty", (40, 40), (0, 0)),
-            ("long", (16, 300), (1, 2)),
-        ):
+        for name, size, ids in (("dot", (3, 5), (0, 1)), ("empty", (40, 40), (0, 0)), ("long", (16, 300), (1, 2))):
             image = rng.integers(0, 256, (*size, 3), np.uint8)
             labels = np.full(size, ids[0], np.uint8)
             labels[:, size[1] // 2 :] = ids[1]
@@ -191,9 +183,7 @@ def test_odd_images(odd, monkeypatch):
     raw = yaml.safe_load((ROOT / "config/demo.yaml").read_text())
     raw |= {"data": {"kind": "folder", "root": str(odd / "odd")}, "runs": str(odd / "runs"), "name": "odd"}
     (odd / "odd.yaml").write_text(json.dumps(raw))
-    config = load(
-        odd / "odd.yaml", ["recipe=clip_es", "cache.tokens=pooled", "cams.max_side=160", "cams.batch=2"]
-    )
+    config = load(odd / "odd.yaml", ["recipe=clip_es", "cache.tokens=pooled", "cams.max_side=160", "cams.batch=2"])
     assert list(extract(config)["quarantined"]) == ["torn"]
     summary = cams(config)["summary"]
     assert summary == summary | {"images": 3, "maps": 3, "untagged": 1}
@@ -218,11 +208,7 @@ def test_a_tag_that_is_no_class(made, tmp_path, monkeypatch):
 def test_own_size():
     image = np.zeros((100, 50, 3), np.uint8)
     assert fitted(image, Cams(), 16).shape == (3, 112, 64)  # each side rounded up
-    assert fitted(image, Cams(max_side=50), 16).shape == (
-        3,
-        48,
-        32,
-    )  # 48 is the largest multiple; 24 becomes 32
+    assert fitted(image, Cams(max_side=50), 16).shape == (3, 48, 32)  # 48 is the largest multiple; 24 becomes 32
     assert fitted(image[:5, :3], Cams(), 16).shape == (3, 16, 16)
     exact = np.random.default_rng(0).integers(0, 256, (32, 48, 3), np.uint8)
     assert torch.equal(fitted(exact, Cams(), 16), torch.from_numpy(exact).permute(2, 0, 1))
@@ -246,9 +232,7 @@ def test_masks_at_pixels(few, tmp_path, refine):
     assert verify(config) == []
     views = CachedViews(config, data_of(config.data))
     labels = views.whole(3)["labels"].numpy()
-    assert np.array_equal(
-        labels, np.where(confidence[3] >= 190, mask[3].astype(int), -1)
-    )  # train.confidence 0.95
+    assert np.array_equal(labels, np.where(confidence[3] >= 190, mask[3].astype(int), -1))  # train.confidence 0.95
 
 
 # --- free text ------------------------------------------------------------------------------------

@@ -77,10 +77,7 @@ def test_a_kill_while_a_training_is_moved(tmp_path, monkeypatch):
 
 
 def test_one_training_at_a_time(tmp_path):
-    with (
-        training_in(tmp_path),
-        pytest.raises(RunBusy, match=rf"process {os.getpid()} on .* is training there"),
-    ):
+    with training_in(tmp_path), pytest.raises(RunBusy, match=rf"process {os.getpid()} on .* is training there"):
         training_in(tmp_path).__enter__()
     with training_in(tmp_path):
         pass  # free again

@@ -65,9 +65,7 @@ def test_labels_are_the_cams_that_are_sure(tagged):
     none = CachedViews(tagged("labels", "train.confidence=1"), data).whole(7)["labels"]
     assert set(none.unique().tolist()) <= {0, -1}  # only where every map is exactly 0 is background sure
     with pytest.raises(DataError, match=r"data\.unseen names bee"):
-        CachedViews(
-            tagged("labels", "data.unseen=[bee]"), data_of(tagged("labels", "data.unseen=[bee]").data)
-        )
+        CachedViews(tagged("labels", "data.unseen=[bee]"), data_of(tagged("labels", "data.unseen=[bee]").data))
 
 
 def test_the_loss_is_cross_entropy_on_labelled_pixels():
@@ -80,9 +78,7 @@ def test_the_loss_is_cross_entropy_on_labelled_pixels():
     small = labels[:, 2::4, 2::4].long()  # nearest at the centres of 4 x 4 cells
     wanted = cross_entropy(dense, small, ignore_index=-1)
     assert torch.allclose(terms["ce"], wanted)
-    (found,), (plain,) = (
-        torch.autograd.grad(loss, dense, retain_graph=True) for loss in (terms["ce"], wanted)
-    )
+    (found,), (plain,) = (torch.autograd.grad(loss, dense, retain_graph=True) for loss in (terms["ce"], wanted))
     assert torch.allclose(found, plain, atol=1e-6)
     assert counts["labelled"] == pytest.approx(0.75)
     nothing, _ = closed_set_terms(Train(), learner, dense, {"labels": torch.full_like(labels, -1)})
@@ -112,9 +108,7 @@ def test_a_student_is_trained_resumed_and_evaluated(tagged, run_cli, classifier,
     lines = (again.run_path / "train" / "losses.jsonl").read_text().splitlines()
     assert [json.loads(line)["iteration"] for line in lines] == list(range(1, 7))
     scene = ROOT / "docs" / "scene.png"
-    done = run_cli(
-        "predict", scene, "--run", again.run_path, "--names", "bee,zebra", "--out", tmp_path / "out"
-    )
+    done = run_cli("predict", scene, "--run", again.run_path, "--names", "bee,zebra", "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     if classifier == "learned":
         done = run_cli("predict", scene, "--run", again.run_path, "--names", "bee,dragon")

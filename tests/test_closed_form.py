@@ -80,9 +80,7 @@ def test_both_have_the_same_names_and_signatures():
     names = {
         name
         for name, value in vars(closed_form).items()
-        if isinstance(value, FunctionType)
-        and value.__module__ == closed_form.__name__
-        and name in vars(losses)
+        if isinstance(value, FunctionType) and value.__module__ == closed_form.__name__ and name in vars(losses)
     }
     assert names == {"pooled", "centroids", "logits", "cross_entropy", "count_masks", "focal_and_dice"}
     for name in names:

@@ -114,28 +114,10 @@ def test_yes_is_no_number(key, value):
 @pytest.mark.parametrize(
     "setting",
     [
-        *(
-            "train.threads=100000",
-            "train.bank=1e8",
-            "train.batch=1e6",
-            "train.workers=1e5",
-            "train.processes=5000",
-        ),
+        *("train.threads=100000", "train.bank=1e8", "train.batch=1e6", "train.workers=1e5", "train.processes=5000"),
         *("train.negatives=1e9", "train.iterations=1e12", "teacher.image_size=100000", "teacher.batch=1e7"),
-        *(
-            "cluster.iterations=1e9",
-            "cluster.sizes=[1e9]",
-            "cams.max_side=1e6",
-            "cams.batch=1e6",
-            "cams.sinkhorn=1e9",
-        ),
-        *(
-            "eval.batch=1e6",
-            "eval.stride=1e-9",
-            "eval.scales=[1e6]",
-            "eval.pictures=1e9",
-            "report.images=1e9",
-        ),
+        *("cluster.iterations=1e9", "cluster.sizes=[1e9]", "cams.max_side=1e6", "cams.batch=1e6", "cams.sinkhorn=1e9"),
+        *("eval.batch=1e6", "eval.stride=1e-9", "eval.scales=[1e6]", "eval.pictures=1e9", "report.images=1e9"),
         "eval.gamma_sweep=[" + "1," * 2000 + "1]",
     ],
 )

@@ -13,12 +13,7 @@ TRAIN = {"images": "photos/*.jpg", "masks": "masks/*.png"}
 
 
 def described(**changes) -> dict:
-    wanted = {
-        "name": "orchard",
-        "classes": ["apple", "pear", "sky"],
-        "unseen": ["pear"],
-        "train": dict(TRAIN),
-    }
+    wanted = {"name": "orchard", "classes": ["apple", "pear", "sky"], "unseen": ["pear"], "train": dict(TRAIN)}
     return {key: value for key, value in (wanted | changes).items() if value is not ...}
 
 

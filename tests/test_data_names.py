@@ -26,11 +26,7 @@ def test_class_lists(names, count, some):
     [
         (classes.VOC_CLASSES, classes.VOC_SPLITS["voc-15-5"], "15 16 17 18 19"),
         (classes.CONTEXT_CLASSES, classes.CONTEXT_SPLITS["context-49-10"], "19 33 48 14 7 24 6 54 31 0"),
-        (
-            classes.CONTEXT_CLASSES,
-            classes.CONTEXT_SPLITS["context-49-10-cascade"],
-            "0 2 3 7 9 13 17 19 31 37",
-        ),
+        (classes.CONTEXT_CLASSES, classes.CONTEXT_SPLITS["context-49-10-cascade"], "0 2 3 7 9 13 17 19 31 37"),
         (
             classes.COCO_STUFF_CLASSES,
             classes.COCO_STUFF_SPLITS["coco-stuff-156-15"],

@@ -115,9 +115,9 @@ def test_context(tmp_path):
     assert (len(sixty.classes), sixty.classes[0], sixty.background, sixty.unseen) == (60, "background", 0, ())
     assert sixty.labels(sixty.samples("test")[0]).tolist() == [[0, 1, 59, 20]]
     assert sixty.palette[:2].tolist() == [[0, 0, 0], data.palette[0].tolist()]
-    assert open_data_set(
-        "context", root=str(tmp_path), background=True, split="context-49-10"
-    ).unseen_ids == (*(1, 7, 8, 15, 20, 25, 32, 34, 49, 55),)
+    assert open_data_set("context", root=str(tmp_path), background=True, split="context-49-10").unseen_ids == (
+        *(1, 7, 8, 15, 20, 25, 32, 34, 49, 55),
+    )
     save_mask(tmp_path / "SegmentationClassContext" / "a.png", (0, 1, 60, 20))
     with pytest.raises(DataError, match=r"label id 60 .* not the 459 original ids"):
         data.labels(sample)
@@ -132,9 +132,7 @@ def coco(root: Path, ending: str, ids=(0, 170, 9, 255)) -> Path:
 
 def test_coco_stuff_converted_masks(tmp_path):
     root = coco(tmp_path, "_labelTrainIds.png")
-    save_mask(
-        root / "annotations" / "train2017" / "1.png", (11, 11, 11, 11)
-    )  # the published one lies beside it
+    save_mask(root / "annotations" / "train2017" / "1.png", (11, 11, 11, 11))  # the published one lies beside it
     data = open_data_set("coco_stuff", root=str(root))
     assert data.labels(data.samples("train")[0]).tolist() == [[0, 170, 9, -1]]
     assert [s.id for s in data.samples("test")] == ["1"]
@@ -228,9 +226,7 @@ TWINS = {
 def test_class_orders_agree_with_real_text_features():
     """In CLIP's text space the nearest COCO-Stuff name of each VOC name is its twin; kin are near, too."""
     folder = SHARED / "clip_vit_b16"
-    voc_text, coco_text = (
-        np.load(folder / f"{name}_single.npy").astype(np.float32) for name in ("voc12", "coco")
-    )
+    voc_text, coco_text = (np.load(folder / f"{name}_single.npy").astype(np.float32) for name in ("voc12", "coco"))
     assert coco_text.shape == (len(COCO_STUFF_CLASSES), 512)
     nearest = (voc_text @ coco_text.T).argmax(axis=1)
     assert [COCO_STUFF_CLASSES[i] for i in nearest] == [TWINS.get(name, name) for name in VOC_CLASSES]
@@ -320,8 +316,6 @@ def test_context_with_all_its_classes(tmp_path):
 
 @pytest.mark.parametrize("kind", ["cityscapes", "camvid", "ade20k", "coco14"])
 def test_kinds_without_a_published_split(kind, tmp_path):
-    with pytest.raises(
-        DataError, match=f"data.split is 'x', but {kind} has no named splits; use data.unseen"
-    ):
+    with pytest.raises(DataError, match=f"data.split is 'x', but {kind} has no named splits; use data.unseen"):
         open_data_set(kind, root=str(tmp_path), split="x")
     assert open_data_set(kind, root=str(tmp_path)).unseen == ()

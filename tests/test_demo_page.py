@@ -37,9 +37,7 @@ def test_what_is_found_is_the_mask_and_its_names(segmenter, tmp_path):
     photo = picture(tmp_path / "a.png", (400, 400))
     shown, table = found(segmenter, str(photo), "soil,<b>pond", 50.0, 0.0)
     assert shown.size == (400, 400)
-    assert re.findall(r"<td>([^<]*)</td></tr>", table) == ["no"], (
-        "gamma 50 leaves nothing but the strange name"
-    )
+    assert re.findall(r"<td>([^<]*)</td></tr>", table) == ["no"], "gamma 50 leaves nothing but the strange name"
     assert "&lt;b&gt;pond" in table
     assert "100 %" in table
     assert f"rgb{tuple(palette_of(2)[1].tolist())}" in table
@@ -103,10 +101,7 @@ def test_over_http_it_answers_as_in_python(segmenter, address, tmp_path, capfd):
     assert np.array_equal(np.asarray(Image.open(file).convert("RGB")), np.asarray(wanted))
     assert table == html
     (tmp_path / "b.jpg").write_bytes(b"no photograph")
-    for upload, names, words in (
-        (photo, "a,a", "different"),
-        (tmp_path / "b.jpg", "a", "b.jpg: not a picture"),
-    ):
+    for upload, names, words in ((photo, "a,a", "different"), (tmp_path / "b.jpg", "a", "b.jpg: not a picture")):
         file, line = client.predict(handle_file(upload), names, 1.5, 0.0, api_name="/segment")
         assert file is None
         assert words in line

@@ -55,10 +55,7 @@ def test_cams_by_hand(run_cli):
     assert flops_of_cams(TeacherShape(1, 1, 1, 2, 1, None), 1, 1) == 3 * 64 + 2
     done = run_cli("doctor", "--dry", "--config", "config/clip_es_voc.yaml")
     # (12 + 3) x 17.74 GFLOP + 2 x 1024^3 = 268.2 GFLOP an image of 512 x 512; an A100 in float32, 6.825 TFLOP/s
-    assert (
-        "cams: 10,582 images of 512 x 512 with 3 classes each, 268 GFLOP an image; 6.93 minutes"
-        in done.stderr
-    )
+    assert "cams: 10,582 images of 512 x 512 with 3 classes each, 268 GFLOP an image; 6.93 minutes" in done.stderr
 
 
 @pytest.mark.parametrize(("tokens", "budget"), [("float16", 1_060_000), ("int8", 540_000), ("stream", 2_600)])
@@ -151,14 +148,7 @@ def test_broken_images_are_counted_against_max_bad(garden, tmp_path):
 
 def test_the_command(garden, tmp_path, run_cli):
     garden(ids(1, 2, 3))
-    config = [
-        "--config",
-        ROOT / "config" / "vit_b16.yaml",
-        "--set",
-        "data.kind=folder",
-        "--set",
-        "views.num=1",
-    ]
+    config = ["--config", ROOT / "config" / "vit_b16.yaml", "--set", "data.kind=folder", "--set", "views.num=1"]
     done = run_cli("doctor", *config, "--set", f"data.root={tmp_path}")
     assert done.returncode == 2
     assert done.stdout.startswith("off by one: ")

@@ -62,9 +62,7 @@ def test_four_workers_and_a_lost_scheduler(whole, tmp_path, run_cli):
         done = run_cli("extract", *command)
         assert done.returncode == 0, done.stderr
         assert f"resuming, {sum(e['rows'][1] - e['rows'][0] for e in kept.values())} of 296" in done.stderr
-        assert {s: bench.records(config, "extract")[s] for s in kept} == kept, (
-            "a finished shard was made again"
-        )
+        assert {s: bench.records(config, "extract")[s] for s in kept} == kept, "a finished shard was made again"
         assert run_cli("cluster", *command).returncode == 0
     assert bench.content(config) == whole
     assert len({entry["pid"] for entry in bench.records(config, "cluster").values()}) > 1

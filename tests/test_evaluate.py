@@ -135,10 +135,7 @@ def data_folder(folder, classes, unseen, seed, sizes=((64, 96), (50, 40), (64, 6
             pixels = (labels[..., None] * 70 + rng.integers(0, 50, (*labels.shape, 3))).astype(np.uint8)
             Image.fromarray(pixels).save(folder / part / f"{i}.png")
             Image.fromarray(labels).save(folder / part / f"{i}_ids.png")
-    parts = {
-        p: {"images": f"{p}/?.png", "masks": f"{p}/*_ids.png", "mask_suffix": "_ids"}
-        for p in ("train", "test")
-    }
+    parts = {p: {"images": f"{p}/?.png", "masks": f"{p}/*_ids.png", "mask_suffix": "_ids"} for p in ("train", "test")}
     (folder / "dataset.yaml").write_text(json.dumps({"classes": classes, "unseen": unseen, **parts}))
 
 
@@ -206,9 +203,7 @@ def test_eval_is_the_definition(trained, tmp_path, run_cli):
     found = json.loads((run / "eval" / "metrics.json").read_text())
     text = load_student(run / "train" / "student.safetensors")[1].text[:, None]
     for gamma in (0.0, 0.01, 9.0):
-        wanted, ious = by_definition(
-            *naive(run, text, tmp_path / "meadow", gamma, [2]), len(TRAINED), [0, 1, 3], [2]
-        )
+        wanted, ious = by_definition(*naive(run, text, tmp_path / "meadow", gamma, [2]), len(TRAINED), [0, 1, 3], [2])
         swept = found["gamma_sweep"][str(gamma)]
         assert [swept[k] for k in ("pAcc", "mIoU_S", "mIoU_U", "hIoU")] == pytest.approx(wanted, abs=0.02)
         if gamma == found["gamma"]:
@@ -315,9 +310,7 @@ def test_text_features_of_the_other_data_set(trained, tmp_path, run_cli):
     found = json.loads((run / "eval-on-street" / "metrics.json").read_text())
     assert found["text"]["templates"] is None
     unit = torch.from_numpy(text / np.linalg.norm(text, axis=1, keepdims=True))
-    wanted, _ = by_definition(
-        *naive(run, unit[:, None], tmp_path / "street", 0.01, [0, 2]), 5, [1, 3, 4], [0, 2]
-    )
+    wanted, _ = by_definition(*naive(run, unit[:, None], tmp_path / "street", 0.01, [0, 2]), 5, [1, 3, 4], [0, 2])
     keys = ("pAcc", "mIoU_S", "mIoU_U", "hIoU")
     assert [found[key] for key in keys] == pytest.approx(wanted, abs=0.02, nan_ok=True)
     np.save(tmp_path / "text.npy", -text)  # another file under the same name

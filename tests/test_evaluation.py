@@ -9,14 +9,7 @@ from torch.nn.functional import interpolate
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from pipeline.config import Eval, Student
-from pipeline.learning.inference import (
-    best_by_group,
-    best_classes,
-    class_logits,
-    dense_logits,
-    predicted,
-    squashed,
-)
+from pipeline.learning.inference import best_by_group, best_classes, class_logits, dense_logits, predicted, squashed
 from pipeline.learning.text import stacked
 from pipeline.models.student import build_student
 from pipeline.ops import enlarge
@@ -107,9 +100,7 @@ def test_the_best_of_a_classes_names_counts_by_hand():
 
 
 @pytest.mark.parametrize("names", [1, 3])
-@pytest.mark.parametrize(
-    ("seen", "unseen"), [([0, 2, 3], [1, 4]), ([0, 1, 2, 3, 4], []), ([], [0, 1, 2, 3, 4])]
-)
+@pytest.mark.parametrize(("seen", "unseen"), [([0, 2, 3], [1, 4]), ([0, 1, 2, 3, 4], []), ([], [0, 1, 2, 3, 4])])
 def test_best_classes_of_a_batch_are_those_of_class_logits(names, seen, unseen):
     student = build_student(Student(encoder="tu-resnet10t", encoder_weights=None, arch="FPN"), 16).eval()
     generator = torch.Generator().manual_seed(2)

@@ -61,9 +61,7 @@ def fake(model, text, size):
 
     shapes = {"images": ["B", 3, "H", "W"], "text": ["K", 16], "logits": [1]}
     made = {name: helper.make_tensor_value_info(name, TensorProto.FLOAT, s) for name, s in shapes.items()}
-    zero = helper.make_node(
-        "Constant", [], ["logits"], value=helper.make_tensor("zero", TensorProto.FLOAT, [1], [0.0])
-    )
+    zero = helper.make_node("Constant", [], ["logits"], value=helper.make_tensor("zero", TensorProto.FLOAT, [1], [0.0]))
     graph = helper.make_graph([zero], "fake", [made["images"], made["text"]], [made["logits"]])
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
 

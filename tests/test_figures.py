@@ -63,9 +63,7 @@ def test_attention_by_hand_and_as_the_objective_has_it():
     weights = torch.from_numpy(found / found.sum())
     assert torch.allclose(pooled(cls[None], dense[None])[0], (dense * weights).sum((1, 2)), atol=1e-6)
     half = Pupil(None, Fixed(dense), trained_with(0.5), 0.0)
-    assert attention(half, np.zeros((8, 8, 3), np.uint8), cls)[0] == pytest.approx(
-        [1, np.exp(-1), np.exp(-1)]
-    )
+    assert attention(half, np.zeros((8, 8, 3), np.uint8), cls)[0] == pytest.approx([1, np.exp(-1), np.exp(-1)])
 
 
 def test_a_png_is_made_to_fit():

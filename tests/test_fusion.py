@@ -101,10 +101,7 @@ def test_similar_pairs_by_hand():
     assert similar_pairs(torch.zeros(1, 0, 2), all_alive(0)[None], 0.5).shape == (1, 0, 0)
     # Length 0.9 would leave a diagonal of 0.81 under 0.9; it counts as 1. A dead centre is similar to nobody.
     centres = torch.tensor([[[0.9, 0.0], [0.0, 0.9]]])
-    assert similar_pairs(centres, torch.tensor([[True, False]]), 0.9)[0].tolist() == [
-        [True, False],
-        [False, False],
-    ]
+    assert similar_pairs(centres, torch.tensor([[True, False]]), 0.9)[0].tolist() == [[True, False], [False, False]]
 
 
 # --- maps ----------------------------------------------------------------------------------------

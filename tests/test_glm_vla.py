@@ -128,9 +128,7 @@ def test_negatives_from_the_cache_are_new_each_iteration_and_the_same_when_resum
     assert not torch.equal(drawn[0], other.entries()[0])
     again.load_state_dict(first.state_dict())
     assert torch.equal(first.entries()[0], again.entries()[0])
-    assert sum(value.numel() for value in first.state_dict().values()) == 1, (
-        "checkpoints don't hold the cache"
-    )
+    assert sum(value.numel() for value in first.state_dict().values()) == 1, "checkpoints don't hold the cache"
     with pytest.raises(ValueError, match="13 negatives are wanted, and 12"):
         CachedNegatives(13, tokens, rows, 0)
 
@@ -212,9 +210,7 @@ def test_adapter_errors():
         VisualLanguageAdapter(64, "rnn")
     with pytest.raises(ValueError, match="8 heads don't divide 60"):
         VisualLanguageAdapter(60)
-    assert VisualLanguageAdapter(60, num_heads=6, num_layers=1)(
-        torch.randn(2, 60), torch.randn(1, 60)
-    ).shape == (2, 60)
+    assert VisualLanguageAdapter(60, num_heads=6, num_layers=1)(torch.randn(2, 60), torch.randn(1, 60)).shape == (2, 60)
     with pytest.raises(ValueError, match="64 channels wanted"):
         adapter()(torch.randn(2, 32), torch.randn(2, 64))
 

@@ -210,9 +210,7 @@ class Objects(ShardStage):
 
 def test_a_stage_on_stale_clusters_names_what_renews_them(garden, monkeypatch):
     folder, config = garden
-    entry = Stage(
-        "objects", (), "cluster", work=f"{__name__}:Objects", in_cache=True, says={"summary?": dict}
-    )
+    entry = Stage("objects", (), "cluster", work=f"{__name__}:Objects", in_cache=True, says={"summary?": dict})
     monkeypatch.setitem(table.STAGES, "objects", entry)
     monkeypatch.setattr(table, "IN_CACHE", (*table.IN_CACHE, "objects"))
     extract(config())

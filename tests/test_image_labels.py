@@ -49,13 +49,7 @@ def test_voc_with_background(voc):
     assert data.labels(a).tolist() == data.seen_labels(a).tolist() == [[0, 1, 20, -1]]
     assert data.tags(a) == (15, 20)  # person, though one is difficult; parts of objects are none
     assert data.tags(b) == ()
-    assert open_data_set("voc", root=str(voc), background=True, split="voc-15-5").unseen_ids == (
-        16,
-        17,
-        18,
-        19,
-        20,
-    )
+    assert open_data_set("voc", root=str(voc), background=True, split="voc-15-5").unseen_ids == (16, 17, 18, 19, 20)
 
 
 def test_voc_tags_from_masks_and_without_background(voc):
@@ -74,9 +68,7 @@ def test_voc_annotations_that_are_wrong(voc, background):
     before = data.mask_stamp(a)
     save_objects(path, ("tvmonitr", 0))
     assert data.mask_stamp(a) != before  # so CAMs are made again
-    with pytest.raises(
-        DataError, match=r"a.xml: voc has no class 'tvmonitr'; the nearest valid one is 'tvmonitor'"
-    ):
+    with pytest.raises(DataError, match=r"a.xml: voc has no class 'tvmonitr'; the nearest valid one is 'tvmonitor'"):
         data.tags(a)
     for content, wrong in (("<annotation><object>", "not XML"), ("<html></html>", "its root is <html>")):
         path.write_text(content)
@@ -94,11 +86,7 @@ def test_voc_annotations_that_are_wrong(voc, background):
 
 def coco(root: Path, images: str, masks: str) -> Path:
     """Images 9 and 25 of train2014, 42 of val2014; `{}` stands for the part."""
-    for part, number, ids in (
-        ("train", 9, (0, 1, 80, 255)),
-        ("train", 25, (0, 0, 0, 0)),
-        ("val", 42, (0, 3, 3, 3)),
-    ):
+    for part, number, ids in (("train", 9, (0, 1, 80, 255)), ("train", 25, (0, 0, 0, 0)), ("val", 42, (0, 3, 3, 3))):
         name = f"COCO_{part}2014_{number:012d}"
         save_image(root / images.format(f"{part}2014") / f"{name}.jpg")
         save_mask(root / masks.format(f"{part}2014") / f"{name[-12:]}.png", ids)
@@ -107,11 +95,7 @@ def coco(root: Path, images: str, masks: str) -> Path:
 
 @pytest.mark.parametrize(
     ("images", "masks"),
-    [
-        ("JPEGImages/{}", "SegmentationClass/{}"),
-        ("{}", "SegmentationClass/{}"),
-        ("JPEGImages", "SegmentationClass"),
-    ],
+    [("JPEGImages/{}", "SegmentationClass/{}"), ("{}", "SegmentationClass/{}"), ("JPEGImages", "SegmentationClass")],
 )
 def test_coco14_in_its_layouts(tmp_path, images, masks):
     data = open_data_set("coco14", root=str(coco(tmp_path, images, masks)))
@@ -141,10 +125,7 @@ def test_coco14_tags_from_instances(tmp_path):
     assert (data.tags(first), data.tags(second)) == ((1, 80), ())
     assert data.mask_stamp(first).endswith("(1, 80)")
     found["categories"][0]["name"] = "persn"
-    for content, wrong in (
-        (json.dumps(found), "coco14 has no class 'persn'"),
-        ("{}", "not COCO's instances"),
-    ):
+    for content, wrong in ((json.dumps(found), "coco14 has no class 'persn'"), ("{}", "not COCO's instances")):
         path.write_text(content)
         other = open_data_set("coco14", root=str(root), tags="json")
         with pytest.raises(DataError, match=wrong):
@@ -154,9 +135,7 @@ def test_coco14_tags_from_instances(tmp_path):
 def test_coco14_lists_and_what_is_missing(tmp_path):
     root = coco(tmp_path, "{}", "SegmentationClass")
     (root / "SegmentationClass" / "000000000025.png").unlink()
-    with pytest.raises(
-        DataError, match=r"1 images of train2014 have no mask: '000000000025'. .*data.train_list"
-    ):
+    with pytest.raises(DataError, match=r"1 images of train2014 have no mask: '000000000025'. .*data.train_list"):
         open_data_set("coco14", root=str(root)).samples("train")
     save_list(root / "train.txt", "COCO_train2014_000000000009")
     listed = open_data_set("coco14", root=str(root), train_list="train.txt")
@@ -191,10 +170,7 @@ def test_the_demo_with_background():
 
 
 def test_names_of_classes():
-    assert names_of_classes(("background", "bee"), {"background": ["grass", "sand"]}) == [
-        ("grass", "sand"),
-        ("bee",),
-    ]
+    assert names_of_classes(("background", "bee"), {"background": ["grass", "sand"]}) == [("grass", "sand"), ("bee",)]
     with pytest.raises(DataError, match=r"text.synonyms: no class is called 'backgroud'; .* 'background'"):
         names_of_classes(("background", "bee"), {"backgroud": ["grass"]})
     for names in ([], [" "]):
@@ -203,18 +179,9 @@ def test_names_of_classes():
 
 
 def test_renames_of_maskclip():
-    assert names_of_classes(("aeroplane", "cat", "tvmonitor"), "maskclip") == [
-        ("airplane",),
-        ("cat",),
-        ("tv monitor",),
-    ]
+    assert names_of_classes(("aeroplane", "cat", "tvmonitor"), "maskclip") == [("airplane",), ("cat",), ("tv monitor",)]
     named = dict(zip(COCO_STUFF_CLASSES, names_of_classes(COCO_STUFF_CLASSES, "maskclip"), strict=True))
-    some = {
-        "wall-brick": "brick wall",
-        "wall-other": "wall",
-        "desk-stuff": "desk",
-        "wine glass": "wine glass",
-    }
+    some = {"wall-brick": "brick wall", "wall-other": "wall", "desk-stuff": "desk", "wine glass": "wine glass"}
     assert {name: named[name][0] for name in some} == some
     published = """building, ceiling, tile ceiling, desk, door, marble floor, floor, stone floor, tile floor,
         wood floor, food, furniture, ground, mirror, plant, sky, solid, structural, textile, brick wall, concrete wall,

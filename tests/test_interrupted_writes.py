@@ -185,9 +185,7 @@ def test_a_second_run_is_told_at_once_and_changes_nothing(whole, tmp_path, run_c
         with monkeypatch.context() as patch:  # at once: before it looks at the images
             patch.setattr(DemoDataSet, "identity", lambda *_: pytest.fail("looked at the data first"))
             done = run_cli(stage, *arguments)
-        assert is_one_line_error(
-            done, "extract is writing to this cache", f"process {first.pid}", "Wait for it"
-        )
+        assert is_one_line_error(done, "extract is writing to this cache", f"process {first.pid}", "Wait for it")
         assert snapshot(tmp_path) == before
     finally:
         first.send_signal(signal.SIGKILL)

@@ -87,9 +87,7 @@ def test_repeated_centres_lose_every_tie(run):
     twice = torch.cat([centres, centres], dim=1)
     result = run(tokens, active, twice, torch.ones(3, 58, dtype=torch.bool), 1)
     assert not result.alive[:, 29:].any()
-    assert torch.equal(
-        result.assign, run(tokens, active, centres, torch.ones(3, 29, dtype=torch.bool), 1).assign
-    )
+    assert torch.equal(result.assign, run(tokens, active, centres, torch.ones(3, 29, dtype=torch.bool), 1).assign)
 
 
 @backend
@@ -121,9 +119,7 @@ def test_one_token_and_no_token(run):
 
 @backend
 def test_an_empty_batch(run):
-    result = run(
-        torch.zeros(0, 4, 2), torch.zeros(0, 4).bool(), torch.zeros(0, 3, 2), torch.zeros(0, 3).bool()
-    )
+    result = run(torch.zeros(0, 4, 2), torch.zeros(0, 4).bool(), torch.zeros(0, 3, 2), torch.zeros(0, 3).bool())
     assert result.assign.shape == (0, 4)
 
 
@@ -176,9 +172,7 @@ def naive(tokens, active, centres, alive, iterations):
     for _ in range(iterations):
         step = []
         for token, is_active in zip(tokens, active, strict=True):
-            scores = [
-                float(token @ c) if lives else -math.inf for c, lives in zip(centres, alive, strict=True)
-            ]
+            scores = [float(token @ c) if lives else -math.inf for c, lives in zip(centres, alive, strict=True)]
             step.append(scores.index(max(scores)) if is_active else -1)
         for k in range(len(centres)):
             members = tokens[[i for i, a in enumerate(step) if a == k]]
@@ -196,9 +190,7 @@ def test_agrees_with_the_naive_loop(run, seed):
     tokens, active, centres, alive = random_views(seed)
     result = run(tokens, active, centres, alive)
     for view in range(len(tokens)):
-        assert result.assign[view].tolist() == naive(
-            tokens[view], active[view], centres[view], alive[view], 20
-        )
+        assert result.assign[view].tolist() == naive(tokens[view], active[view], centres[view], alive[view], 20)
 
 
 @settings(max_examples=25, deadline=None)
@@ -213,9 +205,7 @@ def test_torch_and_faiss_agree(seed, length, num_centres):
 def test_torch_and_faiss_agree_on_a_real_grid():
     generator = torch.Generator().manual_seed(0)
     coarse = torch.randn(2, 64, 4, 4, generator=generator)
-    grid = F.interpolate(coarse, (32, 32), mode="bilinear") + 0.3 * torch.randn(
-        2, 64, 32, 32, generator=generator
-    )
+    grid = F.interpolate(coarse, (32, 32), mode="bilinear") + 0.3 * torch.randn(2, 64, 32, 32, generator=generator)
     tokens = F.normalize(grid.permute(0, 2, 3, 1), dim=3)  # (2, 32, 32, 64)
     state = torch.ones(2, 32, 32, dtype=torch.uint8)
     state[0, :10], state[1, :, 20:] = 0, 2

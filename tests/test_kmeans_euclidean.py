@@ -39,9 +39,7 @@ def plain(points, centres, iterations):
             break
         own = now
         alive = np.array([(own == k).any() for k in range(len(centres))])
-        centres = np.array(
-            [points[own == k].mean(0) if alive[k] else centres[k] for k in range(len(centres))]
-        )
+        centres = np.array([points[own == k].mean(0) if alive[k] else centres[k] for k in range(len(centres))])
     return own, alive
 
 
@@ -54,9 +52,7 @@ def test_as_a_plain_loop_over_views(iterations):
     active[2] = False  # nothing to cluster
     found = lloyd_euclidean(tokens, active, centres, torch.ones(3, 9, dtype=torch.bool), iterations)
     for view in range(2):
-        own, alive = plain(
-            tokens[view, active[view]].double().numpy(), centres[view].double().numpy(), iterations
-        )
+        own, alive = plain(tokens[view, active[view]].double().numpy(), centres[view].double().numpy(), iterations)
         assert found.assign[view, active[view]].tolist() == own.tolist()
         assert found.alive[view].tolist() == alive.tolist()
     assert (found.assign[~active] == -1).all()
@@ -76,9 +72,7 @@ def test_clustering_takes_it_by_the_key_and_old_caches_stay_valid():
     generator = torch.Generator().manual_seed(0)
     grid = normalize(torch.randn(2, 8, 8, 16, generator=generator), dim=3)
     state = torch.ones(2, 8, 8, dtype=torch.uint8)
-    maps = {
-        d: pseudo_labels(grid, state, Cluster(distance=d, threshold=0.95))[0] for d in (None, "euclidean")
-    }
+    maps = {d: pseudo_labels(grid, state, Cluster(distance=d, threshold=0.95))[0] for d in (None, "euclidean")}
     assert ((maps["euclidean"] > 0) & (maps["euclidean"] < 254)).all()
     assert not torch.equal(maps[None], maps["euclidean"])
     config = load("config/demo.yaml")

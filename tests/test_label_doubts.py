@@ -65,9 +65,7 @@ def test_values_give_raw_ids_their_classes(pairs):
     data = pairs([[[0, 1, 2, 255]] * 3], values={255: "leaf"})
     with pytest.raises(DataError, match="label id 1 "):
         labels(data)
-    data = pairs(
-        [Image.fromarray(np.array([[0, 1000, 2000, 0]] * 3, np.uint16))], values={1000: 1, 2000: "bloom"}
-    )
+    data = pairs([Image.fromarray(np.array([[0, 1000, 2000, 0]] * 3, np.uint16))], values={1000: 1, 2000: "bloom"})
     assert labels(data)[0].tolist() == [0, 1, 2, 0]
 
 
@@ -208,9 +206,7 @@ def test_coloured_masks(pairs):
     with pytest.raises(DataError, match="half transparent"):
         labels(pairs([np.dstack([shown, np.full((3, 4), 9, np.uint8)])], palette=COLOURS.tolist()))
     shown[0, 0] = (224, 224, 192)
-    with pytest.raises(
-        DataError, match=r"colour \[224, 224, 192\] is no class's.*ignore: \[\[224, 224, 192\]\]"
-    ):
+    with pytest.raises(DataError, match=r"colour \[224, 224, 192\] is no class's.*ignore: \[\[224, 224, 192\]\]"):
         labels(pairs([shown], palette=COLOURS.tolist()))
     data = pairs([shown], palette=COLOURS.tolist(), ignore=[[224, 224, 192], [9, 9, 9]])
     assert labels(data)[0].tolist() == [-1, 0, 0, 0]
@@ -226,9 +222,7 @@ def test_an_indexed_mask_with_a_strange_colour(pairs):
     ids[0, 0] = 255
     void = Image.fromarray(ids, mode="P")
     void.putpalette(np.concatenate([COLOURS, np.full((253, 3), 224, np.uint8)]).tobytes())
-    assert (
-        labels(pairs([void], palette=COLOURS.tolist())) == np.where(ids == 255, -1, ids.astype(int))
-    ).all()
+    assert (labels(pairs([void], palette=COLOURS.tolist())) == np.where(ids == 255, -1, ids.astype(int))).all()
     void.putpalette(np.concatenate([COLOURS[[1, 0, 2]], np.full((253, 3), 224, np.uint8)]).tobytes())
     with pytest.raises(DataError, match=r"index 0 has the colour \[128, 0, 0\].*read_masks: by_index"):
         labels(pairs([void], palette=COLOURS.tolist()))
@@ -240,9 +234,7 @@ def test_an_indexed_mask_with_a_strange_colour(pairs):
 @pytest.mark.parametrize("exif", range(2, 9))
 def test_orientations_that_keep_the_size(pairs, exif):
     data = pairs([np.zeros((4, 4))], exif=exif, size=(4, 4))
-    with pytest.raises(
-        DataError, match=rf"0\.jpg: has an EXIF orientation of {exif}.*exif: as_stored.*exif: upright"
-    ):
+    with pytest.raises(DataError, match=rf"0\.jpg: has an EXIF orientation of {exif}.*exif: as_stored.*exif: upright"):
         labels(data)
     for stated in ("as_stored", "upright"):
         assert labels(described(data.path.parent, exif=stated)).shape == (4, 4)
@@ -342,12 +334,7 @@ def test_stamps_follow_what_masks_mean(pairs, tmp_path):
     data = pairs([IDS])
     (sample,) = data.samples("train")
     usual = data.mask_stamp(sample)
-    same = [
-        {"classes": ["a", "b", "c"]},
-        {"unseen": ["leaf"]},
-        {"ignore": 255},
-        {"palette": COLOURS.tolist()},
-    ]
+    same = [{"classes": ["a", "b", "c"]}, {"unseen": ["leaf"]}, {"ignore": 255}, {"palette": COLOURS.tolist()}]
     same += [{"classes": ["soil", "leaf", "bloom", "more"]}, {"read_masks": "by_index"}, {"exif": "upright"}]
     for changes in same:
         assert described(tmp_path, **changes).mask_stamp(sample) == usual, changes
@@ -415,9 +402,7 @@ def test_ids_of_tags_are_text(pairs, tmp_path):
     for i in range(11):
         for ending in ("jpg", "png"):
             (tmp_path / f"train/{i}.{ending}").rename(tmp_path / f"train/{i:04}.{ending}")
-    (tmp_path / "tags.yaml").write_text(
-        "".join(f"{i:04}: [leaf]\n" for i in range(10)) + "8: [bloom]\n0010:\n"
-    )
+    (tmp_path / "tags.yaml").write_text("".join(f"{i:04}: [leaf]\n" for i in range(10)) + "8: [bloom]\n0010:\n")
     data = described(tmp_path, tags="tags.yaml")
     samples = data.by_id("train")
     assert data.tags(samples["0008"]) == (1,)
@@ -437,10 +422,7 @@ def test_doctor_and_extract_read_tags(tmp_path, run_cli):
     settings = options(tmp_path, "recipe=clip_es", "train.nel=off", "cache.tokens=pooled")
     done = run_cli("doctor", *settings)
     assert "tags that can't be used: 2 images, the first: garden: image 1 has the label 0" in done.stdout
-    assert (
-        "1 of 3 training images have them; listed and no training image: 1, the first 'elsewhere'"
-        in done.stderr
-    )
+    assert "1 of 3 training images have them; listed and no training image: 1, the first 'elsewhere'" in done.stderr
     assert is_one_line_error(run_cli("extract", *settings), "image 1", "2 of 3 images")
 
 

@@ -9,9 +9,7 @@ from pipeline.ops.labels import IGNORE, MOST_CLASSES, counts, file_dtype, from_f
 from pipeline.ops.losses import combined_labels
 
 
-@pytest.mark.parametrize(
-    ("num", "bits", "none"), [(2, 8, 255), (255, 8, 255), (256, 16, 65535), (847, 16, 65535)]
-)
+@pytest.mark.parametrize(("num", "bits", "none"), [(2, 8, 255), (255, 8, 255), (256, 16, 65535), (847, 16, 65535)])
 def test_labels_in_files(num, bits, none):
     labels = np.array([[0, num - 1], [IGNORE, 1]], np.int16)
     stored = to_file(labels, file_dtype(num))

@@ -91,11 +91,7 @@ def test_combined_labels_against_a_loop(seed, num_images, num_seen):
     for b in range(num_images):
         for y in range(8):
             for x in range(8):
-                label, mask, got = (
-                    int(labels[b, y, x]),
-                    int(pseudo[b, y // 2, x // 2]),
-                    int(result.ids[b, y, x]),
-                )
+                label, mask, got = (int(labels[b, y, x]), int(pseudo[b, y // 2, x // 2]), int(result.ids[b, y, x]))
                 if label != 255:
                     assert int(seen_ids[got]) == label
                 elif 0 < mask < 254:
@@ -266,9 +262,7 @@ def test_count_masks_counts_classes_per_image(ways):
 
 
 def test_seen_only_turns_potential_objects_into_negatives():
-    x, ids = seen_only(
-        torch.arange(4.0).view(1, 4, 1, 1).expand(1, 4, 1, 3), torch.tensor([[[0, 3, IGNORE]]]), 2
-    )
+    x, ids = seen_only(torch.arange(4.0).view(1, 4, 1, 1).expand(1, 4, 1, 3), torch.tensor([[[0, 3, IGNORE]]]), 2)
     assert x.shape == (1, 2, 1, 3)
     assert ids.tolist() == [[[0, IGNORE, IGNORE]]]
 

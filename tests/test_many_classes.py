@@ -14,22 +14,7 @@ from pipeline.data.demo import CLASSES, DemoDataSet
 from tests.conftest import ROOT, TINY, is_one_line_error
 
 NUM = 300
-WORDS = [
-    "old",
-    "new",
-    "big",
-    "small",
-    "wet",
-    "dry",
-    "far",
-    "near",
-    "dark",
-    "light",
-    "hot",
-    "cold",
-    "soft",
-    "hard",
-]
+WORDS = ["old", "new", "big", "small", "wet", "dry", "far", "near", "dark", "light", "hot", "cold", "soft", "hard"]
 # The world's twenty classes lie among the others at 15 i + 14: 14 to 299.
 NAMES = [CLASSES[i // 15] if i % 15 == 14 else f"{WORDS[i % 15]} {CLASSES[i // 15]}" for i in range(NUM)]
 UNSEEN = ["brick", "bee", "chessboard"]
@@ -59,15 +44,7 @@ def orchard(tmp_path_factory):
 def settings(folder, runs, name="many", *more):
     small = [word for word in TINY if not word.startswith("data.")]
     data = f"data={{kind: folder, root: {folder}}}"
-    return [
-        data,
-        f"runs={runs}",
-        f"name={name}",
-        "teacher.image_size=64",
-        "train.iterations=3",
-        *small,
-        *more,
-    ]
+    return [data, f"runs={runs}", f"name={name}", "teacher.image_size=64", "train.iterations=3", *small, *more]
 
 
 def test_the_whole_way(orchard, tmp_path, run_cli):
@@ -87,9 +64,7 @@ def test_the_whole_way(orchard, tmp_path, run_cli):
     matrix = np.load(run / "eval" / "confusion.npy")
     assert matrix.shape == (NUM, NUM)
     assert matrix.sum() == 5 * (64 * 64 - 8 * 8)
-    true = np.concatenate(
-        [np.asarray(Image.open(path)).ravel() for path in (orchard / "test_masks").glob("*")]
-    )
+    true = np.concatenate([np.asarray(Image.open(path)).ravel() for path in (orchard / "test_masks").glob("*")])
     assert matrix.sum(1).tolist() == np.bincount(true[true < NUM], minlength=NUM).tolist()
 
     out = tmp_path / "found"
@@ -148,11 +123,7 @@ def test_wide_masks_as_programs_store_them(tmp_path, ending, mode):
     [
         ({"reduce_zero_label": True}, [0, 1, 300, 65535], [-1, 0, 299, -1]),
         ({"ignore": 300}, [0, 1, 299, 300], [0, 1, 299, -1]),
-        (
-            {"values": {40000: NAMES[299], 65535: NAMES[0], 500: "ignore"}},
-            [40000, 65535, 8, 500],
-            [299, 0, 8, -1],
-        ),
+        ({"values": {40000: NAMES[299], 65535: NAMES[0], 500: "ignore"}}, [40000, 65535, 8, 500], [299, 0, 8, -1]),
         ({"classes": NAMES[:3]}, [0, 2, 255, 255], [0, 2, -1, -1]),  # of 16 bits, but few
         ({"classes": NAMES[:255]}, [0, 254, 255, 255], [0, 254, -1, -1]),
         ({"classes": NAMES[:256]}, [0, 254, 255, 65535], [0, 254, 255, -1]),
@@ -165,11 +136,7 @@ def test_what_wide_masks_mean(tmp_path, described, raw, labels):
 
 @pytest.mark.parametrize(
     ("ids", "words"),
-    [
-        ([[0, 300, 70000]], "label id 300, 70000"),
-        ([[-1, 0, 1]], "label id -1"),
-        ([[254, 255, 65534]], "65534"),
-    ],
+    [([[0, 300, 70000]], "label id 300, 70000"), ([[-1, 0, 1]], "label id -1"), ([[254, 255, 65534]], "65534")],
 )
 def test_what_does_not_fit_is_one_line(tmp_path, run_cli, ids, words):
     wide_mask(tmp_path, "tif", "I", ids)

@@ -96,10 +96,7 @@ def test_on_how_much_a_score_was_measured():
     title = result_table({"a": result}).title
     assert "1 of 2 seen, 1 of 1 unseen (1 without a test pixel) classes scored" in title
     both = result_table({"a": result, "b": result | {"scored": None}})
-    assert [line[0] for line in both.lines] == [
-        "a (1 of 2 seen, 1 of 1 unseen (1 without a test pixel))",
-        "b",
-    ]
+    assert [line[0] for line in both.lines] == ["a (1 of 2 seen, 1 of 1 unseen (1 without a test pixel))", "b"]
 
 
 def test_many_classes_are_counted_as_few_are(monkeypatch):

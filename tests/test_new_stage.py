@@ -129,9 +129,7 @@ def test_a_stage_is_one_file_and_one_entry(project):
     centroids = Store.open(config.cache_path).read_whole("centroids").astype(np.float64)
     rows = centroids.reshape(-1, centroids.shape[-1])
     wanted = rows[~np.isnan(rows).any(1)].std(0)
-    found = np.frombuffer(
-        (config.cache_path / "data.zarr" / "spread" / "c.0").read_bytes()[: wanted.size * 4], "f4"
-    )
+    found = np.frombuffer((config.cache_path / "data.zarr" / "spread" / "c.0").read_bytes()[: wanted.size * 4], "f4")
     assert np.allclose(found, wanted, rtol=1e-4, atol=1e-5)
 
     shown = run(folder, "inspect", "runs/small")

@@ -54,31 +54,9 @@ def test_only_regular_files_that_really_lie_below_the_folder_are_uploads(tmp_pat
     os.mkfifo(folder / "pipe")
     assert is_own(str(folder / "hash" / "a.png"), folder)
     for path in (
-        *(
-            secret / "private.png",
-            tmp_path / "own-not" / "a.png",
-            folder,
-            folder / "hash",
-            folder / "gone.png",
-        ),
-        *(
-            folder / "link.png",
-            folder / "folder" / "private.png",
-            folder / "pipe",
-            folder / ".." / "own-not" / "a.png",
-        ),
-        *(
-            "/etc/passwd",
-            "/dev/zero",
-            "hash/a.png",
-            "",
-            "http://example.com/a.png",
-            "a\0b",
-            "a" * 5000,
-            3,
-            None,
-            [],
-        ),
+        *(secret / "private.png", tmp_path / "own-not" / "a.png", folder, folder / "hash", folder / "gone.png"),
+        *(folder / "link.png", folder / "folder" / "private.png", folder / "pipe", folder / ".." / "own-not" / "a.png"),
+        *("/etc/passwd", "/dev/zero", "hash/a.png", "", "http://example.com/a.png", "a\0b", "a" * 5000, 3, None, []),
         f"file://{folder}/hash/a.png",
     ):
         assert not is_own(path if isinstance(path, int | list | None) else str(path), folder), path
@@ -103,10 +81,7 @@ def test_a_picture_s_bytes_are_in_no_line(segmenter, secret):
 
 def test_a_teacher_that_can_not_be_had_is_a_line_without_its_path(tmp_path, capsys):
     run = made_student(
-        tmp_path / "run",
-        "teacher.model=ViT-B-16",
-        "teacher.pretrained=/private/place/w.pt",
-        "teacher.quick_gelu=false",
+        tmp_path / "run", "teacher.model=ViT-B-16", "teacher.pretrained=/private/place/w.pt", "teacher.quick_gelu=false"
     )
     shown, line = found(Segmenter(run), str(picture(tmp_path / "a.png")), "a strange name", 0.0, 0.0)
     assert shown is None
@@ -148,17 +123,13 @@ def test_a_killed_page_s_uploads_are_removed_at_the_next_start(tmp_path):
     living.communicate("")
 
 
-@pytest.mark.parametrize(
-    ("host", "words"), [("203.0.113.1", "203.0.113.1"), ("no.such.host.invalid", "--host")]
-)
+@pytest.mark.parametrize(("host", "words"), [("203.0.113.1", "203.0.113.1"), ("no.such.host.invalid", "--host")])
 def test_an_address_of_another_machine_is_one_line(host, words):
     with pytest.raises(UserError, match=words):
         listening(host, 0)
 
 
-@pytest.mark.parametrize(
-    ("host", "only_here"), [("127.0.0.1", True), ("localhost", True), ("0.0.0.0", False)]
-)
+@pytest.mark.parametrize(("host", "only_here"), [("127.0.0.1", True), ("localhost", True), ("0.0.0.0", False)])
 def test_which_addresses_only_this_machine_reaches(host, only_here):
     with listening(host, 0) as listens:
         assert is_loopback(listens) == only_here
@@ -217,9 +188,7 @@ def test_an_upload_is_painted_and_can_be_fetched(page, tmp_path):
     shown, table = json.loads(text)["data"]
     assert "part of the image" in table
     assert ask(page, f"/gradio_api/file={shown['path']}")[0] == 200
-    status, text, _ = ask(
-        page, "/gradio_api/call/segment", {"data": [{"path": mine, "meta": META}, "soil", 0.0, 0.0]}
-    )
+    status, text, _ = ask(page, "/gradio_api/call/segment", {"data": [{"path": mine, "meta": META}, "soil", 0.0, 0.0]})
     assert status == 200
     assert "part of the image" in ask(page, f"/gradio_api/call/segment/{json.loads(text)['event_id']}")[1]
     name = f"{uuid.uuid4().hex}.png"
@@ -238,13 +207,7 @@ def test_no_file_of_the_machine_is_opened(page, secret, capfd, wrapped, place):
         str(ROOT / "README.md"),
         "README.md",
     ]
-    paths += [
-        f"{uploads()}/../../etc/passwd",
-        f"{uploads()}",
-        "http://127.0.0.1:1/a.png",
-        "file:///etc/passwd",
-        "a\0b",
-    ]
+    paths += [f"{uploads()}/../../etc/passwd", f"{uploads()}", "http://127.0.0.1:1/a.png", "file:///etc/passwd", "a\0b"]
     for path in paths:
         file = {"path": path} | ({"meta": META, "url": path} if wrapped else {})
         data = [file, "soil", 0.0, 0.0] if place == "image" else [None, file, 0.0, 0.0]
@@ -273,24 +236,9 @@ def test_what_is_no_picture_says_neither_bytes_nor_path(page, secret):
 @pytest.mark.parametrize(
     "path",
     [
-        *(
-            "/gradio_api/file=/etc/passwd",
-            "/gradio_api/file=README.md",
-            "/gradio_api/file=http://example.com/a",
-        ),
-        *(
-            "/gradio_api/file=%2Fetc%2Fpasswd",
-            "/gradio_api/file//etc/passwd",
-            "/file=/etc/passwd",
-            "/file/etc/passwd",
-        ),
-        *(
-            "/gradio_api/proxy=https://example.com/",
-            "/monitoring",
-            "/monitoring/summary",
-            "/gradio_api/runs",
-            "/login",
-        ),
+        *("/gradio_api/file=/etc/passwd", "/gradio_api/file=README.md", "/gradio_api/file=http://example.com/a"),
+        *("/gradio_api/file=%2Fetc%2Fpasswd", "/gradio_api/file//etc/passwd", "/file=/etc/passwd", "/file/etc/passwd"),
+        *("/gradio_api/proxy=https://example.com/", "/monitoring", "/monitoring/summary", "/gradio_api/runs", "/login"),
         *(
             "/static/../../../etc/passwd",
             "/static/%2e%2e/%2e%2e/%2e%2e/etc/passwd",
@@ -317,14 +265,7 @@ def test_other_routes_and_files_are_not_there(page, path):
 @pytest.mark.parametrize(
     "host",
     [
-        *(
-            "evil.example",
-            "evil.example:7860",
-            "127.0.0.1.evil.example",
-            "127.0.0.1@evil.example",
-            "",
-            "10.0.0.1",
-        ),
+        *("evil.example", "evil.example:7860", "127.0.0.1.evil.example", "127.0.0.1@evil.example", "", "10.0.0.1"),
         *("localhost.evil.example:80", "0.0.0.0", "[::2]", "127.0.0.1:80:80", "evil.example#127.0.0.1"),
         ["127.0.0.1", "evil.example"],
         [],
@@ -333,11 +274,7 @@ def test_other_routes_and_files_are_not_there(page, path):
 )
 def test_a_foreign_host_is_answered_nothing(page, tmp_path, host):
     """DNS rebinding: a site's own name that resolves to this machine makes its scripts the page's own."""
-    for path, body in (
-        ("/", None),
-        ("/config", None),
-        ("/gradio_api/run/segment", {"data": [None, "a", 0.0, 0.0]}),
-    ):
+    for path, body in (("/", None), ("/config", None), ("/gradio_api/run/segment", {"data": [None, "a", 0.0, 0.0]})):
         status, text, headers = ask(page, path, body, Host=host)
         assert status in (400, 421), text  # 400: the server itself, of no host or two
         assert "gradio" not in text
@@ -350,21 +287,13 @@ def test_a_foreign_host_is_answered_nothing(page, tmp_path, host):
 @pytest.mark.page
 def test_the_page_s_own_names_are_answered(page):
     port = urlsplit(page).port
-    for host in (
-        f"127.0.0.1:{port}",
-        f"localhost:{port}",
-        f"LOCALHOST:{port}",
-        f"[::1]:{port}",
-        "localhost:8000",
-    ):
+    for host in (f"127.0.0.1:{port}", f"localhost:{port}", f"LOCALHOST:{port}", f"[::1]:{port}", "localhost:8000"):
         assert ask(page, "/config", Host=host)[0] == 200, host  # 8000: as through a forwarded port
         assert ask(page, "/config", Host=host, Origin=f"http://{host.lower()}")[0] == 200, host
 
 
 @pytest.mark.page
-@pytest.mark.parametrize(
-    "origin", ["http://evil.example", "null", "http://localhost:1", "file://", "", "127.0.0.1"]
-)
+@pytest.mark.parametrize("origin", ["http://evil.example", "null", "http://localhost:1", "file://", "", "127.0.0.1"])
 def test_another_site_is_answered_nothing(page, origin):
     preflight = {"Origin": origin, "Access_Control_Request_Method": "POST"}
     for path, body, method in (
@@ -397,19 +326,10 @@ def test_beyond_this_machine_the_page_needs_its_token(segmenter, tmp_path):
         here = f"http://127.0.0.1:{urlsplit(address).port}"
         for path, body in (
             *(("/", None), ("/config", None), ("/?token=", None), (f"/?token={token[:-1]}", None)),
-            *(
-                (f"/config?token={token}", None),
-                ("/gradio_api/upload", b""),
-                ("/gradio_api/run/segment", {"data": []}),
-            ),
+            *((f"/config?token={token}", None), ("/gradio_api/upload", b""), ("/gradio_api/run/segment", {"data": []})),
             *(("/gradio_api/startup-events", None), ("/assets/a.js", None), ("/?token=%ff%fe", None)),
         ):
-            for headers in (
-                {},
-                {"Cookie": "clipteacher=1"},
-                {"Authorization": "Bearer "},
-                {"Authorization": "é"},
-            ):
+            for headers in ({}, {"Cookie": "clipteacher=1"}, {"Authorization": "Bearer "}, {"Authorization": "é"}):
                 status, text, _ = ask(here, path, body, **headers)
                 assert status == 401, (path, text)
                 assert token not in text
@@ -423,9 +343,7 @@ def test_beyond_this_machine_the_page_needs_its_token(segmenter, tmp_path):
         assert ask(here, "/", **known)[0] == 200
         mine = upload(here, picture(tmp_path / "a.png"), **known)
         assert "part of the image" in segment(here, {"path": mine, "meta": META}, **known)[1]
-        assert (
-            ask(here, "/config", Authorization=f"Bearer {token}", Host="a-name-of-this-machine:80")[0] == 200
-        )
+        assert ask(here, "/config", Authorization=f"Bearer {token}", Host="a-name-of-this-machine:80")[0] == 200
         assert ask(here, "/config", Origin="http://evil.example", **known)[0] == 403
 
 

@@ -58,9 +58,7 @@ def by_definition(image, scores, dilations, rounds):
                 around = [(i, j) for i, j in steps if (i, j) != (0, 0)]
                 logits = torch.stack(
                     [
-                        -(
-                            (pixels[:, y, x] - at(pixels, y + i, x + j)).abs() / (0.1 * deviation + 1e-8)
-                        ).mean()
+                        -((pixels[:, y, x] - at(pixels, y + i, x + j)).abs() / (0.1 * deviation + 1e-8)).mean()
                         for i, j in around
                     ]
                 )

@@ -27,9 +27,7 @@ def test_saturation_is_that_of_hsv_by_hand():
         (0, 0, 0),
         (7, 7, 7),
     ]
-    assert pixels_of(saturated(of((200, 100, 50)), 2.0))[0] == pytest.approx(
-        (200, 200 - 400 / 3, 0), abs=1e-4
-    )
+    assert pixels_of(saturated(of((200, 100, 50)), 2.0))[0] == pytest.approx((200, 200 - 400 / 3, 0), abs=1e-4)
 
 
 def test_hue_by_hand():

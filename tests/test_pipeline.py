@@ -161,9 +161,7 @@ def test_resumed_training_is_the_uninterrupted_one(finished, tmp_path, run_cli):
         return [{k: v for k, v in line.items() if not k.startswith("time/")} for line in lines]
 
     assert losses(train) == losses(folder / "demo" / "train")
-    one, two = (
-        load_student(p / "student.safetensors")[0].state_dict() for p in (train, folder / "demo" / "train")
-    )
+    one, two = (load_student(p / "student.safetensors")[0].state_dict() for p in (train, folder / "demo" / "train"))
     assert all(torch.equal(one[name], two[name]) for name in two)
 
 
@@ -180,8 +178,7 @@ def test_backends_agree_on_the_pseudo_labels(finished, tiny):
         grid = torch.nn.functional.normalize(tokens, dim=-1)
         state, _ = token_states(data, data.samples("train")[row], store.read_rows("view", [row])[0], 16, 128)
         one, two = (
-            pseudo_labels(grid, state, config.cluster.model_copy(update={"backend": b}))[0]
-            for b in ("faiss", "torch")
+            pseudo_labels(grid, state, config.cluster.model_copy(update={"backend": b}))[0] for b in ("faiss", "torch")
         )
         same, total = same + int((one == two).sum()), total + one.numel()
     assert same / total >= 0.999
@@ -229,10 +226,7 @@ def test_every_switch_trains(finished, tiny, setting):
     from pipeline.train import train
 
     config = tiny(
-        f"name={setting.replace('=', '-')}",
-        f"cache.path={finished[0]}/demo/cache",
-        setting,
-        "train.iterations=2",
+        f"name={setting.replace('=', '-')}", f"cache.path={finished[0]}/demo/cache", setting, "train.iterations=2"
     )
     train(config)
     lines = (config.run_path / "train" / "losses.jsonl").read_text().splitlines()

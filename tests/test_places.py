@@ -39,11 +39,7 @@ def test_places_by_hand():
     remote = place("s3://bucket/demo/")
     assert remote == RemotePath("s3://bucket/demo")
     assert str(remote / "ledger" / "00012.json") == "s3://bucket/demo/ledger/00012.json"
-    assert ((remote / "00012.json").name, (remote / "00012.json").stem, remote.stem) == (
-        "00012.json",
-        "00012",
-        "demo",
-    )
+    assert ((remote / "00012.json").name, (remote / "00012.json").stem, remote.stem) == ("00012.json", "00012", "demo")
     assert pickle.loads(pickle.dumps(remote)) == remote
 
 
@@ -114,15 +110,10 @@ def test_a_remote_cache_is_the_local_one(tiny, bucket):
         p.partition("/data.zarr/")[2] for p in MEMORY.find(f"/{bucket.partition('://')[2]}/cache/data.zarr")
     }
     for name in files - {"zarr.json"}:
-        assert at(local, f"data.zarr/{name}").read_bytes() == at(remote, f"data.zarr/{name}").read_bytes(), (
-            name
-        )
+        assert at(local, f"data.zarr/{name}").read_bytes() == at(remote, f"data.zarr/{name}").read_bytes(), name
     students = [(c.run_path / "train" / "losses.jsonl").read_text() for c in (local, remote)]
     without_times = [
-        [
-            {k: v for k, v in json.loads(line).items() if not k.startswith("time/")}
-            for line in student.splitlines()
-        ]
+        [{k: v for k, v in json.loads(line).items() if not k.startswith("time/")} for line in student.splitlines()]
         for student in students
     ]
     assert without_times[0] == without_times[1]

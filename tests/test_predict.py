@@ -34,13 +34,7 @@ def made_student(run: Path, *settings: str, text: torch.Tensor | None = None) ->
     os.chdir(ROOT)
     config = load(
         ROOT / "config" / "demo.yaml",
-        [
-            "teacher.image_size=64",
-            "student.arch=FPN",
-            "student.encoder=tu-resnet10t",
-            "student.options={}",
-            *settings,
-        ],
+        ["teacher.image_size=64", "student.arch=FPN", "student.encoder=tu-resnet10t", "student.options={}", *settings],
     )
     torch.manual_seed(0)
     text = normalize(torch.randn(len(CLASSES), CHANNELS), dim=1) if text is None else text
@@ -92,22 +86,13 @@ def places(found):
 
 
 def test_files_folders_patterns_and_lists(tmp_path, monkeypatch):
-    for name in (
-        "a.jpg",
-        "in/b.PNG",
-        "in/deep/a.jpg",
-        ".hidden/c.jpg",
-        "in/a.mask.png",
-        "in/notes.txt",
-        "in/[1].png",
-    ):
+    for name in ("a.jpg", "in/b.PNG", "in/deep/a.jpg", ".hidden/c.jpg", "in/a.mask.png", "in/notes.txt", "in/[1].png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("")
     monkeypatch.chdir(tmp_path)
-    assert places(pictures(["a.jpg", "in/deep/../notes.txt"])) == [
-        ("a.jpg", "a"),
-        ("in/deep/../notes.txt", "notes"),
-    ], "what is named itself is tried, whatever its ending"
+    assert places(pictures(["a.jpg", "in/deep/../notes.txt"])) == [("a.jpg", "a"), ("in/deep/../notes.txt", "notes")], (
+        "what is named itself is tried, whatever its ending"
+    )
     below = [("in/[1].png", "[1]"), ("in/b.PNG", "b"), ("in/deep/a.jpg", "deep/a")]
     assert places(pictures(["in"], results=[".mask.png"])) == below
     assert places(pictures(["in", "in/b.PNG"], results=[".mask.png"])) == below, "met twice, taken once"
@@ -118,9 +103,7 @@ def test_files_folders_patterns_and_lists(tmp_path, monkeypatch):
     found = places(pictures(["-"], listed))
     assert found[:2] == [("in/deep/a.jpg", "in/deep/a"), ("a.jpg", "a")]
     assert found[2] == (f"{tmp_path}/in/b.PNG", f"{tmp_path}/in/b".lstrip("/"))
-    assert places(pictures(["-"], ["in/../a.jpg"]))[0][1] == f"{tmp_path}/a".lstrip("/"), (
-        "never outside of --out"
-    )
+    assert places(pictures(["-"], ["in/../a.jpg"]))[0][1] == f"{tmp_path}/a".lstrip("/"), "never outside of --out"
 
 
 def test_no_two_pictures_share_a_place(tmp_path, monkeypatch):
@@ -140,13 +123,7 @@ def test_no_two_pictures_share_a_place(tmp_path, monkeypatch):
 
 
 def test_endings_brackets_and_what_is_not_read(tmp_path, monkeypatch):
-    for name in (
-        "in [2024]/a.JPG",
-        "in [2024]/b.jfif",
-        "in [2024]/c.heic",
-        "in [2024]/d.NEF",
-        "in [2024]/e.txt",
-    ):
+    for name in ("in [2024]/a.JPG", "in [2024]/b.jfif", "in [2024]/c.heic", "in [2024]/d.NEF", "in [2024]/e.txt"):
         picture(tmp_path / name, format="JPEG")
     monkeypatch.chdir(tmp_path)
     said = []
@@ -264,9 +241,7 @@ def test_a_name_has_its_row_and_of_synonyms_the_best_counts(run):
     assert torch.equal(text[0], segmenter.checkpoint.text[2])
     section = segmenter.config.teacher
     teacher = Teacher.load(section.model, section.pretrained, image_size=64, quick_gelu=section.quick_gelu)
-    each = teacher.encode_text(
-        [[f"a photo of a {word}."] for word in ("pond", "soil", "mud")]
-    )  # (3, C) unit norm
+    each = teacher.encode_text([[f"a photo of a {word}."] for word in ("pond", "soil", "mud")])  # (3, C) unit norm
     assert torch.allclose(text[1], each[0], atol=1e-6)
     joined = segmenter.ask(parsed_names("pond|Soil|mud,bloom"))
     assert joined.text.shape[:2] == (2, 3)
@@ -424,11 +399,7 @@ def test_an_image_too_long_for_windows_is_said_to_be_so(run, size):
 def test_shares_and_colours_by_hand():
     ids = np.array([[0, 0, 1, IGNORE], [0, 0, IGNORE, IGNORE]], np.int16)
     found = shares(ids, ("a", "b"))
-    assert [(share.title, share.part) for share in found] == [
-        ("a", 0.5),
-        ("b", 0.125),
-        ("none of these", 0.375),
-    ]
+    assert [(share.title, share.part) for share in found] == [("a", 0.5), ("b", 0.125), ("none of these", 0.375)]
     assert found[0].colour == (128, 0, 0)
     assert Share(0, "a", 0.004, (0, 0, 0)).percent == "< 1 %"
     assert found[1].percent == "12 %"

@@ -11,13 +11,7 @@ from scipy.io import savemat
 
 from pipeline.data.base import DataError, open_data_set
 from pipeline.data.classes import CONTEXT_CLASSES, VOC_CLASSES
-from pipeline.data.convert import (
-    CONTEXT_RAW,
-    coco_mask,
-    context_ids,
-    mask_of_polygons,
-    mask_of_runs,
-)
+from pipeline.data.convert import CONTEXT_RAW, coco_mask, context_ids, mask_of_polygons, mask_of_runs
 from pipeline.data.files import read_mask
 from pipeline.prepare import prepare
 from tests.conftest import ROOT, is_one_line_error
@@ -77,11 +71,7 @@ def test_smaller_objects_are_on_top_and_crowds_below():
     def box(x0, y0, x1, y1):
         return [[x0, y0, x1, y0, x1, y1, x0, y1]]
 
-    assert mask_of_polygons(box(1, 0, 2, 1), (3, 4)).astype(int).tolist() == [
-        [0, 1, 1, 0],
-        [0, 1, 1, 0],
-        [0, 0, 0, 0],
-    ]
+    assert mask_of_polygons(box(1, 0, 2, 1), (3, 4)).astype(int).tolist() == [[0, 1, 1, 0], [0, 1, 1, 0], [0, 0, 0, 0]]
     objects = [
         {"name": "bicycle", "area": 1, "segmentation": box(1, 1, 1, 1)},
         {"name": "person", "area": 4, "segmentation": box(0, 0, 1, 1)},
@@ -101,9 +91,7 @@ def sbd(tmp_path):
         save_image(voc / "JPEGImages" / f"{name}.jpg")
         (release / "dataset" / "cls").mkdir(parents=True, exist_ok=True)
         ids = np.array([[0, 1, 20, 5]], np.uint8)
-        savemat(
-            release / "dataset" / "cls" / f"{name}.mat", {"GTcls": {"Segmentation": ids, "Boundaries": 1}}
-        )
+        savemat(release / "dataset" / "cls" / f"{name}.mat", {"GTcls": {"Segmentation": ids, "Boundaries": 1}})
     for name in "av":
         save_mask(voc / "SegmentationClass" / f"{name}.png", (0, 2, 2, 255))
     lists = voc / "ImageSets" / "Segmentation"
@@ -167,11 +155,7 @@ def test_context_in_both_forms(form, tmp_path, run_cli):
                 for name, i, phase in images
             ],
             "annos_segmentation": [
-                {
-                    "image_id": i,
-                    "category_id": raw_id,
-                    "segmentation": {"counts": text_of_runs(r), "size": [2, 2]},
-                }
+                {"image_id": i, "category_id": raw_id, "segmentation": {"counts": text_of_runs(r), "size": [2, 2]}}
                 for i in (1, 2)
                 for raw_id, r in runs.items()
             ],
@@ -236,9 +220,7 @@ def test_wrong_input(sbd, tmp_path, run_cli):
     assert is_one_line_error(run_cli("prepare", "vok", *root), "no conversion for 'vok'", "'voc'")
     assert is_one_line_error(run_cli("prepare", "voc", *root), "--source is missing")
     assert is_one_line_error(run_cli("prepare", "voc", *root, "--source", tmp_path), "dataset/cls")
-    assert is_one_line_error(
-        run_cli("prepare", "context", *root, "--source", "no.json"), "no.json", "can't be read"
-    )
+    assert is_one_line_error(run_cli("prepare", "context", *root, "--source", "no.json"), "no.json", "can't be read")
     (tmp_path / "x.json").write_text("{}")
     assert is_one_line_error(
         run_cli("prepare", "context", *root, "--source", tmp_path / "x.json"), "not the annotations"
@@ -247,9 +229,7 @@ def test_wrong_input(sbd, tmp_path, run_cli):
     savemat(release / "dataset" / "cls" / "a.mat", {"GTcls": {"Segmentation": np.array([[21]], np.uint8)}})
     assert is_one_line_error(run_cli("prepare", "voc", *root, "--source", release), "a.mat", "numbers 0-20")
     savemat(release / "dataset" / "cls" / "a.mat", {"GTinst": 1})
-    assert is_one_line_error(
-        run_cli("prepare", "voc", *root, "--source", release), "has no GTcls, only GTinst"
-    )
+    assert is_one_line_error(run_cli("prepare", "voc", *root, "--source", release), "has no GTcls, only GTinst")
     done = run_cli("prepare", "coco_stuff", *root)
     assert done.returncode == 0
     assert "nothing to prepare, masks are read as published" in done.stderr

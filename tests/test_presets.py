@@ -65,9 +65,7 @@ def test_the_students_of_a_data_set_are_taught_from_one_cache(name):
         assert len({config_fingerprint(config, stage) for config in configs}) == 1
     assert len({config.cache_path for config in configs}) == 1
     assert len({config_fingerprint(config, "train") for config in configs}) == 3
-    assert {config.train.iterations for config in configs} == {
-        {"voc": 20_000, "context": 40_000}.get(name, 80_000)
-    }
+    assert {config.train.iterations for config in configs} == {{"voc": 20_000, "context": 40_000}.get(name, 80_000)}
 
 
 @pytest.fixture
@@ -114,11 +112,7 @@ def test_a_stage_is_a_target(target, jobs, planned):
         ("contrast", {}, {"train": 1, "train_variant": 8, "eval": 1, "eval_variant": 8}),
         ("ablations", {}, {"train": 1, "train_variant": 26, "eval": 1, "eval_variant": 26}),
         ("ablations", {"quick": "true"}, {"train_variant": 9, "eval_variant": 9}),
-        (
-            "transfer",
-            {"on_set": "text.synonyms={beach: [sand]}"},
-            {"train": 1, "train_variant": 2, "eval_on": 3},
-        ),
+        ("transfer", {"on_set": "text.synonyms={beach: [sand]}"}, {"train": 1, "train_variant": 2, "eval_on": 3}),
         ("paper", {}, {"train_variant": 26, "eval_variant": 26, "eval_on": 3, "report": 1, "figures": 1}),
     ],
 )

@@ -17,13 +17,7 @@ from pipeline.ops import losses
 from pipeline.running import processes
 from tests.conftest import ROOT, TINY, is_one_line_error
 
-SETTINGS = (
-    "train.processes=2",
-    "train.batch=4",
-    "train.iterations=3",
-    "train.precision=fp32",
-    "train.nel=all",
-)
+SETTINGS = ("train.processes=2", "train.batch=4", "train.iterations=3", "train.precision=fp32", "train.nel=all")
 
 # One of the two processes: the train stage, spied upon. Keeps weights and gradients of each iteration.
 WORKER = f"""
@@ -138,14 +132,10 @@ def test_two_processes_are_the_one_process_reference(whole):
     parameters = [p for group in run.optimiser.param_groups for p in group["params"]]
     bank, bank_samples = [], []
     lines = (config.run_path / "train" / "losses.jsonl").read_text().splitlines()
-    iterators = [
-        training_batches(run.views, start=0, stop=3, process=rank, num_processes=2) for rank in (0, 1)
-    ]
+    iterators = [training_batches(run.views, start=0, stop=3, process=rank, num_processes=2) for rank in (0, 1)]
     for i, line in enumerate(lines):
         with torch.no_grad():
-            for mine, first, second in zip(
-                parameters, kept[0][i]["weights"], kept[1][i]["weights"], strict=True
-            ):
+            for mine, first, second in zip(parameters, kept[0][i]["weights"], kept[1][i]["weights"], strict=True):
                 assert torch.equal(first, second), "the processes have drifted apart"
                 mine.copy_(first)
         batches = [spoiled(next(batches), rank, i) for rank, batches in enumerate(iterators)]
@@ -172,9 +162,7 @@ def test_a_process_that_dies_ends_the_other_and_the_same_command_resumes(whole, 
     with pytest.raises(UserError, match=r"process 1 of 2 was ended by signal 9.*resumes"):
         start_two(tmp_path, cached_demo, "killed", "kill", "train.checkpoint_every=1")
     assert time.monotonic() - began < 60, "the other one waited for its peer"
-    config, out = start_two(
-        tmp_path, cached_demo, "killed", "none", "train.checkpoint_every=1", out="resumed"
-    )
+    config, out = start_two(tmp_path, cached_demo, "killed", "none", "train.checkpoint_every=1", out="resumed")
     assert len(list(out.glob("0-*.pt"))) < 3, "it began anew"
     found, wanted = (
         [
@@ -184,9 +172,7 @@ def test_a_process_that_dies_ends_the_other_and_the_same_command_resumes(whole, 
         for run in (config, whole[0])
     )
     assert found == wanted
-    student, undisturbed = (
-        load_file(run.run_path / "train" / "student.safetensors") for run in (config, whole[0])
-    )
+    student, undisturbed = (load_file(run.run_path / "train" / "student.safetensors") for run in (config, whole[0]))
     assert student.keys() == undisturbed.keys()
     assert all(torch.equal(student[name], undisturbed[name]) for name in undisturbed)
 

@@ -53,9 +53,7 @@ def test_sharpness_by_hand():
 
 def test_all_templates_at_once_are_one_image_and_template_at_a_time():
     torch.manual_seed(0)
-    features, classes, background = (
-        normalize(torch.randn(*shape), dim=-1) for shape in ((7, 8), (4, 5, 8), (4, 3, 8))
-    )
+    features, classes, background = (normalize(torch.randn(*shape), dim=-1) for shape in ((7, 8), (4, 5, 8), (4, 3, 8)))
     present = torch.rand(7, 5) < 0.5
     found = sharpness(features, present, classes, background, 20.0)
     for t in range(4):
@@ -92,9 +90,9 @@ def test_the_command(extracted, run_cli):
     values = [entry["sharpness"] for entry in found["ranking"]]
     assert values == sorted(values)
     assert values[0] < values[-1]
-    assert sorted(entry["template"] for entry in found["ranking"]) == sorted(
-        [*asked, "a clean origami {}."]
-    ), "the config's own too"
+    assert sorted(entry["template"] for entry in found["ranking"]) == sorted([*asked, "a clean origami {}."]), (
+        "the config's own too"
+    )
     assert found["winner"] == found["ranking"][0]["template"]
     data = data_of(extracted.data)
     several = sum(len(data.tags(sample)) > 1 for sample in data.samples("train"))
@@ -118,13 +116,9 @@ def test_kept_tokens_give_the_same_ranking(extracted, tmp_path):
 
 
 def test_wrong_input(extracted, run_cli, tmp_path):
-    assert is_one_line_error(
-        run_cli(*arguments(extracted), "--templates", "clip8"), "unknown set 'clip8'", "clip80"
-    )
+    assert is_one_line_error(run_cli(*arguments(extracted), "--templates", "clip8"), "unknown set 'clip8'", "clip80")
     wrong = ("--templates", "a photo", "--templates", "a {}")
-    assert is_one_line_error(
-        run_cli(*arguments(extracted), *wrong), "'a photo' must be text with exactly one {}"
-    )
+    assert is_one_line_error(run_cli(*arguments(extracted), *wrong), "'a photo' must be text with exactly one {}")
     nowhere = arguments(extracted, f"runs={tmp_path}/none")
     assert is_one_line_error(run_cli(*nowhere), "`extract` has not been completed")
     one = tmp_path / "one"
@@ -149,13 +143,9 @@ def test_synonyms_are_averaged_in_the_text_table(extracted):
     }
     plain = extracted.model_copy(update={"text": extracted.text.model_copy(update={"synonyms": {}})})
     assert config_fingerprint(plain, "text") != config_fingerprint(extracted, "text")
-    assert config_fingerprint(plain, "extract") == config_fingerprint(extracted, "extract"), (
-        "the teacher's work stays"
-    )
+    assert config_fingerprint(plain, "extract") == config_fingerprint(extracted, "extract"), "the teacher's work stays"
 
 
 def test_synonyms_of_no_class(tmp_path, run_cli):
     words = ("--set", f"runs={tmp_path}", "--set", "data.train=2", "--set", "text.synonyms={zebbra: [horse]}")
-    assert is_one_line_error(
-        run_cli("extract", *words), "text.synonyms: no class is called 'zebbra'", "'zebra'"
-    )
+    assert is_one_line_error(run_cli("extract", *words), "text.synonyms: no class is called 'zebbra'", "'zebra'")

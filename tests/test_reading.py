@@ -72,10 +72,7 @@ def test_what_is_refused(text, says):
         ("=", "="),
         ("9" * 300, int("9" * 300)),
         ("{a: &x [1, 2], b: *x, c: {<<: {d: 1}, d: 2}}", {"a": [1, 2], "b": [1, 2], "c": {"d": 2}}),
-        (
-            "{base: &b {x: 1, y: 2}, more: {<<: *b, x: 3}}",
-            {"base": {"x": 1, "y": 2}, "more": {"x": 3, "y": 2}},
-        ),
+        ("{base: &b {x: 1, y: 2}, more: {<<: *b, x: 3}}", {"base": {"x": 1, "y": 2}, "more": {"x": 3, "y": 2}}),
     ],
 )
 def test_what_is_read(text, value):
@@ -155,22 +152,7 @@ PIECES = st.sampled_from(
         "\t",
         "\0",
     ]
-    + [
-        "\\U99999999",
-        "\\x00",
-        "@",
-        "`",
-        "=",
-        "9" * 400,
-        "\ufeff",
-        "\ud800",
-        "\x85",
-        "\u2028",
-        "é",
-        "_",
-        "yes",
-        "12:30",
-    ]
+    + ["\\U99999999", "\\x00", "@", "`", "=", "9" * 400, "\ufeff", "\ud800", "\x85", "\u2028", "é", "_", "yes", "12:30"]
 )
 
 
@@ -190,9 +172,7 @@ def test_any_text_is_read_or_refused_in_one_line(text, keys_are_text):
 
 @settings(max_examples=100, deadline=None)
 @given(
-    st.integers(1, 60),
-    st.integers(1, 12),
-    st.sampled_from(["&a{i} [{x}]", "&a{i} {{k: {x}}}", "&a{i} {{<<: [{x}]}}"]),
+    st.integers(1, 60), st.integers(1, 12), st.sampled_from(["&a{i} [{x}]", "&a{i} {{k: {x}}}", "&a{i} {{<<: [{x}]}}"])
 )
 def test_no_repetition_grows_out_of_hand(levels, width, form):
     lines = ["- &a0 {k: 1}"]
@@ -217,9 +197,7 @@ SCALARS = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan
 @settings(max_examples=300, deadline=None)
 @given(
     st.recursive(
-        SCALARS,
-        lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXT, inner, max_size=4),
-        max_leaves=12,
+        SCALARS, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXT, inner, max_size=4), max_leaves=12
     )
 )
 def test_what_we_write_reads_back_the_same(value):

@@ -19,12 +19,8 @@ from tests.test_cache_verify import build
 
 ODD = st.one_of(
     st.sampled_from([None, True, False, 0, -1, 1, 2, 65, 10**12, 2**70, 0.5, float("nan"), float("inf")]),
-    st.sampled_from(
-        ["", "x", "NaN", "float64", "1", "../../etc/passwd", [], {}, [[]], [1], {"a": 1}, ["a", None]]
-    ),
-    st.sampled_from(
-        [{"name": "numcodecs.pickle", "configuration": {}}, [{"name": "bytes"}], {"configuration": 3}]
-    ),
+    st.sampled_from(["", "x", "NaN", "float64", "1", "../../etc/passwd", [], {}, [[]], [1], {"a": 1}, ["a", None]]),
+    st.sampled_from([{"name": "numcodecs.pickle", "configuration": {}}, [{"name": "bytes"}], {"configuration": 3}]),
 )
 
 
@@ -38,9 +34,7 @@ def sound(tmp_path_factory):
         ledger = Ledger(path, stage)
         for shard in (0, 1):
             entry, rows = ledger.entry(shard), store.rows(shard)
-            ledger.record(
-                shard, entry | {"stamps": [f"s{row}" for row in rows], "quarantined": {"1": "torn"}}
-            )
+            ledger.record(shard, entry | {"stamps": [f"s{row}" for row in rows], "quarantined": {"1": "torn"}})
     return path
 
 
@@ -170,10 +164,7 @@ def test_zarr_is_handed_only_what_the_schema_has(sound, tmp_path, monkeypatch, c
     change(metadata)
     file.write_text(json.dumps(metadata))
     monkeypatch.setattr("cache.store.zarr.open_array", lambda *_, **__: pytest.fail("zarr was asked"))
-    for read in (
-        lambda: store.read_rows("cls", [0]),
-        lambda: store.write_shard("cls", 0, np.zeros((64, 1, 2))),
-    ):
+    for read in (lambda: store.read_rows("cls", [0]), lambda: store.write_shard("cls", 0, np.zeros((64, 1, 2)))):
         with pytest.raises(CorruptShard, match=rf"cls/zarr\.json.*{words}.*schema"):
             read()
 
@@ -218,11 +209,7 @@ def test_facts_that_are_missing_or_odd(sound, tmp_path):
     assert store.fact(SIDES, "teacher", "image_size") == 64
     store.update_attributes("views", {"num": "two"})
     store.update_attributes("teacher", {"image_size": 10**12})
-    for shape, keys in (
-        (SIDES, ("teacher", "image_size")),
-        (SIDES, ("views", "num")),
-        (str, ("nothing", "here")),
-    ):
+    for shape, keys in ((SIDES, ("teacher", "image_size")), (SIDES, ("views", "num")), (str, ("nothing", "here"))):
         with pytest.raises(CorruptShard, match=rf"attribute {keys[0]}\.{keys[1]} is .*run extract again"):
             store.fact(shape, *keys)
     with pytest.raises(CorruptShard, match="mean_colour"):

@@ -97,9 +97,7 @@ def test_what_is_clear_shows_what_lies_under_it():
 
 
 def test_a_sheet_keeps_proportions_and_wants_something_to_show():
-    wide = panels.Strip(
-        "wide", [panels.photo(np.zeros((50, 100, 3), np.uint8))], [("a", RED), ("b" * 90, GREEN)]
-    )
+    wide = panels.Strip("wide", [panels.photo(np.zeros((50, 100, 3), np.uint8))], [("a", RED), ("b" * 90, GREEN)])
     one = panels.sheet([wide], side=200)
     # 24 caption + 100 picture + 22 title + 2 lines of 18 + 12 gap, and 12 above.
     assert one.height == 24 + 100 + 22 + 36 + 12 + 12
@@ -121,9 +119,7 @@ def test_ticks_by_hand():
 def test_charts_leave_out_what_is_not_a_number_and_escape_names():
     assert charts.line_chart({"a": []}, what="nothing", x_name="x") == ""
     assert charts.line_chart({"a": [(0, float("nan"))]}, what="nothing", x_name="x") == ""
-    chart = charts.line_chart(
-        {"<b>": [(0, 1.0), (1, float("inf")), (2, 3.0)], "c": [(0, 2.0)]}, what="w", x_name="x"
-    )
+    chart = charts.line_chart({"<b>": [(0, 1.0), (1, float("inf")), (2, 3.0)], "c": [(0, 2.0)]}, what="w", x_name="x")
     assert "&lt;b&gt;" in chart
     assert "<b>" not in chart
     assert "nan" not in chart
@@ -163,13 +159,7 @@ def make_cache(config, *, clustered=(0, 1)):
     data = data_of(config.data)
     ids = [sample.id for sample in data.samples("train")]
     sizes = {"N": TRAIN, "V": 2, "C": CHANNELS, "h": SIDE, "w": SIDE, "K": len(data.classes)}
-    teacher = {
-        "model": "tiny",
-        "weights_sha256": "0" * 64,
-        "quick_gelu": False,
-        "image_size": SIZE,
-        "patch": 8,
-    }
+    teacher = {"model": "tiny", "weights_sha256": "0" * 64, "quick_gelu": False, "image_size": SIZE, "patch": 8}
     attributes = {
         "fingerprint": "e0",
         "data": {"kind": "demo", "name": data.name},
@@ -199,12 +189,7 @@ def make_cache(config, *, clustered=(0, 1)):
             record_shard(config, "cluster", shard, entry, 0.0)
     write_manifest(manifest_path(config, "extract"), {"fingerprint": "e0"})
     if len(clustered) == store.num_shards:
-        summary = {
-            "objects_per_view": 1.3,
-            "coverage": 33.0,
-            "tokens_per_mask": 4.5,
-            "largest_mask_share": 60.0,
-        }
+        summary = {"objects_per_view": 1.3, "coverage": 33.0, "tokens_per_mask": 4.5, "largest_mask_share": 60.0}
         summary |= {"views": 2 * TRAIN, "objects_histogram": {"0": 44, "2": 88}, "purity": None}
         summary["verdict"] = ["few objects: 1.0 in a <view>"]
         write_manifest(manifest_path(config, "cluster"), {"fingerprint": "c0", "summary": summary})
@@ -218,15 +203,11 @@ def make_training(config):
     torch.manual_seed(0)
     text = torch.eye(len(data.classes), CHANNELS)
     checkpoint = Checkpoint(config=config, identity="t0", classes=data.classes, unseen=data.unseen, text=text)
-    save_student(
-        folder / "student.safetensors", build_student(config.student, CHANNELS, pretrained=False), checkpoint
-    )
+    save_student(folder / "student.safetensors", build_student(config.student, CHANNELS, pretrained=False), checkpoint)
     made = {"fingerprint": "t0", "iterations": 8, "student": "student.safetensors"}
     write_manifest(manifest_path(config, "train"), made)
     rows = [{"iteration": i, "total": 9 / i, "ce": 1.0 / i, "lr": 0.1, "time/forward": 0.75} for i in (4, 8)]
-    (folder / "losses.jsonl").write_text(
-        "".join(json.dumps(row) + "\n" for row in rows) + '{"iteration": 9, "to'
-    )
+    (folder / "losses.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"iteration": 9, "to')
     save_config(config)
     make_metrics(config, hiou=40.0)
 
@@ -387,14 +368,7 @@ def test_inspect_prints_the_tree_and_leaves_the_report_alone(run, capsys):
     inspect(run.run_path)
     said = capsys.readouterr().out
     store = Store.open(run.cache_path)
-    for words in (
-        "66 x 2 x 8 x 8",
-        "float16",
-        str(store.size_bytes("pseudo")),
-        "0" * 64,
-        "2 of 2 shards",
-        "complete",
-    ):
+    for words in ("66 x 2 x 8 x 8", "float16", str(store.size_bytes("pseudo")), "0" * 64, "2 of 2 shards", "complete"):
         assert words in said
     assert "train-00003  [truncated] file" in said
     page = run.run_path / "inspect" / "index.html"

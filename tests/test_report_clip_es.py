@@ -31,12 +31,7 @@ def run(tmp_path):
 def made(folder, *settings, shards=(0,)):
     """A run whose one shard is extracted, and has CAMs if it is named."""
     sizes = [f"data.train={TRAIN}", "data.test=2", f"data.size={SIZE}", f"teacher.image_size={SIZE}"]
-    es = [
-        "recipe=clip_es",
-        "data.background=[grass,sand,water,brick]",
-        "cache.tokens=pooled",
-        "train.confidence=0.75",
-    ]
+    es = ["recipe=clip_es", "data.background=[grass,sand,water,brick]", "cache.tokens=pooled", "train.confidence=0.75"]
     config = load(ROOT / "config" / "demo.yaml", [f"runs={folder}/runs", *sizes, *es, *settings])
     data = data_of(config.data)
     ids, num = [sample.id for sample in data.samples("train")], len(data.classes)
@@ -55,16 +50,9 @@ def made(folder, *settings, shards=(0,)):
     )
     store.write_whole("text", np.eye(num, 2, dtype=np.float32))
     usable = np.arange(TRAIN) != BROKEN
-    view = np.where(usable[:, None, None], np.array([0, 0, SIZE, SIZE], np.float32), np.nan).astype(
-        np.float32
-    )
+    view = np.where(usable[:, None, None], np.array([0, 0, SIZE, SIZE], np.float32), np.nan).astype(np.float32)
     token = np.zeros((TRAIN, 1, 2), np.float16)
-    write(
-        store,
-        config,
-        "extract",
-        {"view": view, "cls": token, "pooled": token, "status": (~usable).astype(np.uint8)},
-    )
+    write(store, config, "extract", {"view": view, "cls": token, "pooled": token, "status": (~usable).astype(np.uint8)})
     names = ["cam", "cam_class", "cam_shape"] + ["cam_raw"] * config.cams.debug
     names += ["mask", "confidence"] * (config.cams.refine != "none")
     axes = {"K_max": MOST, "g_h": SIDE, "g_w": SIDE, "H": SIZE + 8, "W": SIZE + 8}

@@ -141,9 +141,7 @@ def test_a_resumed_trainings_seconds_add_up():
 
 def test_bytes_by_stage(pair):
     config = pair[0]
-    found = {
-        f.name: f for f in facts.stage_facts(config, facts.Store.open(config.cache_path), {"num_images": 5})
-    }
+    found = {f.name: f for f in facts.stage_facts(config, facts.Store.open(config.cache_path), {"num_images": 5})}
     files = [p for p in (config.run_path / "train").rglob("*") if p.is_file()]
     assert found["train"].size_bytes == sum(p.stat().st_size for p in files) > 0
     assert found["extract"].size_bytes > found["cluster"].size_bytes > 0
@@ -162,16 +160,12 @@ SHOWN = "[...document.querySelectorAll('#test .card')].filter(c => !c.hidden)"
 def choose(browser, part, control, value):
     browser.run(
         f"(() => {{ const s = document.querySelector('#{part} .{control}'); s.value = {value!r}; "
-        "s.dispatchEvent(new Event('change')); if (s.value !== "
-        + repr(value)
-        + ") throw 'no such option'; })()"
+        "s.dispatchEvent(new Event('change')); if (s.value !== " + repr(value) + ") throw 'no such option'; })()"
     )
 
 
 def shown(browser, part="test"):
-    return browser.run(
-        SHOWN.replace("#test", f"#{part}") + ".map(c => c.querySelector('strong').textContent)"
-    )
+    return browser.run(SHOWN.replace("#test", f"#{part}") + ".map(c => c.querySelector('strong').textContent)")
 
 
 @pytest.mark.browser

@@ -83,8 +83,7 @@ def test_readme_says_what_the_kept_results_say():
     assert {len(seeds) for seeds in results.values()} == {3}
     made = [m["made"] for seeds in results.values() for m in seeds.values()]
     assert all(
-        f"{one['date']}, {one['machine']}, torch {one['torch']}, revision {one['revision']}" in section
-        for one in made
+        f"{one['date']}, {one['machine']}, torch {one['torch']}, revision {one['revision']}" in section for one in made
     )
 
 

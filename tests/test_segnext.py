@@ -5,23 +5,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.config import Student
-from pipeline.models.segnext import (
-    SIZES,
-    MatrixDecomposition,
-    Mscan,
-    SegNext,
-    _updated,
-    published_names,
-)
+from pipeline.models.segnext import SIZES, MatrixDecomposition, Mscan, SegNext, _updated, published_names
 from pipeline.models.student import StudentError, build_student
 
 # Millions of parameters and GFLOPs (multiplications) at 512 x 512 and 150 classes, of the published table.
-PUBLISHED = {
-    "mscan_t": (4.3, 6.6),
-    "mscan_s": (13.9, 15.9),
-    "mscan_b": (27.6, 34.9),
-    "mscan_l": (48.9, 70.0),
-}
+PUBLISHED = {"mscan_t": (4.3, 6.6), "mscan_s": (13.9, 15.9), "mscan_b": (27.6, 34.9), "mscan_l": (48.9, 70.0)}
 
 
 @pytest.mark.parametrize("encoder", SIZES)

@@ -47,9 +47,7 @@ def test_paths_with_blanks_quotes_and_commands_killed_and_run_again(clone):
     """The same command goes on after Snakemake and its job were killed, and a shell obeys no name."""
     given, target = settings(clone)
     words = (target, "--config", given)
-    begun = subprocess.Popen(
-        snakemake(clone, *words), cwd=clone, start_new_session=True, stderr=subprocess.DEVNULL
-    )
+    begun = subprocess.Popen(snakemake(clone, *words), cwd=clone, start_new_session=True, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 200
     log = clone / "runs" / "demo" / "logs" / "extract.log"
     while not log.exists():  # the job itself has begun
@@ -104,15 +102,9 @@ def test_a_wrong_config_is_one_line(clone, words, says):
         ("cluster.sizes=[3, 7] train.lr=1e-4", ("cluster.sizes=[3, 7]", "train.lr=1e-4")),
         ("data.root='/my data' train.lr=1e-4", ("data.root='/my data'", "train.lr=1e-4")),
         ("data.root=/my data [2024] it's name=x", ("data.root=/my data [2024] it's", "name=x")),
-        (
-            "text.templates=['a b=c {}', 'it''s x=1'] name=x",
-            ("text.templates=['a b=c {}', 'it''s x=1']", "name=x"),
-        ),
+        ("text.templates=['a b=c {}', 'it''s x=1'] name=x", ("text.templates=['a b=c {}', 'it''s x=1']", "name=x")),
         ('data.root="/a b=1" name=x', ('data.root="/a b=1"', "name=x")),
-        (
-            "data.root=/a #1 name=x: y",
-            ("data.root=/a #1", "name=x: y"),
-        ),  # which YAML would cut, or take for a key
+        ("data.root=/a #1 name=x: y", ("data.root=/a #1", "name=x: y")),  # which YAML would cut, or take for a key
         ("a.b=", ("a.b=",)),
     ],
 )
@@ -150,11 +142,7 @@ def test_options_are_as_they_were_typed():
     words = ["set=a.b=1 c.d='x y'", "quick=True", "on_set=data.root=/x #1: 2"]
     found = options(words, ("set", "quick", "on_set"))
     assert found == {"set": "a.b=1 c.d='x y'", "quick": "True", "on_set": "data.root=/x #1: 2"}
-    assert (
-        options(["set='a.b=1 c.d=2'"])
-        == options(["set=a.b=9", 'set="a.b=1 c.d=2"'])
-        == {"set": "a.b=1 c.d=2"}
-    )
+    assert options(["set='a.b=1 c.d=2'"]) == options(["set=a.b=9", 'set="a.b=1 c.d=2"']) == {"set": "a.b=1 c.d=2"}
     assert options([]) == {}
 
 
@@ -168,9 +156,7 @@ def test_no_command_line_is_read():
 @pytest.mark.parametrize("value", ["it's", "$(touch x)", 'a "b" `c`', "plain", "a\\b", "*;&|<>"])
 def test_a_shell_hands_settings_on_as_they_are(value):
     words = shell_words([f"data.root={value}"])
-    said = subprocess.run(
-        ["bash", "-c", f"printf '%s\\n' {words}"], capture_output=True, text=True, check=True
-    )
+    said = subprocess.run(["bash", "-c", f"printf '%s\\n' {words}"], capture_output=True, text=True, check=True)
     assert said.stdout.splitlines() == ["--set", f"data.root={value}"]
 
 

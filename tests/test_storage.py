@@ -95,8 +95,7 @@ def made(tmp_path_factory):
     folder, configs = tmp_path_factory.mktemp("runs"), {}
     for tokens in CLUSTERED:
         config = load(
-            ROOT / "config" / "demo.yaml",
-            [f"runs={folder}", f"name={tokens}", f"cache.tokens={tokens}", *SMALL],
+            ROOT / "config" / "demo.yaml", [f"runs={folder}", f"name={tokens}", f"cache.tokens={tokens}", *SMALL]
         )
         extract(config)
         cluster(config)
@@ -122,9 +121,7 @@ def test_the_doctor_predicts_what_inspect_finds(made, tokens):
     expected = forecast(config, shape, 66, 20, tokens)
     assert expected.per_view == pytest.approx(bytes_per_view(facts), rel=0.03)
     assert expected.arrays.keys() == {fact.name for fact in facts} - {"text"}
-    assert all(
-        expected.arrays[f.name] >= f.size_bytes for f in facts if f.name in ("centroids", "pseudo_raw")
-    )
+    assert all(expected.arrays[f.name] >= f.size_bytes for f in facts if f.name in ("centroids", "pseudo_raw"))
     on_disk = sum(file.stat().st_size for file in config.cache_path.rglob("*") if file.is_file())
     assert expected.total >= 0.97 * on_disk
 
@@ -168,9 +165,7 @@ def test_audit_says_what_it_compares(made):
 
 
 def test_audit_fails_on_another_teachers_tokens(made, monkeypatch):
-    monkeypatch.setattr(
-        "pipeline.extract._vectors", lambda store, name, rows: np.ones(store_shape(store, name, rows))
-    )
+    monkeypatch.setattr("pipeline.extract._vectors", lambda store, name, rows: np.ones(store_shape(store, name, rows)))
     with pytest.raises(CorruptShard, match=r"want at least 0\.999"):
         audit(made["int8"], 2)
 

@@ -104,9 +104,7 @@ def test_a_family_learns(family, cached):
 
 
 @pytest.mark.full_size
-@pytest.mark.parametrize(
-    "preset", ["coco_stuff", "coco_stuff_swin_b", "coco_stuff_segnext_b", "clip_es_coco14"]
-)
+@pytest.mark.parametrize("preset", ["coco_stuff", "coco_stuff_swin_b", "coco_stuff_segnext_b", "clip_es_coco14"])
 def test_a_preset_of_full_size_learns(preset, cached):
     """The students of config/ as they are, at 256 x 256, two images a step."""
     section = load(ROOT / "config" / f"{preset}.yaml").student

@@ -57,15 +57,11 @@ def test_an_option_that_a_decoder_lacks():
 
 
 def built(arch, encoder, side=None, **more):
-    return build_student(
-        Student(arch=arch, encoder=encoder, **{"encoder_weights": None, **more}), 8, side=side
-    )
+    return build_student(Student(arch=arch, encoder=encoder, **{"encoder_weights": None, **more}), 8, side=side)
 
 
 def test_an_option_that_smp_would_drop_without_a_word():
-    with pytest.raises(
-        StudentError, match=r"decoder_pyramid_channel: .*nearest is decoder_pyramid_channels\."
-    ):
+    with pytest.raises(StudentError, match=r"decoder_pyramid_channel: .*nearest is decoder_pyramid_channels\."):
         built("FPN", "resnet18", options={"decoder_pyramid_channel": 64})
     with pytest.raises(StudentError, match=r"student\.options classes: is set by"):
         built("FPN", "resnet18", options={"classes": 5})
@@ -99,9 +95,7 @@ def test_a_download_that_fails(monkeypatch):
         raise OSError("no route to " + "somewhere " * 100)
 
     monkeypatch.setattr("segmentation_models_pytorch.encoders.hf_hub_download", download)
-    with pytest.raises(
-        StudentError, match=r"somewhere \.\.\.\. Offline, set student\.encoder_weights to null"
-    ):
+    with pytest.raises(StudentError, match=r"somewhere \.\.\.\. Offline, set student\.encoder_weights to null"):
         built("FPN", "resnet18", encoder_weights="imagenet")
 
 

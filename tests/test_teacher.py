@@ -132,9 +132,7 @@ def test_a_quick_gelu_mismatch_is_an_error(tmp_path):
 
 def test_the_activation_is_the_config_s(tmp_path):
     """The check would be worth nothing if the two gave the same features."""
-    plain, quick = (
-        Teacher.load(tiny_model(tmp_path / str(q), quick_gelu=q), image_size=32) for q in (False, True)
-    )
+    plain, quick = (Teacher.load(tiny_model(tmp_path / str(q), quick_gelu=q), image_size=32) for q in (False, True))
     image = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)
     assert not torch.allclose(plain.encode(image)[0], quick.encode(image)[0], atol=1e-4)
 

@@ -19,9 +19,7 @@ from pipeline.running.devices import device_of
 from tests.conftest import ROOT, is_one_line_error
 from tests.test_teacher import Holder, tiny_model
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::FutureWarning"
-)  # of torch.jit, which others' archives are made with
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # of torch.jit, which others' archives are made with
 
 
 @pytest.fixture(scope="module")
@@ -47,11 +45,7 @@ def same(found, wanted):
         lambda state: state,
         lambda state: {"model": state},
         lambda state: {"model_state_dict": state, "epoch": 3},
-        lambda state: {
-            "state_dict": {f"module.{k}": v for k, v in state.items()},
-            "epoch": 3,
-            "optimizer": {"a": 1},
-        },
+        lambda state: {"state_dict": {f"module.{k}": v for k, v in state.items()}, "epoch": 3, "optimizer": {"a": 1}},
         lambda state: {"state_dict": {f"model.{k}": v for k, v in state.items()}},
         lambda state: {f"module._orig_mod.{k}": v for k, v in state.items()},
     ],
@@ -67,10 +61,7 @@ def test_a_state_dict_is_found_where_training_scripts_put_it(tmp_path, model, wr
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (
-            {"net": {"a": torch.zeros(1)}, "epoch": 3},
-            ["'net'", "'epoch'", "state_dict, model_state_dict, model"],
-        ),
+        ({"net": {"a": torch.zeros(1)}, "epoch": 3}, ["'net'", "'epoch'", "state_dict, model_state_dict, model"]),
         ({"model": {"a": torch.zeros(1), "epoch": 3}}, ["'epoch'", "under 'model'"]),
         ({1: torch.zeros(1)}, ["1 is a Tensor"]),
         ({}, ["an empty dict"]),
@@ -141,9 +132,7 @@ def archive(path, module):
 
 @pytest.mark.parametrize("how", ["script", "trace"])
 def test_an_archive_s_tensors_are_those_of_its_own_state_dict(tmp_path, how):
-    module = (
-        torch.jit.script(Other()) if how == "script" else torch.jit.trace(Other().eval(), torch.ones(1, 2))
-    )
+    module = torch.jit.script(Other()) if how == "script" else torch.jit.trace(Other().eval(), torch.ones(1, 2))
     path = archive(tmp_path / "w.pt", module)
     assert is_torchscript(path)
     assert same(torchscript_state(path), torch.jit.load(path).state_dict())
@@ -213,10 +202,7 @@ def test_pickles_that_would_run_something_are_refused(tmp_path):
     for path in (
         with_record(good, tmp_path / "a.pt", "/data.pkl", evil),
         with_record(
-            with_record(good, tmp_path / "b0.pt", "/data.pkl", evil),
-            tmp_path / "b.pt",
-            "/constants.pkl",
-            None,
+            with_record(good, tmp_path / "b0.pt", "/data.pkl", evil), tmp_path / "b.pt", "/constants.pkl", None
         ),
     ):
         with pytest.raises(WeightsError, match="mkdir"):
@@ -264,10 +250,7 @@ def test_bent_archives_are_one_line(tmp_path):
     ):
         with pytest.raises(WeightsError, match=words):
             read_state(with_record(good, tmp_path / "bent.pt", ending, content))
-    with (
-        zipfile.ZipFile(good) as old,
-        zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as new,
-    ):
+    with zipfile.ZipFile(good) as old, zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as new:
         for name in old.namelist():
             new.writestr(name, old.read(name))
     with pytest.raises(WeightsError, match="compressed"):
@@ -281,14 +264,10 @@ def test_bent_archives_are_one_line(tmp_path):
     with zipfile.ZipFile(good) as old, zipfile.ZipFile(tmp_path / "twice.pt", "w") as new:
         for name in old.namelist():
             new.writestr(name, old.read(name))
-        new.filelist += (
-            new.filelist * 40
-        )  # the directory names each record again: a small file of much content
+        new.filelist += new.filelist * 40  # the directory names each record again: a small file of much content
     with pytest.raises(WeightsError, match="overlap"):
         read_state(tmp_path / "twice.pt")
-    huge = with_record(
-        good, tmp_path / "huge.pt", "/data.pkl", read_pickle(good).replace(b"K\x03K\x04", b"K\xffK\xff")
-    )
+    huge = with_record(good, tmp_path / "huge.pt", "/data.pkl", read_pickle(good).replace(b"K\x03K\x04", b"K\xffK\xff"))
     with pytest.raises(WeightsError, match="beyond data/"):
         read_state(huge)
 
@@ -310,8 +289,7 @@ def test_no_part_of_the_project_runs_torchscript():
 
 @pytest.mark.parametrize("key", ["teacher.device", "cluster.device", "cams.device"])
 @pytest.mark.parametrize(
-    "wanted",
-    ["", "nonsense", "cpu:7", "cuda:x", "cuda:-1", "cuda:999", "xla", "meta", "hpu", "GPU", "cuda:1e3", "0"],
+    "wanted", ["", "nonsense", "cpu:7", "cuda:x", "cuda:-1", "cuda:999", "xla", "meta", "hpu", "GPU", "cuda:1e3", "0"]
 )
 def test_a_device_that_isn_t_here_is_one_line(key, wanted):
     with pytest.raises(ConfigError, match=f"{key} is '{wanted}'") as error:
@@ -322,9 +300,7 @@ def test_a_device_that_isn_t_here_is_one_line(key, wanted):
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="has it")
 def test_metal_is_one_line_where_there_is_none(run_cli, tmp_path):
-    done = run_cli(
-        "extract", "--set", f"runs={tmp_path}", "--set", "teacher.device=mps", "--set", "data.train=2"
-    )
+    done = run_cli("extract", "--set", f"runs={tmp_path}", "--set", "teacher.device=mps", "--set", "data.train=2")
     assert is_one_line_error(done, "teacher.device is 'mps'", "auto or cpu")
 
 

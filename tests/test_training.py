@@ -77,17 +77,13 @@ def test_negatives_come_from_all_training_rows_when_asked_for(run_of):
     train(config)
     plain = run_of("bank", "train.validate.fraction=0.2")
     train(plain)
-    assert curve(config)[0]["global"] > curve(plain)[0]["global"], (
-        "the bank is empty at first, the cache isn't"
-    )
+    assert curve(config)[0]["global"] > curve(plain)[0]["global"], "the bank is empty at first, the cache isn't"
 
 
 def test_more_negatives_than_tokens_are_refused(run_of):
     config = run_of("greedy", "train.negatives=100000")
     views = CachedViews(config, data_of(config.data))
-    with pytest.raises(
-        TrainError, match=r"train.negatives is 100000, and \d+ CLS tokens are cached. Lower it."
-    ):
+    with pytest.raises(TrainError, match=r"train.negatives is 100000, and \d+ CLS tokens are cached. Lower it."):
         negatives_of(views, int(views.store.sizes["C"]))
 
 
@@ -103,13 +99,7 @@ def test_killed_twice_and_resumed_is_the_uninterrupted_run(cached_demo, run_of):
     """Losses and weights to the last bit, with the CLS bank turning over and dropout in the decoder."""
     whole = run_of("whole", *LONG)
     train(whole)
-    settings = [
-        f"runs={whole.runs}",
-        *TINY,
-        "name=killed",
-        f"cache.path={cached_demo}",
-        *LONG,
-    ]
+    settings = [f"runs={whole.runs}", *TINY, "name=killed", f"cache.path={cached_demo}", *LONG]
     config = run_of("killed", *LONG)
     command = [sys.executable, str(ROOT / "cli.py"), "train", "--config", str(ROOT / "config/demo.yaml")]
     command += [word for setting in settings for word in ("--set", setting)]
@@ -294,9 +284,7 @@ def test_training_ends_early_and_eval_takes_the_best(run_of, monkeypatch):
     assert manifest["iterations"] == 4, "two validations without a better one"
     assert manifest["validation"] == {"score": 30.0, "iteration": 2, "num_worse": 2}
     assert manifest["student"] == "student.best.safetensors"
-    assert student_file(config.run_path).name == "student.best.safetensors", (
-        "predict, export and the report's too"
-    )
+    assert student_file(config.run_path).name == "student.best.safetensors", "predict, export and the report's too"
     assert not same(weights(config), weights(config, "student.best.safetensors"))
     from pipeline import evaluate
 
@@ -317,9 +305,7 @@ def test_another_training_in_the_same_folder_takes_nothing_over(run_of, monkeypa
         with pytest.raises(KeyboardInterrupt):
             train(other)  # has validated by then, and kept its best student
     monkeypatch.setattr(stage, "seen_miou", lambda *_: 40.0)
-    with pytest.raises(
-        CheckpointError, match="no trained student"
-    ):  # the first's is not the one asked for now
+    with pytest.raises(CheckpointError, match="no trained student"):  # the first's is not the one asked for now
         student_file(first.run_path)
     done = train(run_of("one", validate))
     _, best = load_student(first.run_path / "train" / done["student"])
@@ -352,13 +338,7 @@ def test_a_dry_run_says_the_plan_and_writes_nothing(cached_demo, tmp_path, run_c
     words = [word for setting in settings for word in ("--set", setting)]
     done = run_cli("train", "--config", ROOT / "config/demo.yaml", *words, "--dry-run")
     assert done.returncode == 0, done.stderr
-    for part in (
-        "700 iterations of 4 images",
-        "40.0 epochs of 70 images",
-        "M parameters",
-        "GB",
-        "s an iteration",
-    ):
+    for part in ("700 iterations of 4 images", "40.0 epochs of 70 images", "M parameters", "GB", "s an iteration"):
         assert part in done.stderr, part
     assert not (tmp_path / "runs").exists()
 

@@ -116,23 +116,17 @@ def test_the_table_is_printed(tmp_path, run_cli, run_evidence):
     ):
         path = tmp_path / run / folder / "metrics.json"
         path.parent.mkdir(parents=True)
-        path.write_text(
-            json.dumps({"pAcc": 80.0, "mIoU_S": 40.0, "mIoU_U": unseen, "hIoU": 50.0, "gamma": 1.5} | MADE)
-        )
+        path.write_text(json.dumps({"pAcc": 80.0, "mIoU_S": 40.0, "mIoU_U": unseen, "hIoU": 50.0, "gamma": 1.5} | MADE))
     demo = load("config/demo.yaml", [f"runs={tmp_path}"])
     collect(demo, load("config/demo_other.yaml")).keep(tmp_path / "out")
     page = (tmp_path / "out/evidence/transfer.md").read_text()
     assert "2026-01-02, a processor, torch 2.9, revision abc" in page
     assert "| demo on demo_other | 2 | 80.0 ± 0.0 | 40.0 ± 0.0 | 63.0 ± 2.8 | 50.0 ± 0.0 |" in page
-    assert (
-        json.loads((tmp_path / "out/evidence/results/demo-on-demo_other-1.json").read_text())["mIoU_U"] == 65
-    )
+    assert json.loads((tmp_path / "out/evidence/results/demo-on-demo_other-1.json").read_text())["mIoU_U"] == 65
     done = run_evidence("transfer", *runs)
     assert done.returncode == 0, done.stderr
     assert re.search(r"demo on demo_other +│ 2 +│ 80.0 ± 0.0 +│ 40.0 ± 0.0 +│ 63.0 ± 2.8 ", done.stdout)
-    assert re.search(
-        r"COCO-Stuff on Context \(paper, SegFormer\) +│ +│ 71.2 +│ 45.5 +│ 70.8 +│ 55.4 ", done.stdout
-    )
+    assert re.search(r"COCO-Stuff on Context \(paper, SegFormer\) +│ +│ 71.2 +│ 45.5 +│ 70.8 +│ 55.4 ", done.stdout)
     row = r"mIoU\(U\) above mIoU\(S\), elsewhere +│ \+23.0 +│ 2.8 +│ \+22.1 to \+25.3 +│ as in the paper"
     assert re.search(row, done.stdout)
     done = run_cli("results", tmp_path / "demo", tmp_path / "demo-full-1")

@@ -33,9 +33,7 @@ def test_signs_by_hand():
 def test_complaints_by_hand():
     assert kinds() == []
     assert kinds(purity=None) == []
-    assert kinds(objects_histogram={"0": 10}, coverage=0.0, tokens_per_mask=0, purity=None) == [
-        "no ignored area"
-    ]
+    assert kinds(objects_histogram={"0": 10}, coverage=0.0, tokens_per_mask=0, purity=None) == ["no ignored area"]
     assert kinds(coverage=4.9) == ["little ignored area"]
     assert kinds(coverage=100.0) == ["no seen label"]
     assert kinds(objects_histogram={"1": 8, "2": 1}, largest_mask_share=99) == ["few objects"]
@@ -69,12 +67,7 @@ BAD = {
 @pytest.mark.parametrize("setting", BAD)
 def test_the_demos_cache_under_good_and_bad_settings(cached_demo, run_cli, tmp_path, setting):
     shutil.copytree(cached_demo, tmp_path / "cache")
-    settings = [
-        f"runs={tmp_path}/runs",
-        *TINY,
-        f"cache.path={tmp_path}/cache",
-        *([setting] if setting else []),
-    ]
+    settings = [f"runs={tmp_path}/runs", *TINY, f"cache.path={tmp_path}/cache", *([setting] if setting else [])]
     words = [word for one in settings for word in ("--set", one)]
     (tmp_path / "cache" / "cluster.manifest.json").unlink()
     done = run_cli("cluster", "--config", ROOT / "config" / "demo.yaml", *words)
@@ -91,9 +84,7 @@ def test_the_demos_cache_under_good_and_bad_settings(cached_demo, run_cli, tmp_p
 
 
 def test_a_summary_without_views_is_summed_up():
-    parts = [
-        {"objects": [0, 0], "tokens": [0, 0, 0], "masks": [0], "largest": [0], "majority": [0], "known": [0]}
-    ]
+    parts = [{"objects": [0, 0], "tokens": [0, 0, 0], "masks": [0], "largest": [0], "majority": [0], "known": [0]}]
     summary = summarise(parts)
     assert verdict(summary, Cluster()) == []
     assert np.isclose(signs(summary)["objects"], 0)

@@ -98,10 +98,7 @@ def test_halving_by_hand():
     image = np.broadcast_to(np.array([0, 70, 140, 210], np.uint8)[None, :, None], (4, 4, 3))
     replayed = replay_image(image, (0, 0, 4, 4), 2, (0, 0, 0))
     assert replayed[0].tolist() == [[50, 160], [50, 160]]
-    assert replay_image(image.swapaxes(0, 1), (0, 0, 4, 4), 2, (9, 9, 9))[0].tolist() == [
-        [50, 50],
-        [160, 160],
-    ]
+    assert replay_image(image.swapaxes(0, 1), (0, 0, 4, 4), 2, (9, 9, 9))[0].tolist() == [[50, 50], [160, 160]]
 
 
 def test_doubling_by_hand():

@@ -55,9 +55,7 @@ def test_the_position_embedding_is_the_published_one(teacher):
     """Before it is interpolated for 512 x 512: 14 x 14 patches and CLS, rebuilt at the weights' own size."""
     path = os.environ.get("CLIP_WEIGHTS")
     section = load(ROOT / "config" / "coco_stuff.yaml").teacher
-    own = Teacher.load(
-        section.model, path or section.pretrained, image_size=224, quick_gelu=True if path else None
-    )
+    own = Teacher.load(section.model, path or section.pretrained, image_size=224, quick_gelu=True if path else None)
     theirs = np.load(FOLDER / "vit-b-16-pos_emb_197x768.npy").astype(np.float32)
     ours = own.model.visual.positional_embedding.numpy()
     assert np.allclose(ours, theirs, atol=2e-3)  # float16's rounding

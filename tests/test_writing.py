@@ -46,10 +46,7 @@ def finished(tmp_path_factory):
     from tests.conftest import forget_accelerator
 
     folder = tmp_path_factory.mktemp("finished")
-    config, before = (
-        small_config(folder, *FEW, "train.iterations=2", "train.checkpoint_every=1"),
-        os.umask(0o027),
-    )
+    config, before = (small_config(folder, *FEW, "train.iterations=2", "train.checkpoint_every=1"), os.umask(0o027))
     forget_accelerator()
     try:
         console.log_to(folder / "runs" / "log.txt")
@@ -67,9 +64,7 @@ def finished(tmp_path_factory):
 
 def test_every_file_has_the_umasks_mode(finished):
     files = [path for path in (finished / "runs").rglob("*") if path.is_file()]
-    assert {"student.safetensors", "state.pt", "lock", "metrics.json", "log.txt"} <= {
-        path.name for path in files
-    }
+    assert {"student.safetensors", "state.pt", "lock", "metrics.json", "log.txt"} <= {path.name for path in files}
     modes = {path: oct(stat.S_IMODE(path.stat().st_mode)) for path in files}
     assert {mode for path, mode in modes.items() if path.name != ".training"} == {"0o640"}, modes
     assert not list(finished.rglob("*.partial"))
@@ -156,10 +151,7 @@ def no_larger_than(size):
 @pytest.mark.parametrize("name", WRITERS)
 def test_no_room_is_one_line_with_the_path(tmp_path, name, capsys):
     path = tmp_path / "out" / name
-    with (
-        no_larger_than(20_000),
-        pytest.raises(CacheWriteFailed, match=r"File too large.*ulimit -f") as caught,
-    ):
+    with no_larger_than(20_000), pytest.raises(CacheWriteFailed, match=r"File too large.*ulimit -f") as caught:
         WRITERS[name](path)
     assert "\n" not in str(caught.value)
     assert path.name in str(caught.value)
@@ -372,9 +364,7 @@ def test_a_folder_that_is_no_cache_is_left_alone(tmp_path, run_cli):
     arguments = small_arguments(tmp_path, *FEW, f"cache.path={mine}")
     done = run_cli("extract", *arguments)
     assert is_one_line_error(done, str(mine), "is no cache", "Nothing was changed", "cache.path")
-    assert {path: path.stat().st_mtime_ns for path in mine.rglob("*")} | {
-        mine: mine.stat().st_mtime_ns
-    } == before
+    assert {path: path.stat().st_mtime_ns for path in mine.rglob("*")} | {mine: mine.stat().st_mtime_ns} == before
     (tmp_path / "empty").mkdir()
     arguments = small_arguments(tmp_path, *FEW, f"cache.path={tmp_path / 'empty'}")
     assert run_cli("extract", *arguments).returncode == 0

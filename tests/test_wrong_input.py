@@ -73,9 +73,7 @@ def test_a_folder_of_photographs_runs_end_to_end(cached, run_cli):
     assert is_one_line_error(done, "--names", "different")
     done = run_cli("predict", cached / "no.jpg", "--run", cached / "runs" / "garden")
     assert is_one_line_error(done, "no.jpg", "no such")
-    assert is_one_line_error(
-        run_cli("predict", photo, "--run", cached / "nowhere"), "nowhere", "cli.py train"
-    )
+    assert is_one_line_error(run_cli("predict", photo, "--run", cached / "nowhere"), "nowhere", "cli.py train")
 
 
 def test_a_missing_folder(tmp_path, run_cli):
@@ -83,15 +81,11 @@ def test_a_missing_folder(tmp_path, run_cli):
 
 
 def test_an_unknown_config_key(run_cli):
-    assert is_one_line_error(
-        run_cli("extract", "--config", CONFIG, "--set", "views.nmu=2"), "views.nmu", "views.num"
-    )
+    assert is_one_line_error(run_cli("extract", "--config", CONFIG, "--set", "views.nmu=2"), "views.nmu", "views.num")
 
 
 def test_a_missing_config(run_cli):
-    assert is_one_line_error(
-        run_cli("train", "--config", "config/dmeo.yaml"), "config/dmeo.yaml", "config/demo.yaml"
-    )
+    assert is_one_line_error(run_cli("train", "--config", "config/dmeo.yaml"), "config/dmeo.yaml", "config/demo.yaml")
 
 
 def test_a_broken_image_is_quarantined_and_too_many_stop(tmp_path, run_cli):
@@ -105,9 +99,7 @@ def test_a_broken_image_is_quarantined_and_too_many_stop(tmp_path, run_cli):
     assert done.returncode == 0, done.stderr
     assert "resuming, 3 of 3" in done.stderr, "what was extracted stays"
     assert "quarantined 1" in done.stderr
-    assert (
-        "1" in json.loads((tmp_path / "runs/garden/cache/extract.manifest.json").read_text())["quarantined"]
-    )
+    assert "1" in json.loads((tmp_path / "runs/garden/cache/extract.manifest.json").read_text())["quarantined"]
     for stage in ("cluster", "train"):
         done = run_cli(stage, *options(tmp_path))
         assert done.returncode == 0, done.stderr
@@ -302,9 +294,7 @@ def test_a_stage_before_its_time(tmp_path, run_cli):
 
 
 def test_a_truncated_shard(cached, run_cli):
-    shard = next(
-        p for p in (cached / "runs/garden/cache/data.zarr/tokens").iterdir() if p.name.startswith("c")
-    )
+    shard = next(p for p in (cached / "runs/garden/cache/data.zarr/tokens").iterdir() if p.name.startswith("c"))
     shard.write_bytes(shard.read_bytes()[:-100])
     done = run_cli("cluster", *options(cached))
     assert is_one_line_error(done, "tokens", "shard 0")

@@ -120,9 +120,7 @@ def crop_batch(rng, scenes, count):
         scene = scenes[rng.integers(len(scenes))]
         side = round(math.exp(rng.uniform(math.log(SIDES[0]), math.log(SIDES[1]))))
         x, y = rng.integers(0, size - side + 1, 2)
-        share = (
-            np.bincount(scene.labels[y : y + side, x : x + side].ravel(), minlength=len(CLASSES)) / side**2
-        )
+        share = np.bincount(scene.labels[y : y + side, x : x + side].ravel(), minlength=len(CLASSES)) / side**2
         present = [c for c in np.flatnonzero(share > 0) if share[c] >= (0.15 if c < len(TEXTURES) else 0.04)]
         if not present:
             continue
@@ -141,16 +139,12 @@ def train(log) -> None:
     write_model_files()
     model = open_clip.create_model(f"local-dir:{HERE}", load_weights=False)
     cfg = json.loads((HERE / "open_clip_config.json").read_text())["model_cfg"]["text_cfg"]
-    tokenizer = open_clip.SimpleTokenizer(
-        bpe_path=str(HERE / "bpe.txt.gz"), context_length=cfg["context_length"]
-    )
+    tokenizer = open_clip.SimpleTokenizer(bpe_path=str(HERE / "bpe.txt.gz"), context_length=cfg["context_length"])
     scenes = [render_scene(WORLD, i) for i in range(SCENES)]
     mean, std = torch.tensor(MEAN).view(1, 3, 1, 1), torch.tensor(STD).view(1, 3, 1, 1)
     decay = [p for p in model.parameters() if p.ndim >= 2]
     plain = [p for p in model.parameters() if p.ndim < 2]
-    optimiser = torch.optim.AdamW(
-        [{"params": decay, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0}]
-    )
+    optimiser = torch.optim.AdamW([{"params": decay, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0}])
     began = time.time()
     for step in range(STEPS):
         rate = min((step + 1) / WARMUP, 0.5 * (1 + math.cos(math.pi * step / STEPS)))
@@ -159,9 +153,7 @@ def train(log) -> None:
         crops, texts, sets = crop_batch(rng, scenes, BATCH)
         unique = sorted(set(texts))
         image = normalize(model.encode_image((crops - mean) / std), dim=1)  # (B, C)
-        words = normalize(model.encode_text(tokenizer(unique)), dim=1)[
-            [unique.index(t) for t in texts]
-        ]  # (B, C)
+        words = normalize(model.encode_text(tokenizer(unique)), dim=1)[[unique.index(t) for t in texts]]  # (B, C)
         logits = model.logit_scale.exp().clamp(max=MAX_SCALE) * image @ words.T
         same = torch.tensor([[a == b for b in sets] for a in sets], dtype=torch.float32)
         target = same / same.sum(1, keepdim=True)
@@ -171,9 +163,7 @@ def train(log) -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
         if step % 50 == 0 or step == STEPS - 1:
-            hit = (logits.argmax(1) == torch.arange(BATCH)) | (
-                same[torch.arange(BATCH), logits.argmax(1)] > 0
-            )
+            hit = (logits.argmax(1) == torch.arange(BATCH)) | (same[torch.arange(BATCH), logits.argmax(1)] > 0)
             scale = model.logit_scale.exp().item()
             log(
                 f"step {step:5d}  loss {loss.item():.3f}  match {hit.float().mean():.3f}  "
@@ -181,8 +171,7 @@ def train(log) -> None:
             )
         if step % 300 == 299 or step == STEPS - 1:
             save_file(
-                {k: v.half().contiguous() for k, v in model.state_dict().items()},
-                HERE / "open_clip_model.safetensors",
+                {k: v.half().contiguous() for k, v in model.state_dict().items()}, HERE / "open_clip_model.safetensors"
             )
 
 
@@ -210,9 +199,7 @@ def gate(log) -> bool:
     scores = normalize(cls.float(), dim=1) @ text.T
     guess = scores[:, len(TEXTURES) :].argmax(1) + len(TEXTURES)
     accuracy = (guess == torch.tensor(truth)).float().mean().item()
-    log(
-        f"zero-shot accuracy on {len(truth)} single things, {len(THINGS)} names: {accuracy:.1%}; want >= 90 %"
-    )
+    log(f"zero-shot accuracy on {len(truth)} single things, {len(THINGS)} names: {accuracy:.1%}; want >= 90 %")
 
     wide = Teacher.load(f"local-dir:{HERE}", image_size=128)
     data = DemoDataSet(seed=GATE_WORLD, test_seed=GATE_WORLD + 1, train=128, test=1)
@@ -223,9 +210,7 @@ def gate(log) -> bool:
     good = total = 0
     for sample, grid in zip(samples, tokens, strict=True):
         inside = np.ones((128, 128), dtype=bool)
-        state = views.token_state(torch.from_numpy(data.seen_labels(sample)), torch.from_numpy(inside), 8)[
-            None
-        ]
+        state = views.token_state(torch.from_numpy(data.seen_labels(sample)), torch.from_numpy(inside), 8)[None]
         centres, alive = kmeans.window_centres(grid[None], state)
         found = kmeans.lloyd(grid.reshape(1, -1, grid.shape[-1]), (state == 1).reshape(1, -1), centres, alive)
         group = fusion.fuse(fusion.similar_pairs(found.centres, found.alive, 0.8)[0], found.alive[0])

@@ -102,9 +102,7 @@ def from_mapping(raw: Mapping[str, Any], settings: Iterable[str] = (), *, where:
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals or not key:
-            raise ConfigError(
-                f"--set {_short(setting)}: write it as section.key=value, for example train.lr=1e-4."
-            )
+            raise ConfigError(f"--set {_short(setting)}: write it as section.key=value, for example train.lr=1e-4.")
         _assign(values, key.strip().split("."), _value(setting, text), setting)
     try:
         return Config.model_validate(values)
@@ -126,9 +124,7 @@ def _value(setting: str, text: str) -> Any:
     if comment:
         with suppress(Unreadable):  # a quote that is open: the # is inside
             if read_yaml(head, where="--set", keys_are_text=True) == value:
-                raise ConfigError(
-                    f"--set {_short(setting)}: in YAML # begins a comment. Put the value in quotes."
-                )
+                raise ConfigError(f"--set {_short(setting)}: in YAML # begins a comment. Put the value in quotes.")
     return value
 
 

@@ -39,9 +39,7 @@ class Unreadable(ValueError):
         self.where, self.reason = where, reason
 
 
-def read_yaml(
-    text_or_path: str | Path, *, where: str, keys_are_text: bool = False, is_text: bool = False
-) -> Any:
+def read_yaml(text_or_path: str | Path, *, where: str, keys_are_text: bool = False, is_text: bool = False) -> Any:
     """The value of a YAML text, or of the file at a Path: null, bool, int, float, str, list and dict.
 
     `keys_are_text` keeps every key as it is written: `0001:` is "0001" and `no:` is "no"; `is_text` every scalar.
@@ -62,9 +60,7 @@ def read_yaml(
         raise Unreadable(where, place + _line(_problem(error))) from None
     except yaml.reader.ReaderError as error:
         character = error.character if isinstance(error.character, int) else ord(error.character[:1])
-        raise Unreadable(
-            where, f"character {error.position + 1} is U+{character:04X}, which is no text"
-        ) from None
+        raise Unreadable(where, f"character {error.position + 1} is U+{character:04X}, which is no text") from None
     except OSError as error:
         raise Unreadable(where, error.strerror or _line(error)) from None
     except Exception as error:  # PyYAML raises nearly anything on odd tags and escapes
@@ -164,10 +160,7 @@ class _Strict(yaml.SafeLoader):
                 continue  # an error of the constructor's
             if name in lines:
                 raise ComposerError(
-                    None,
-                    None,
-                    f"key {key.value!r} is given twice, first in line {lines[name]}",
-                    key.start_mark,
+                    None, None, f"key {key.value!r} is given twice, first in line {lines[name]}", key.start_mark
                 )
             lines[name] = line
         return node
@@ -193,10 +186,7 @@ class _Strict(yaml.SafeLoader):
         text = str(self.construct_scalar(node)).replace("_", "")
         if len(text) > MAX_DIGITS:
             raise ConstructorError(
-                None,
-                None,
-                f"a number of {len(text):,} characters; at most {MAX_DIGITS} are read",
-                node.start_mark,
+                None, None, f"a number of {len(text):,} characters; at most {MAX_DIGITS} are read", node.start_mark
             )
         return text
 

@@ -46,9 +46,7 @@ OPTIONS = {
     "split": Option("a named split into seen and unseen; the first one if left out", "labels"),
     "background": Option("what is no object is a class of its own"),
     "num_classes": Option("59, or 459: all of PASCAL Context's (`prepare context459`)"),
-    "tags": Option(
-        "where image-level labels come from: xml or masks of voc, masks or json of coco14", "labels"
-    ),
+    "tags": Option("where image-level labels come from: xml or masks of voc, masks or json of coco14", "labels"),
     "train_list": Option(
         "the training samples: of voc a list, or several joined by +; of coco14 a file below root", "samples"
     ),
@@ -98,20 +96,13 @@ class Data(Section):
 class TeacherSection(Section):
     """The frozen CLIP. `model` and `pretrained` are open_clip's; `local-dir:` models bring their weights."""
 
-    model: str = content(
-        "ViT-B-16-quickgelu", description="an open_clip model, local-dir:folder or hf-hub:repo"
-    )
+    model: str = content("ViT-B-16-quickgelu", description="an open_clip model, local-dir:folder or hf-hub:repo")
     pretrained: str | None = content("openai", description="an open_clip tag or a checkpoint file")
-    quick_gelu: bool | None = content(
-        None, description="must be stated for a checkpoint file, which can't tell"
-    )
+    quick_gelu: bool | None = content(None, description="must be stated for a checkpoint file, which can't tell")
     image_size: int = content(512, ge=16, le=MAX_SIDE, description="side of a view in pixels (paper: 512)")
     precision: Literal["fp32", "bf16", "fp16"] = content("fp32", description="of the whole model")
     batch: int = content(
-        8,
-        ge=1,
-        le=MAX_BATCH,
-        description="views per forward, padded to this size so that rows don't depend on it",
+        8, ge=1, le=MAX_BATCH, description="views per forward, padded to this size so that rows don't depend on it"
     )
     device: str = aside("auto", description="auto, cpu, cuda, cuda:1, ...")
 
@@ -119,9 +110,7 @@ class TeacherSection(Section):
 class Text(Section):
     """Class text features: from the teacher with these templates, or from a file of features."""
 
-    templates: str | list[str] = content(
-        "single", description="a named set of pipeline/data/prompts.py or a list"
-    )
+    templates: str | list[str] = content("single", description="a named set of pipeline/data/prompts.py or a list")
     features: str | None = content(None, description=".npy of shape (K, C), classes in the data set's order")
     synonyms: str | dict[str, list[str]] = content(
         default_factory=dict,
@@ -132,10 +121,7 @@ class Text(Section):
 
 class Views(Section):
     num: int = content(
-        4,
-        ge=1,
-        le=255,
-        description="cached views per image, 4 by evidence/fidelity.md; view 0 is the whole image",
+        4, ge=1, le=255, description="cached views per image, 4 by evidence/fidelity.md; view 0 is the whole image"
     )
 
 
@@ -158,19 +144,12 @@ class Cluster(Section):
     """Pseudo labels: multi-scale K-means and mask fusion (eq. 4-5, Algorithm 1)."""
 
     sizes: tuple[Annotated[int, Field(ge=1, le=MAX_SIDE)], ...] = content(
-        (3, 7),
-        min_length=1,
-        max_length=MAX_LISTED,
-        description="windows per side at each scale (section 3.3)",
+        (3, 7), min_length=1, max_length=MAX_LISTED, description="windows per side at each scale (section 3.3)"
     )
     window: Literal["grid", "tokens"] = content("grid", description="the two readings of eq. 4-5")
-    iterations: int = content(
-        20, ge=1, le=MAX_ITERATIONS, description="at most this many of Lloyd's (settled)"
-    )
+    iterations: int = content(20, ge=1, le=MAX_ITERATIONS, description="at most this many of Lloyd's (settled)")
     threshold: float = content(0.8, gt=0, lt=1, description="lambda of Algorithm 1 (section 4.2)")
-    backend: Literal["faiss", "torch"] = content(
-        "faiss", description="torch: a whole shard at once, for GPUs"
-    )
+    backend: Literal["faiss", "torch"] = content("faiss", description="torch: a whole shard at once, for GPUs")
     device: str = aside("auto", description="auto takes a GPU when there is one")
     named_above: float | None = content(
         None,
@@ -193,8 +172,7 @@ class Cams(Section):
         default_factory=dict, description="what a class is called in the sentence; or a named set"
     )
     background: str | list[str] = content(
-        "voc",
-        description="names that the background may be, each its own class in the softmax; or a named set",
+        "voc", description="names that the background may be, each its own class in the softmax; or a named set"
     )
     blocks: int = content(8, ge=1, description="last blocks whose attention is averaged (CLIP-ES)")
     sinkhorn: int = content(3, ge=0, le=1000, description="rounds of columns, then rows (CLIP-ES)")
@@ -203,9 +181,7 @@ class Cams(Section):
     )
     refine: Literal["none", "pamr", "crf"] = content("none", description="of the masks, at pixels")
     power: float = content(1.0, gt=0, description="of the background score (1 - max)^power")
-    max_side: int = content(
-        1024, ge=16, le=4 * MAX_SIDE, description="longer images are made smaller, in pixels"
-    )
+    max_side: int = content(1024, ge=16, le=4 * MAX_SIDE, description="longer images are made smaller, in pixels")
     batch: int = content(4, ge=1, le=MAX_BATCH, description="images of one size in a forward")
     precision: Literal["fp32", "bf16"] = content("fp32", description="of forward and backward")
     device: str = aside("auto", description="auto, cpu, cuda, ...")
@@ -272,9 +248,7 @@ class Train(Section):
         "attention", description="how dense features become a predicted CLS token (eq. 1-2; Table 4)"
     )
     glm_length: float | None = content(
-        None,
-        gt=0,
-        description="length of the CLS tokens in eq. 1, whose softmax it sharpens; null: the teacher's own",
+        None, gt=0, description="length of the CLS tokens in eq. 1, whose softmax it sharpens; null: the teacher's own"
     )
     tau: float = content(0.07, gt=0, description="InfoNCE's temperature (settled: CLIP's initial one)")
     bank: int = content(24, ge=0, le=MAX_BANK, description="n, iterations of CLS tokens kept (section 4.2)")
@@ -299,8 +273,7 @@ class Train(Section):
     flip: float = content(0.5, ge=0, le=1, description="probability of a horizontal flip (mmseg)")
     photometric: bool = content(True, description="mmseg's PhotoMetricDistortion, student side only")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = content(
-        "fp32",
-        description="of autocast, the losses stay float32; auto is bf16 where the machine computes in it",
+        "fp32", description="of autocast, the losses stay float32; auto is bf16 where the machine computes in it"
     )
     channels_last: bool = content(True, description="memory layout of the student")
     processes: int | None = content(
@@ -321,13 +294,9 @@ class Train(Section):
         description="loader processes; 0: a thread instead; null: 0, or up to 8 beside a GPU",
     )
     views_in_memory_gb: float = aside(
-        1.0,
-        ge=0,
-        description="replayed views kept for the next epochs, a training process; 0.001 a 512 x 512 view",
+        1.0, ge=0, description="replayed views kept for the next epochs, a training process; 0.001 a 512 x 512 view"
     )
-    threads: int | None = aside(
-        None, ge=1, le=MAX_THREADS, description="torch threads; null leaves torch's own choice"
-    )
+    threads: int | None = aside(None, ge=1, le=MAX_THREADS, description="torch threads; null leaves torch's own choice")
     log_every: int = aside(50, ge=1, description="iterations between two lines of the log")
     checkpoint_every: int = content(2000, ge=1, description="iterations between two checkpoints")
     keep: int = aside(2, ge=1, description="checkpoints kept")
@@ -340,9 +309,7 @@ class Train(Section):
     @model_validator(mode="after")
     def _even_shares(self) -> Train:
         if self.batch % (self.processes or 1):
-            raise ValueError(
-                f"a batch of {self.batch} images does not divide among {self.processes} processes"
-            )
+            raise ValueError(f"a batch of {self.batch} images does not divide among {self.processes} processes")
         return self
 
 
@@ -353,18 +320,14 @@ class Eval(Section):
         max_length=MAX_LISTED,
         description="reported beside gamma, in the same pass",
     )
-    mode: Literal["whole", "slide"] = content(
-        "whole", description="whole: squashed to a view; slide: windows"
-    )
+    mode: Literal["whole", "slide"] = content("whole", description="whole: squashed to a view; slide: windows")
     stride: float = content(
         2 / 3,
         ge=MIN_STRIDE,
         le=1,
         description="step of sliding windows, in windows (mmseg: 341/512, or 0.8321: 426/512)",
     )
-    flip: bool = content(
-        False, description="average with the mirrored image (mmseg's test-time augmentation)"
-    )
+    flip: bool = content(False, description="average with the mirrored image (mmseg's test-time augmentation)")
     scales: tuple[Annotated[float, Field(gt=0, le=16)], ...] = content(
         (),
         max_length=MAX_LISTED,
@@ -381,9 +344,7 @@ class Eval(Section):
 
 
 class Report(Section):
-    images: int = content(
-        24, ge=1, le=MAX_PICTURES, description="training images and test images in the gallery, each"
-    )
+    images: int = content(24, ge=1, le=MAX_PICTURES, description="training images and test images in the gallery, each")
 
 
 class Config(Section):
@@ -395,8 +356,7 @@ class Config(Section):
     )
     runs: str = aside("runs", description="the folder that holds the folders of runs")
     recipe: Literal["clip_teacher", "clip_es"] = content(
-        "clip_teacher",
-        description="where labels come from: pixels of seen classes and clusters, or image tags",
+        "clip_teacher", description="where labels come from: pixels of seen classes and clusters, or image tags"
     )
     data: Data = Field(default_factory=Data)
     teacher: TeacherSection = Field(default_factory=TeacherSection)
@@ -420,9 +380,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _text_source(self) -> Config:
         if self.teacher.pretrained and self.teacher.model.startswith(("local-dir:", "hf-hub:")):
-            raise ValueError(
-                "teacher.pretrained must be null beside a local-dir: or hf-hub: model, which has its own"
-            )
+            raise ValueError("teacher.pretrained must be null beside a local-dir: or hf-hub: model, which has its own")
         return self
 
     @model_validator(mode="after")

@@ -34,11 +34,7 @@ class Section(BaseModel):
         if any(isinstance(kind, type) and issubclass(kind, BaseModel) for kind in kinds):
             return value  # a section, which sees to its own fields
         refuse_infinite(value)
-        if (
-            kinds & {int, float}
-            and not kinds & {bool, Any}
-            and any(v is True or v is False for v in _inside(value))
-        ):
+        if kinds & {int, float} and not kinds & {bool, Any} and any(v is True or v is False for v in _inside(value)):
             raise ValueError(f"want a number, found {json.dumps(value, default=str)}")
         return value
 

@@ -78,9 +78,7 @@ def unknown(what: str, found: object, known: Iterable[str]) -> DataError:
     """The error for a word that is not in a list: it names the nearest one that is."""
     names = [str(name) for name in known]
     near = difflib.get_close_matches(str(found), names, 1, 0.0)
-    return DataError(
-        f"{what} {str(found)!r}; the nearest valid one is {near[0]!r}." if near else f"{what} {found!r}."
-    )
+    return DataError(f"{what} {str(found)!r}; the nearest valid one is {near[0]!r}." if near else f"{what} {found!r}.")
 
 
 @dataclass(frozen=True)
@@ -138,16 +136,10 @@ class DataSet(ABC):
         _refuse_alike(f"{self.name}: classes", self.classes)
         self.unseen = check_names(f"{self.name}: unseen", unseen, self.classes)
         if len(self.unseen) == len(self.classes):
-            raise DataError(
-                f"{self.name}: all {len(self.classes)} classes are unseen; training needs a seen one."
-            )
-        self.palette = (
-            bitwise_palette(len(self.classes)) if palette is None else np.asarray(palette, np.uint8)
-        )
+            raise DataError(f"{self.name}: all {len(self.classes)} classes are unseen; training needs a seen one.")
+        self.palette = bitwise_palette(len(self.classes)) if palette is None else np.asarray(palette, np.uint8)
         if self.palette.shape != (len(self.classes), 3):
-            raise DataError(
-                f"{self.name}: palette of shape {self.palette.shape}; want {(len(self.classes), 3)}."
-            )
+            raise DataError(f"{self.name}: palette of shape {self.palette.shape}; want {(len(self.classes), 3)}.")
 
     @property
     def unseen_ids(self) -> tuple[int, ...]:
@@ -253,9 +245,7 @@ def check_names(where: str, names: object, known: Sequence[str]) -> tuple[str, .
     valid, listed = set(known), set[str]()
     for place, name in enumerate(names):
         if not isinstance(name, str) or not name.strip():
-            raise DataError(
-                f"{where}: name {place} is {name!r}; want text (in YAML, quote words such as 'no' or '7')."
-            )
+            raise DataError(f"{where}: name {place} is {name!r}; want text (in YAML, quote words such as 'no' or '7').")
         if name in listed:
             raise DataError(f"{where}: {name!r} is listed twice.")
         listed.add(name)
@@ -319,9 +309,7 @@ def opened(path: str | Path, wrong: type[DataError]) -> Iterator[Image.Image]:
         raise type(error)(f"{path}: {error}.") from None
     except OSError as error:
         if error.errno is not None:
-            raise DataError(
-                f"{path}: can't be read: {error.strerror}. Restore the file or correct the list."
-            ) from None
+            raise DataError(f"{path}: can't be read: {error.strerror}. Restore the file or correct the list.") from None
         raise wrong(f"{path}: {_reason(path, error)}. Replace the file.") from None
     except Exception as error:  # PIL's decoders raise nearly anything on damaged files
         raise wrong(f"{path}: {_reason(path, error)}. Replace the file.") from None
@@ -368,9 +356,7 @@ def open_data_set(kind: str, **options: Any) -> DataSet:
             raise unknown(f"data: kind {kind!r} has no option", option, parameters)
     for option, parameter in parameters.items():
         if parameter.default is parameter.empty and option not in options:
-            raise DataError(
-                f"data.{option} is missing, and kind {kind!r} needs it; it has {', '.join(parameters)}."
-            )
+            raise DataError(f"data.{option} is missing, and kind {kind!r} needs it; it has {', '.join(parameters)}.")
     return factory(**options)
 
 

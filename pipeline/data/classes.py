@@ -40,9 +40,7 @@ VOC_CLASSES = _names("""
 # Source of the split: CLIPTeacher (section 4.1) and ZegCLIP, ids 15-19.
 VOC_SPLITS: Splits = {"voc-15-5": ("pottedplant", "sheep", "sofa", "train", "tvmonitor")}
 
-CONTEXT_NUM_RAW = (
-    459  # PASCAL Context's classes as published, of which 59 are frequent enough to be evaluated
-)
+CONTEXT_NUM_RAW = 459  # PASCAL Context's classes as published, of which 59 are frequent enough to be evaluated
 # PASCAL Context's 59 classes without background, ids 0-58 (raw 1-59). Order: mmseg's PascalContextDataset59.
 CONTEXT_CLASSES = _names("""
     aeroplane, bag, bed, bedclothes, bench, bicycle, bird, boat, book, bottle, building, bus, cabinet,
@@ -55,9 +53,7 @@ CONTEXT_CLASSES = _names("""
 # The second is published with Cascade-CLIP (configs/context_59), ids 0, 2, 3, 7, 9, 13, 17, 19, 31, 37.
 CONTEXT_SPLITS: Splits = {
     "context-49-10": _names("cow, motorbike, sofa, cat, boat, fence, bird, tvmonitor, keyboard, aeroplane"),
-    "context-49-10-cascade": _names(
-        "aeroplane, bed, bedclothes, boat, bottle, car, cloth, cow, keyboard, plate"
-    ),
+    "context-49-10-cascade": _names("aeroplane, bed, bedclothes, boat, bottle, car, cloth, cow, keyboard, plate"),
 }
 
 # COCO-Stuff 164k: 80 things, then 91 stuffs, ids 0-170. Order: mmseg's COCOStuffDataset, which is

@@ -21,14 +21,7 @@ from typing import Any
 
 from pipeline.data.base import DataError, Sample, unknown
 from pipeline.data.classes import BACKGROUND, COCO_CLASSES, bitwise_palette, with_black
-from pipeline.data.files import (
-    FileDataSet,
-    files_by_id,
-    raw_table,
-    read_ids,
-    refuse_missing,
-    refuse_repeated,
-)
+from pipeline.data.files import FileDataSet, files_by_id, raw_table, read_ids, refuse_missing, refuse_repeated
 
 FOLDERS = {"train": "train2014", "test": "val2014"}
 TAGS = ("masks", "json")
@@ -70,9 +63,7 @@ class Coco14(FileDataSet):
         else:
             ids = [_number(name) for name in read_ids(self.root / chosen)]
             refuse_repeated(ids, str(self.root / chosen))
-            refuse_missing(
-                ids, images, "listed images are not there", self.root / chosen, "Complete the download."
-            )
+            refuse_missing(ids, images, "listed images are not there", self.root / chosen, "Complete the download.")
         todo = f"Complete the masks, or name the images that have one in data.{part}_list."
         refuse_missing(ids, masks, f"images of {year} have no mask", self.root, todo)
         return [Sample(i, images[i], masks[i]) for i in ids]
@@ -84,9 +75,7 @@ class Coco14(FileDataSet):
                 found = files_by_id(self.root / name, ending)
                 is_shared = not name.endswith(year) and ending == ".jpg"  # both parts lie in it
                 return {_number(i): path for i, path in found.items() if not is_shared or year in i}
-        raise DataError(
-            f"{self.root}: has no folder {' nor '.join(folders)}. data.root must hold one of them."
-        )
+        raise DataError(f"{self.root}: has no folder {' nor '.join(folders)}. data.root must hold one of them.")
 
     def tags(self, sample: Sample) -> tuple[int, ...]:
         if self.tags_from == "masks":
@@ -126,10 +115,7 @@ class Coco14(FileDataSet):
 
     def description_files(self, part: str) -> list[Path]:
         chosen = self.lists[part]
-        return [
-            *([self.root / chosen] if chosen else []),
-            *([self._json(part)] if self.tags_from == "json" else []),
-        ]
+        return [*([self.root / chosen] if chosen else []), *([self._json(part)] if self.tags_from == "json" else [])]
 
     def label_hint(self, raw: set[int]) -> str:
         return f" {GAPS}." if max(raw) <= 90 else " Are these masks of another data set?"

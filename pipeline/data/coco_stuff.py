@@ -45,9 +45,7 @@ class CocoStuff(FileDataSet):
             masks = files_by_id(annotations, ".png")
             todo = "Complete the download of the masks."
         refuse_missing(images, masks, "images have no mask", annotations, todo)
-        refuse_missing(
-            masks, images, "masks have no image", annotations, "Complete the download of the images."
-        )
+        refuse_missing(masks, images, "masks have no image", annotations, "Complete the download of the images.")
         return [Sample(i, images[i], masks[i]) for i in sorted(images)]
 
     def label_hint(self, raw: set[int]) -> str:
@@ -55,6 +53,4 @@ class CocoStuff(FileDataSet):
             return " COCO-Stuff's masks hold 0-170 (_labelTrainIds) or 0-181 (as published), and 255."
         if min(raw) > 170:
             return " 171-181 are published ids: this file is not converted, but named _labelTrainIds."
-        return (
-            " As a published id it has no class; masks converted to 0-170 must be named *_labelTrainIds.png."
-        )
+        return " As a published id it has no class; masks converted to 0-170 must be named *_labelTrainIds.png."

@@ -36,9 +36,7 @@ def known_colours(
     for colour in ignored:
         code = int(code_of(np.array(colour)))
         if code in found and found[code] != IGNORE:
-            raise DataError(
-                f"{path}: ignore: {list(colour)} is the colour of class {classes[found[code]]!r}."
-            )
+            raise DataError(f"{path}: ignore: {list(colour)} is the colour of class {classes[found[code]]!r}.")
         found[code] = IGNORE
     return found
 

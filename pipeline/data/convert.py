@@ -55,9 +55,7 @@ def context_map(path: Path) -> np.ndarray:
 
 def context_names(path: Path) -> list[str]:
     """The names of the 459 classes from PASCAL Context's labels.txt, `1: accordion` a line. Raises: DataError."""
-    names = dict(
-        line.split(":", 1) for line in read_ids(path, "It comes with the .mat files.") if ":" in line
-    )
+    names = dict(line.split(":", 1) for line in read_ids(path, "It comes with the .mat files.") if ":" in line)
     found = [names.get(str(i), "").strip() for i in range(1, CONTEXT_NUM_RAW + 1)]
     if not all(found):
         first = 1 + [bool(name) for name in found].index(False)
@@ -160,7 +158,5 @@ def _loaded(path: Path, name: str) -> Any:
 def _checked(path: Path, ids: np.ndarray, most: int) -> np.ndarray:
     """A map of ids 0..most, two axes. Raises: DataError."""
     if ids.ndim != 2 or ids.dtype.kind not in "iu" or ids.min(initial=0) < 0 or ids.max(initial=0) > most:
-        raise DataError(
-            f"{path}: a map of shape {ids.shape}, {ids.dtype}; want two axes of whole numbers 0-{most}."
-        )
+        raise DataError(f"{path}: a map of shape {ids.shape}, {ids.dtype}; want two axes of whole numbers 0-{most}.")
     return ids.astype(file_dtype(most))

@@ -28,9 +28,9 @@ Pattern = Callable[[np.ndarray, np.ndarray], np.ndarray]
 PATTERNS: dict[str, Pattern] = {
     "plain": lambda u, v: np.zeros_like(u),
     "striped": lambda u, v: ((u % 1.0) < 0.5).astype(np.float32),
-    "dotted": lambda u, v: (
-        ((u + 0.5 * (np.floor(v) % 2)) % 1.0 - 0.5) ** 2 + (v % 1.0 - 0.5) ** 2 < 0.1
-    ).astype(np.float32),
+    "dotted": lambda u, v: (((u + 0.5 * (np.floor(v) % 2)) % 1.0 - 0.5) ** 2 + (v % 1.0 - 0.5) ** 2 < 0.1).astype(
+        np.float32
+    ),
     "checked": lambda u, v: (((u % 1.0) < 0.5) ^ ((v % 1.0) < 0.5)).astype(np.float32),
 }
 
@@ -167,11 +167,7 @@ def _texture(rng: np.random.Generator, name: str, xx: np.ndarray, yy: np.ndarray
     if name == "water":
         swell = np.sin(2 * np.pi * yy / rng.uniform(7, 9) + 1.6 * _waves(rng, xx, period=44.0) + 0.05 * xx)
         crest = np.maximum(swell - 0.6, 0)[..., None] * np.array([150, 130, 90], np.float32)
-        return (
-            np.array([44, 104, 178], np.float32)
-            + swell[..., None] * np.array([8, 16, 20], np.float32)
-            + crest
-        )
+        return np.array([44, 104, 178], np.float32) + swell[..., None] * np.array([8, 16, 20], np.float32) + crest
     course, length = 8, 16  # a brick's height and width in pixels, mortar included
     dy, dx = rng.integers(0, course), rng.integers(0, length)
     row = np.floor((yy + dy) / course)
@@ -206,9 +202,7 @@ def _draw_thing(
     u = np.cos(turn) * dx + np.sin(turn) * dy
     v = (-np.sin(turn) * dx + np.cos(turn) * dy) / stretch
     angle = np.arctan2(v, u)
-    rim = 1.0 + sum(
-        rng.uniform(0.0, 0.09) * np.cos(k * angle + rng.uniform(0, 2 * np.pi)) / (k - 1) for k in (2, 3, 4)
-    )
+    rim = 1.0 + sum(rng.uniform(0.0, 0.09) * np.cos(k * angle + rng.uniform(0, 2 * np.pi)) / (k - 1) for k in (2, 3, 4))
     depth = np.hypot(u, v) / (radius * rim)  # 0 at the centre, 1 on the rim
     shadow = np.hypot((dx - 0.12 * radius), (dy - 0.2 * radius) / 0.95) / (1.04 * radius)
     image *= (1 - 0.35 * np.clip((1.12 - shadow) / 0.2, 0, 1) * (labels < len(TEXTURES)))[..., None]
@@ -245,11 +239,7 @@ def _is_range(found: object, most: int) -> bool:
 
 def _is_share(found: object) -> bool:
     """Two numbers in order, above 0 and at most a half."""
-    if (
-        not isinstance(found, Sequence)
-        or len(found) != 2
-        or not all(isinstance(n, (int, float)) for n in found)
-    ):
+    if not isinstance(found, Sequence) or len(found) != 2 or not all(isinstance(n, (int, float)) for n in found):
         return False
     return 0 < found[0] <= found[1] <= 0.5
 
@@ -294,9 +284,7 @@ class DemoDataSet(DataSet):
         things: tuple[int, int] = SOME,
     ) -> None:
         if seed == test_seed:
-            raise DataError(
-                f"data.seed and data.test_seed are both {seed}: the test scenes would be training scenes."
-            )
+            raise DataError(f"data.seed and data.test_seed are both {seed}: the test scenes would be training scenes.")
         whole = (seed, test_seed, train, test, size)
         if not all(isinstance(number, int) for number in whole) or min(train, test) < 1 or size < 32:
             raise DataError(
@@ -308,9 +296,7 @@ class DemoDataSet(DataSet):
         if not _is_range(things, len(THINGS)):
             raise DataError(f"demo: things {things}; want two numbers, least and most, 0 to {len(THINGS)}.")
         if classes is not None and not isinstance(classes, Mapping):
-            raise DataError(
-                f"demo: classes {classes!r}; want a name and its names in the world, a class a line."
-            )
+            raise DataError(f"demo: classes {classes!r}; want a name and its names in the world, a class a line.")
         background = check_names("demo: background", background, CLASSES)
         members: dict[str, Sequence[str]] = {BACKGROUND: background} if background else {}
         members |= classes or {name: (name,) for name in CLASSES if name not in background}
@@ -322,11 +308,7 @@ class DemoDataSet(DataSet):
             palette=colours,
         )
         self.background = 0 if background else None
-        self.seeds, self.counts, self.size = (
-            {"train": seed, "test": test_seed},
-            {"train": train, "test": test},
-            size,
-        )
+        self.seeds, self.counts, self.size = ({"train": seed, "test": test_seed}, {"train": train, "test": test}, size)
         self.radius, self.things = (float(radius[0]), float(radius[1])), (int(things[0]), int(things[1]))
 
     def render(self, image: str) -> Scene:
@@ -347,6 +329,4 @@ class DemoDataSet(DataSet):
         return self.table[self.render(sample.image).labels]
 
     def stamp(self, sample: Sample) -> str:
-        return f"{sample.image}@{self.size}:{self.radius}" + (
-            f":{self.things}" if self.things != SOME else ""
-        )
+        return f"{sample.image}@{self.size}:{self.radius}" + (f":{self.things}" if self.things != SOME else "")

@@ -77,9 +77,7 @@ def part_of(path: Path, part: str, described: object) -> dict[str, str]:
 def unseen_of(path: Path, classes: tuple[str, ...], described: Mapping[str, Any]) -> tuple[str, ...]:
     """The unseen names from `unseen`, `seen` or both, which must then divide the classes."""
     given = {
-        key: check_names(f"{path}: {key}", described[key], classes)
-        for key in ("seen", "unseen")
-        if described.get(key)
+        key: check_names(f"{path}: {key}", described[key], classes) for key in ("seen", "unseen") if described.get(key)
     }
     if "seen" not in given:
         return given.get("unseen", ())
@@ -91,9 +89,7 @@ def unseen_of(path: Path, classes: tuple[str, ...], described: Mapping[str, Any]
         raise DataError(f"{path}: {both[0]!r} is both seen and unseen; take it out of one list.")
     neither = sorted(set(rest) - set(given["unseen"]))
     if neither:
-        raise DataError(
-            f"{path}: {neither[0]!r} is neither seen nor unseen; leave one of the lists out, or add it."
-        )
+        raise DataError(f"{path}: {neither[0]!r} is neither seen nor unseen; leave one of the lists out, or add it.")
     return given["unseen"]
 
 
@@ -127,9 +123,7 @@ def palette_of(path: Path, palette: object, num: int) -> np.ndarray | None:
     except ValueError:  # rows of different lengths
         colours = np.zeros(0)
     if colours.shape != (num, 3) or colours.dtype.kind != "i" or colours.min() < 0 or colours.max() > 255:
-        raise DataError(
-            f"{path}: palette: want {num} colours, one a class, each [r, g, b] of whole numbers 0-255."
-        )
+        raise DataError(f"{path}: palette: want {num} colours, one a class, each [r, g, b] of whole numbers 0-255.")
     return colours.astype(np.uint8)
 
 
@@ -144,9 +138,7 @@ def values_of(path: Path, classes: tuple[str, ...], values: object) -> dict[int,
     if values is None:
         return {}
     if not isinstance(values, dict) or not values:
-        raise DataError(
-            f"{path}: values is {values!r}; want raw ids and classes, `{{0: {classes[0]}, 255: ...}}`."
-        )
+        raise DataError(f"{path}: values is {values!r}; want raw ids and classes, `{{0: {classes[0]}, 255: ...}}`.")
     found: dict[int, int] = {}
     for key, name in values.items():
         raw = int(key) if isinstance(key, str) and key.isascii() and key.isdigit() else key
@@ -167,28 +159,16 @@ def values_of(path: Path, classes: tuple[str, ...], values: object) -> dict[int,
 
 
 def table_of_ids(
-    path: Path,
-    classes: tuple[str, ...],
-    ignore: object,
-    reduced: bool,
-    values: Mapping[int, int],
-    *,
-    is_stated: bool,
+    path: Path, classes: tuple[str, ...], ignore: object, reduced: bool, values: Mapping[int, int], *, is_stated: bool
 ) -> np.ndarray:
     """(R,) int16: raw ids -> class ids, IGNORE or INVALID. `is_stated`: `ignore` isn't the default."""
     shift = 1 if reduced else 0
     if not isinstance(ignore, int) or isinstance(ignore, bool) or not 0 <= ignore <= MOST_RAW:
-        raise DataError(
-            f"{path}: ignore is {ignore!r}; want the raw id of unlabelled pixels, 0 to {MOST_RAW}."
-        )
+        raise DataError(f"{path}: ignore is {ignore!r}; want the raw id of unlabelled pixels, 0 to {MOST_RAW}.")
     if values and reduced:
-        raise DataError(
-            f"{path}: reduce_zero_label and values: values alone says it all, leave the other out."
-        )
+        raise DataError(f"{path}: reduce_zero_label and values: values alone says it all, leave the other out.")
     if is_stated and values.get(ignore, IGNORE) != IGNORE:
-        raise DataError(
-            f"{path}: ignore: {ignore} is {classes[values[ignore]]!r} in values; leave one of them out."
-        )
+        raise DataError(f"{path}: ignore: {ignore} is {classes[values[ignore]]!r} in values; leave one of them out.")
     most = max(255, ignore, *values)
     table = raw_table(len(classes), shift=shift, ignored=(0,) if reduced else (), most=most)
     # These have the raw ids that values gives them.

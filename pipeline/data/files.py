@@ -51,17 +51,10 @@ class FileDataSet(DataSet):
     tables: Mapping[str, np.ndarray] = {}  # of masks whose names end like that, instead
 
     def __init__(
-        self,
-        root: str,
-        *,
-        limit: int | None = None,
-        unseen: Sequence[str] | None = None,
-        split: str | None = None,
+        self, root: str, *, limit: int | None = None, unseen: Sequence[str] | None = None, split: str | None = None
     ) -> None:
         if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
-            raise DataError(
-                f"data.limit is {limit!r}; want a whole number of samples, 1 or more, or null for all."
-            )
+            raise DataError(f"data.limit is {limit!r}; want a whole number of samples, 1 or more, or null for all.")
         self.limit = limit
         self._samples: dict[str, list[Sample]] = {}
         described = {"unseen": next(iter(self.splits.values()), ())} | self.describe(root)
@@ -214,9 +207,7 @@ def file_stamp(path: str | Path) -> str:
             file.seek(max(STAMP_BYTES, size - STAMP_BYTES))
             digest.update(file.read())
     except OSError as error:
-        raise DataError(
-            f"{path}: can't be read: {error.strerror}. Restore the file or correct the list."
-        ) from None
+        raise DataError(f"{path}: can't be read: {error.strerror}. Restore the file or correct the list.") from None
     return f"{size}-{digest.hexdigest()}"
 
 
@@ -246,9 +237,7 @@ def stored_mask(path: str | Path) -> StoredMask:
                 "(mode RGB) that `palette` names"
             )
         if any(str(tile[3]) in {"L;2", "L;4"} for tile in getattr(image, "tile", ())):
-            raise DataError(
-                "greys of 2 or 4 bits, which decoders stretch to 0-255. Save the mask with 8 bits"
-            )
+            raise DataError("greys of 2 or 4 bits, which decoders stretch to 0-255. Save the mask with 8 bits")
         if orientation(image) != 1:  # asked last: it decodes a PNG, and the tiles above are gone
             raise DataError(
                 f"an EXIF orientation of {orientation(image)}; labels are read as stored. Save the mask upright, "
@@ -321,9 +310,7 @@ def read_ids(path: Path, todo: str = "") -> list[str]:
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except OSError as error:
-        raise DataError(
-            f"{path}: the list of samples can't be read: {error.strerror}. {todo}".rstrip()
-        ) from None
+        raise DataError(f"{path}: the list of samples can't be read: {error.strerror}. {todo}".rstrip()) from None
     except UnicodeDecodeError:
         raise DataError(f"{path}: the list of samples is not UTF-8 text. Save it as such.") from None
     ids = [line.strip() for line in lines if line.strip()]

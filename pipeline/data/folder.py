@@ -33,16 +33,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.data.base import (
-    PARTS,
-    BadImage,
-    DataError,
-    MaskFacts,
-    Sample,
-    check_names,
-    opened,
-    read_image,
-)
+from pipeline.data.base import PARTS, BadImage, DataError, MaskFacts, Sample, check_names, opened, read_image
 from pipeline.data.classes import BACKGROUND
 from pipeline.data.colours import code_of, known_colours, label_of_code, rgb
 from pipeline.data.description import (
@@ -93,9 +84,7 @@ class FolderDataSet(FileDataSet):
         described, path = self.yaml, self.path
         self.parts = {part: part_of(path, part, described[part]) for part in PARTS if described.get(part)}
         if not self.parts:
-            raise DataError(
-                f"{path}: neither train nor test is described; give at least `train: {{images: ...}}`."
-            )
+            raise DataError(f"{path}: neither train nor test is described; give at least `train: {{images: ...}}`.")
         self.stated = frozenset(key for key, value in described.items() if value is not None)
         self.background = self.classes.index(BACKGROUND) if BACKGROUND in self.classes else None
         self.tags_path = tags_path(path, described.get("tags"))
@@ -126,23 +115,15 @@ class FolderDataSet(FileDataSet):
         if colours:
             ignored = self.no_class
         values = values_of(path, classes, described.get("values"))
-        self.raw_meaning = {
-            "reduced": self.reduce_zero_label,
-            "ignored": ignored,
-            "values": self._as_in_files(values),
-        }
+        self.raw_meaning = {"reduced": self.reduce_zero_label, "ignored": ignored, "values": self._as_in_files(values)}
         self.table = table_of_ids(
             path, classes, ignored, self.reduce_zero_label, values, is_stated="ignore" in described
         )
         self.colours: dict[int, int] | None = None
         if "palette" in self.stated and self.read_masks != BY_INDEX:
-            self.colours = known_colours(
-                path, self.palette, colours, classes, is_wanted=self.read_masks == BY_COLOUR
-            )
+            self.colours = known_colours(path, self.palette, colours, classes, is_wanted=self.read_masks == BY_COLOUR)
         if self.colours is None and (colours or self.read_masks == BY_COLOUR):
-            raise DataError(
-                f"{path}: colours of masks are named, but no palette that has one for each class."
-            )
+            raise DataError(f"{path}: colours of masks are named, but no palette that has one for each class.")
 
     # --- what a mask means ---
 
@@ -156,9 +137,7 @@ class FolderDataSet(FileDataSet):
             table = np.array([self.colours.get(int(code), INVALID) for code in codes], LABEL)
             return self._checked_colours(sample, table[stored.pixels], codes[stored.pixels])
         if stored.palette is None and self.read_masks == BY_COLOUR:
-            raise DataError(
-                f"{sample.mask}: has no colours (mode {stored.mode}), and read_masks is {BY_COLOUR}."
-            )
+            raise DataError(f"{sample.mask}: has no colours (mode {stored.mode}), and read_masks is {BY_COLOUR}.")
         return super().labels_of(sample, stored)
 
     def _is_by_colour(self, sample: Sample, stored: StoredMask) -> bool:
@@ -193,9 +172,7 @@ class FolderDataSet(FileDataSet):
         if pixels.shape[2] == 4:
             alpha = pixels[..., 3]
             if ((alpha > 0) & (alpha < 255)).any():
-                raise DataError(
-                    f"{sample.mask}: half transparent pixels; want each opaque, or without a label."
-                )
+                raise DataError(f"{sample.mask}: half transparent pixels; want each opaque, or without a label.")
             ids = np.where(alpha == 0, LABEL(IGNORE), ids)
         return self._checked_colours(sample, ids, codes)
 
@@ -225,9 +202,7 @@ class FolderDataSet(FileDataSet):
         if found is None or (self.colours is None and self.read_masks is None):
             return found
         is_raw = self.read_masks == BY_INDEX
-        return MaskFacts(
-            found.pixels, found.raw if is_raw or found.colours is None else None, None, found.doubt
-        )
+        return MaskFacts(found.pixels, found.raw if is_raw or found.colours is None else None, None, found.doubt)
 
     def label_meaning(self) -> str:
         """Hex digits of what turns a mask's stored pixels into class ids, beside the mask itself."""
@@ -298,9 +273,7 @@ class FolderDataSet(FileDataSet):
     def label_hint(self, raw: set[int]) -> str:
         num = len(self.classes)
         if self.reduce_zero_label:
-            return (
-                " With reduce_zero_label: true, raw ids are 1 to the number of classes, and 0 has no label."
-            )
+            return " With reduce_zero_label: true, raw ids are 1 to the number of classes, and 0 has no label."
         if raw == {num}:
             return (
                 f" Ids count from 0, so {num} is one too many. If 0 means background or no label here and "
@@ -344,9 +317,7 @@ class FolderDataSet(FileDataSet):
         images = self._matching(where, "images", described["images"], "")
         masks = self._matching(where, "masks", described["masks"], suffix) if described.get("masks") else None
         if masks is None and part == "test":
-            raise DataError(
-                f"{where}: no masks are given, and evaluation needs them. Add a pattern `masks:`."
-            )
+            raise DataError(f"{where}: no masks are given, and evaluation needs them. Add a pattern `masks:`.")
         ids = sorted(images)
         if described.get("list"):
             listed = read_ids(self.path.parent / described["list"], f"It is named in {self.path}.")
@@ -391,20 +362,14 @@ class FolderDataSet(FileDataSet):
                 continue
             stem = os.path.splitext(os.path.basename(path))[0]
             if not stem.endswith(suffix):
-                raise DataError(
-                    f"{where}.{key}: {path} does not end in the mask_suffix {suffix!r} before its ending."
-                )
+                raise DataError(f"{where}.{key}: {path} does not end in the mask_suffix {suffix!r} before its ending.")
             try:
                 stem.encode()
             except UnicodeEncodeError:
-                raise DataError(
-                    f"{where}.{key}: {path!a} has bytes in its name that are no text; rename it."
-                ) from None
+                raise DataError(f"{where}.{key}: {path!a} has bytes in its name that are no text; rename it.") from None
             stem = unicodedata.normalize("NFC", stem.removesuffix(suffix))
             if stem in found:
-                raise DataError(
-                    f"{where}.{key}: {found[stem]} and {path} have the same id {stem!r}; rename one."
-                )
+                raise DataError(f"{where}.{key}: {found[stem]} and {path} have the same id {stem!r}; rename one.")
             found[stem] = path
         if not found:
             braces = " Braces are not read: * and mask_suffix do." if "{" in pattern else ""

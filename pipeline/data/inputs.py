@@ -53,9 +53,7 @@ def pictures(
     found: dict[str, Picture] = {}
     for word in given:
         lines = [line.rstrip("\r\n") for line in listed] if word == LIST else []
-        for picture in (
-            [_listed(line) for line in lines if line.strip()] if word == LIST else _of(word, results, tell)
-        ):
+        for picture in [_listed(line) for line in lines if line.strip()] if word == LIST else _of(word, results, tell):
             found.setdefault(os.path.realpath(picture.path), picture)
         if word == LIST and not any(line.strip() for line in lines):
             raise DataError("-: the list on the standard input is empty; want the path of a picture a line.")
@@ -103,9 +101,7 @@ def _of(word: str, results: Sequence[str], tell: Callable[[str], None]) -> list[
     if path.is_file():
         return [Picture(path, PurePath(path.stem))]
     if path.is_dir():
-        return _below(
-            path, files_below(path, word), results, f"{word}: no picture in this folder or below it", tell
-        )
+        return _below(path, files_below(path, word), results, f"{word}: no picture in this folder or below it", tell)
     if glob.has_magic(word):
         top, rest = divided(str(path), Path())
         if glob.has_magic(rest):
@@ -120,11 +116,7 @@ def _below(
     top: Path, names: Iterable[str], results: Sequence[str], otherwise: str, tell: Callable[[str], None]
 ) -> list[Picture]:
     files = sorted(name for name in names if (top / name).is_file() and not name.endswith(tuple(results)))
-    found = [
-        Picture(top / name, PurePath(name).with_suffix(""))
-        for name in files
-        if name.lower().endswith(ENDINGS)
-    ]
+    found = [Picture(top / name, PurePath(name).with_suffix("")) for name in files if name.lower().endswith(ENDINGS)]
     unread = Counter(Path(name).suffix.lower() for name in files if name.lower().endswith(UNREAD))
     passed = ", ".join(f"{num} {ending}" for ending, num in sorted(unread.items()))
     if not found:

@@ -42,9 +42,7 @@ def matching(pattern: str, folder: Path, where: str) -> list[str]:
         found: Iterable[str] = glob.glob(rest, root_dir=folder / top)
     else:
         if ".." in parts:
-            raise DataError(
-                f"{where}: climbs after its wildcards. Begin it at the folder that the images lie in."
-            )
+            raise DataError(f"{where}: climbs after its wildcards. Begin it at the folder that the images lie in.")
         first = parts.index("**")
         heads = glob.glob(str(Path(*parts[:first])), root_dir=folder / top) if first else [""]
         found = (
@@ -54,9 +52,7 @@ def matching(pattern: str, folder: Path, where: str) -> list[str]:
             if _fits(name.split(os.sep), parts[first:])
         )
     above = str(top) if top.parts else ""
-    return sorted(
-        os.path.join(above, name) for name in found if os.path.basename(name).lower() not in LEFT_BY_SYSTEMS
-    )
+    return sorted(os.path.join(above, name) for name in found if os.path.basename(name).lower() not in LEFT_BY_SYSTEMS)
 
 
 def files_below(top: Path, where: str) -> Iterator[str]:

@@ -144,14 +144,10 @@ def templates(name_or_list: str | Sequence[str]) -> tuple[str, ...]:
         return TEMPLATES[name_or_list]
     chosen = (name_or_list,) if isinstance(name_or_list, str) else tuple(name_or_list)
     if not chosen:
-        raise DataError(
-            f"text.templates: the list is empty; give templates or one of {', '.join(TEMPLATES)}."
-        )
+        raise DataError(f"text.templates: the list is empty; give templates or one of {', '.join(TEMPLATES)}.")
     for template in chosen:
         if not isinstance(template, str) or template.count("{}") != 1:
-            raise DataError(
-                f"text.templates: {template!r} must be text with exactly one {{}} for the class name."
-            )
+            raise DataError(f"text.templates: {template!r} must be text with exactly one {{}} for the class name.")
     return chosen
 
 

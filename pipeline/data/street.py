@@ -10,13 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from pipeline.data.base import Sample
-from pipeline.data.classes import (
-    CAMVID_CLASSES,
-    CAMVID_PALETTE,
-    CITYSCAPES_CLASSES,
-    CITYSCAPES_PALETTE,
-    CITYSCAPES_RAW,
-)
+from pipeline.data.classes import CAMVID_CLASSES, CAMVID_PALETTE, CITYSCAPES_CLASSES, CITYSCAPES_PALETTE, CITYSCAPES_RAW
 from pipeline.data.files import FileDataSet, files_by_id, folder_of, paired, raw_table, refuse_missing
 from pipeline.ops.labels import IGNORE
 
@@ -43,9 +37,7 @@ class Cityscapes(FileDataSet):
         todo = "data.root must hold leftImg8bit/ and gtFine/, each with train and val."
         images: dict[str, str] = {}
         masks: dict[str, dict[str, str]] = {CONVERTED: {}, PUBLISHED: {}}
-        for city in sorted(
-            p for p in folder_of(self.root / "leftImg8bit" / part, todo).iterdir() if p.is_dir()
-        ):
+        for city in sorted(p for p in folder_of(self.root / "leftImg8bit" / part, todo).iterdir() if p.is_dir()):
             images |= files_by_id(city, IMAGE)
             labels = folder_of(self.root / "gtFine" / part / city.name, todo)
             for ending, found in masks.items():
@@ -72,6 +64,4 @@ class CamVid(FileDataSet):
         return paired(self.root / part, ".png", self.root / f"{part}annot", todo)
 
     def label_hint(self, raw: set[int]) -> str:
-        return (
-            " CamVid's masks hold 0-10 and 11 (unlabelled), as SegNet's authors reduced them from 32 classes."
-        )
+        return " CamVid's masks hold 0-10 and 11 (unlabelled), as SegNet's authors reduced them from 32 classes."

@@ -170,9 +170,7 @@ def complaints(data: DataSet, parts: Sequence[Seen], max_bad: int) -> list[Compl
     for seen in parts:
         if seen.wrong:
             what = f"{len(seen.wrong)} of {seen.num_images} {seen.part} masks looked at, the first: {seen.wrong[0]}"
-            found.append(
-                Complaint("masks that can't be used", what, "All masks must be right; extract stops.")
-            )
+            found.append(Complaint("masks that can't be used", what, "All masks must be right; extract stops."))
         expected = len(seen.bad) / max(seen.num_images, 1) * seen.num_samples
         if seen.bad and expected > max_bad:
             found.append(
@@ -318,13 +316,7 @@ def _reduced_twice(data: DataSet, seen: Seen) -> Complaint | None:
     """With reduce_zero_label, nothing is 0 in the files and the last class never occurs: ids began at 0."""
     occurs = seen.masks[: len(data.classes)] > 0
     is_reduced = getattr(data, "reduce_zero_label", False)
-    if (
-        not is_reduced
-        or len(occurs) == 1
-        or seen.num_masks < MIN_MASKS
-        or occurs[-1]
-        or not occurs[:-1].all()
-    ):
+    if not is_reduced or len(occurs) == 1 or seen.num_masks < MIN_MASKS or occurs[-1] or not occurs[:-1].all():
         return None
     return Complaint(
         "off by one",

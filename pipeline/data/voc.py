@@ -104,13 +104,7 @@ class Voc(VocLayout):
     lists_folder, mask_folders = "Segmentation", ("SegmentationClass", "SegmentationClassAug")
 
     def __init__(
-        self,
-        root: str,
-        *,
-        train_list: str = TRAIN_AUG,
-        test_list: str = "val",
-        tags: str = "xml",
-        **shared: Any,
+        self, root: str, *, train_list: str = TRAIN_AUG, test_list: str = "val", tags: str = "xml", **shared: Any
     ) -> None:
         if tags not in TAGS:
             raise unknown("data.tags: voc has no image-level labels from", tags, TAGS)

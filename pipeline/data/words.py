@@ -19,7 +19,7 @@ SYNONYMS: dict[str, dict[str, str]] = {
         "bird": "bird avian",
         "chair": "chair seat",
         "tvmonitor": "tvmonitor screen",
-    },
+    }
 }
 _VOC_BACKGROUND = (
     "ground land grass tree building wall sky lake water river sea railway railroad keyboard helmet cloud house "
@@ -53,9 +53,7 @@ def background_names(name_or_list: str | Sequence[str]) -> tuple[str, ...]:
             raise unknown("cams.background: unknown set", name_or_list, BACKGROUNDS)
         return BACKGROUNDS[name_or_list]
     if not name_or_list or not all(isinstance(name, str) and name.strip() for name in name_or_list):
-        raise DataError(
-            f"cams.background is {list(name_or_list)!r}: want names, or one of {', '.join(BACKGROUNDS)}."
-        )
+        raise DataError(f"cams.background is {list(name_or_list)!r}: want names, or one of {', '.join(BACKGROUNDS)}.")
     return tuple(name_or_list)
 
 
@@ -90,9 +88,7 @@ def other_names(classes: Sequence[str], synonyms: str | Mapping[str, Sequence[st
     return {name: list(others) for name, others in RENAMES[synonyms].items() if name in classes}
 
 
-def names_of_classes(
-    classes: Sequence[str], synonyms: str | Mapping[str, Sequence[str]]
-) -> list[tuple[str, ...]]:
+def names_of_classes(classes: Sequence[str], synonyms: str | Mapping[str, Sequence[str]]) -> list[tuple[str, ...]]:
     """What each class is called in its prompts: the names given for it, or in a named set, else its own.
 
     Raises: DataError for an unknown set, names of no class, an empty list of them, or a blank one.
@@ -102,7 +98,5 @@ def names_of_classes(
         if name not in classes:
             raise unknown("text.synonyms: no class is called", name, classes)
         if not others or not all(other.strip() for other in others):
-            raise DataError(
-                f"text.synonyms.{name} is {list(others)!r}: want at least one name, none of them blank."
-            )
+            raise DataError(f"text.synonyms.{name} is {list(others)!r}: want at least one name, none of them blank.")
     return [tuple(found.get(name, (name,))) for name in classes]

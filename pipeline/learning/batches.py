@@ -36,10 +36,7 @@ from pipeline.running.rows import cached_samples
 from pipeline.running.table import labels_stage
 
 # What training reads, by recipe. Views, CLS tokens and pseudo labels are about 2 KiB a view at C = 512.
-READ = {
-    "clip_teacher": ("view", "cls", "pseudo"),
-    "clip_es": ("view", "cls", "cam", "cam_class", "cam_shape"),
-}
+READ = {"clip_teacher": ("view", "cls", "pseudo"), "clip_es": ("view", "cls", "cam", "cam_class", "cam_shape")}
 REFINED = ("view", "cls", "mask", "confidence")  # clip_es, with cams.refine
 FULL_CONFIDENCE = 200  # of the array `confidence`
 KEEP_BYTES = 1 << 28  # up to this they are read once and kept: 130,000 views, and no checksum a step
@@ -69,9 +66,7 @@ class Plan:
         """(row, epoch) of each place in the batch of `iteration`, counted from 0."""
         first, num = iteration * self.batch, len(self.rows)
         places = range(first, first + self.batch)
-        return [
-            (self.rows[_order(self.seed, place // num, num)[place % num]], place // num) for place in places
-        ]
+        return [(self.rows[_order(self.seed, place // num, num)[place % num]], place // num) for place in places]
 
 
 @functools.lru_cache(maxsize=4)
@@ -156,17 +151,12 @@ class CachedViews(Dataset):
 
         Raises: CorruptShard, StaleCache: training never begins on a cache that was tampered with.
         """
-        above = {
-            stage: required_manifest(self.config, stage) for stage in ("extract", labels_stage(self.config))
-        }
+        above = {stage: required_manifest(self.config, stage) for stage in ("extract", labels_stage(self.config))}
         check_whole(self.store, above["extract"])
         fingerprints = {stage: str(manifest["fingerprint"]) for stage, manifest in above.items()}
         # Of all rows, decoded: on the disk the zeros of padded CAMs take next to nothing.
         specs = [self.store.spec(name) for name in self.arrays]
-        keep = (
-            sum(math.prod(s.shape(self.store.sizes)) * np.dtype(s.dtype).itemsize for s in specs)
-            <= KEEP_BYTES
-        )
+        keep = sum(math.prod(s.shape(self.store.sizes)) * np.dtype(s.dtype).itemsize for s in specs) <= KEEP_BYTES
         found: dict[str, list[np.ndarray]] = {name: [] for name in (*self.arrays * keep, "status")}
         for shard in range(self.store.num_shards):
             blocks = read_recorded(self.store, shard, fingerprints, (*self.arrays, "status"))
@@ -183,9 +173,7 @@ class CachedViews(Dataset):
         view = view_of(sample.id, place.epoch, self.num_views)
         image, labels = self.replay(sample, self._row("view", place.row)[view])
         labels, pseudo = self._labelled(labels, place.row, view)
-        rng = np.random.Generator(
-            np.random.Philox(key=[train.seed, (place.iteration << 20) + place.position])
-        )
+        rng = np.random.Generator(np.random.Philox(key=[train.seed, (place.iteration << 20) + place.position]))
         if rng.random() < train.flip:
             image, labels, pseudo = image.flip(-1), labels.flip(-1), pseudo.flip(-1)
         if train.photometric:
@@ -235,9 +223,7 @@ class CachedViews(Dataset):
         Source: CLIP-ES's confidence-guided loss (method section 11).
         """
         row = self.row_of[sample.id]
-        mask, sure = mask_from_cams(
-            self.config, self.data, self.store, lambda name: self._row(name, row), size
-        )
+        mask, sure = mask_from_cams(self.config, self.data, self.store, lambda name: self._row(name, row), size)
         return mask.where(sure >= self.config.train.confidence, IGNORE).numpy()
 
 
@@ -332,9 +318,7 @@ def training_batches(
     num_bytes = len(views.rows) * views.num_views * 5 * views.size**2  # three colours, labels of 2 bytes
     fits = num_bytes <= views.replayed.room_bytes
     kept_bytes = sum(array.nbytes for array in views.kept.values())
-    workers = loader_processes(
-        train.workers, num_processes, fits=fits, kept_bytes=kept_bytes, is_main=process == 0
-    )
+    workers = loader_processes(train.workers, num_processes, fits=fits, kept_bytes=kept_bytes, is_main=process == 0)
     has_gpu = torch.cuda.is_available()
     if workers == 0:
 

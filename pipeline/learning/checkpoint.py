@@ -67,9 +67,7 @@ class Checkpoint:
 
 def save_student(path: Path, student: nn.Module, checkpoint: Checkpoint) -> None:
     """Writes weights and metadata to one safetensors file, atomically. Raises: CacheWriteFailed."""
-    tensors = {
-        f"student.{name}": value.detach().cpu().contiguous() for name, value in student.state_dict().items()
-    }
+    tensors = {f"student.{name}": value.detach().cpu().contiguous() for name, value in student.state_dict().items()}
     metadata = {
         "config": json.dumps(kept(checkpoint.config)),
         "fingerprint": checkpoint.identity,
@@ -90,9 +88,7 @@ def content_digest(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -
 
     xxh3 of 128 bits: it finds damage, at memory's speed; it isn't meant to withstand forgery.
     """
-    found = xxhash.xxh3_128(
-        json.dumps({k: v for k, v in metadata.items() if k != CONTENT}, sort_keys=True).encode()
-    )
+    found = xxhash.xxh3_128(json.dumps({k: v for k, v in metadata.items() if k != CONTENT}, sort_keys=True).encode())
     for name in sorted(tensors):
         value = tensors[name].detach().cpu().contiguous()
         found.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())
@@ -125,13 +121,7 @@ def ended(path: Path, identity: str) -> dict[str, Any] | None:
 
 
 def save_checkpoint(
-    folder: Path,
-    iteration: int,
-    checkpoint: Checkpoint,
-    student: nn.Module,
-    state: dict[str, Any],
-    *,
-    keep: int,
+    folder: Path, iteration: int, checkpoint: Checkpoint, student: nn.Module, state: dict[str, Any], *, keep: int
 ) -> None:
     """Everything that resuming needs, as checkpoint-<iteration>/.
 
@@ -222,9 +212,7 @@ def student_file(run: Path) -> Path:
     for path in [run, *choices]:
         if path.is_file():
             return path
-    raise CheckpointError(
-        f"{run}: no trained student in it. Run `cli.py train` first, or name another run folder."
-    )
+    raise CheckpointError(f"{run}: no trained student in it. Run `cli.py train` first, or name another run folder.")
 
 
 def manifest_of(file: Path) -> dict[str, Any] | None:
@@ -255,25 +243,18 @@ def load_student(path: Path) -> tuple[DenseStudent, Checkpoint]:
             raise
         raise CheckpointError(f"{path}: not a student of this project: {_line(error)}") from None
     is_named = all(
-        isinstance(names, list) and all(isinstance(name, str) for name in names)
-        for names in (classes, unseen)
+        isinstance(names, list) and all(isinstance(name, str) for name in names) for names in (classes, unseen)
     )
     if not is_named or text.ndim != 2 or len(text) != len(classes) or not {*unseen} <= {*classes}:
-        raise CheckpointError(
-            f"{path}: its class names and its table of text features don't belong together."
-        )
+        raise CheckpointError(f"{path}: its class names and its table of text features don't belong together.")
     side = config.teacher.image_size
     student = build_student(config.student, text.shape[1], side=side, pretrained=False)
     try:
         student.load_state_dict({name.removeprefix("student."): value for name, value in tensors.items()})
     except RuntimeError as error:  # torch lists names and shapes that are missing, or too many
-        raise CheckpointError(
-            f"{path}: its weights don't fit {config.student.arch}: {_line(error)}"
-        ) from None
+        raise CheckpointError(f"{path}: its weights don't fit {config.student.arch}: {_line(error)}") from None
     identity = str(metadata.get("fingerprint", ""))
-    checkpoint = Checkpoint(
-        config, identity, tuple(classes), tuple(unseen), text, cache=cache, revision=revision
-    )
+    checkpoint = Checkpoint(config, identity, tuple(classes), tuple(unseen), text, cache=cache, revision=revision)
     return student.eval(), checkpoint
 
 
@@ -290,9 +271,7 @@ def read_student(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
             f"{path}: is not what was written: its bytes have changed since. Put a sound copy back, or delete it and "
             "run `cli.py train` again: it goes on from the last checkpoint."
         )
-    bad = [
-        name for name, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()
-    ]
+    bad = [name for name, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()]
     if bad:
         raise CheckpointError(
             f"{path}: {bad[0]} holds values that aren't finite ({len(bad)} of {len(tensors)} tensors). Train again, "

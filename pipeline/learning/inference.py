@@ -57,9 +57,7 @@ def scaled(size: int, scale: float) -> int:
     return size if scale == 1 else max(1, round(size * scale / DIVISOR)) * DIVISOR
 
 
-def _whole(
-    student: DenseStudent, text: Tensor, image: np.ndarray, size: int, section: Eval, scale: float
-) -> Tensor:
+def _whole(student: DenseStudent, text: Tensor, image: np.ndarray, size: int, section: Eval, scale: float) -> Tensor:
     logits = _logits(student, text, squashed(image, scaled(size, scale))[None])
     return interpolate(logits, image.shape[:2], mode="bilinear", align_corners=False)[0]
 
@@ -74,12 +72,7 @@ def squashed(image: np.ndarray, size: int) -> Tensor:
 
 @torch.inference_mode()
 def best_classes(
-    student: DenseStudent,
-    text: Tensor,
-    views: Tensor,
-    sizes: list[tuple[int, int]],
-    seen: list[int],
-    unseen: list[int],
+    student: DenseStudent, text: Tensor, views: Tensor, sizes: list[tuple[int, int]], seen: list[int], unseen: list[int]
 ) -> list[Best]:
     """`best_by_group` of the logits of mode `whole`, of several squashed images, without all planes at full size.
 
@@ -107,9 +100,7 @@ def best_classes(
     return found
 
 
-def _slide(
-    student: DenseStudent, text: Tensor, image: np.ndarray, size: int, section: Eval, scale: float
-) -> Tensor:
+def _slide(student: DenseStudent, text: Tensor, image: np.ndarray, size: int, section: Eval, scale: float) -> Tensor:
     found = slid(student, text, image, size, section, scale)
     return interpolate(found[None], image.shape[:2], mode="bilinear", align_corners=False)[0]
 

@@ -35,11 +35,7 @@ class Learner:
 
 
 def loss_terms(
-    section: Train,
-    learner: Learner,
-    dense: Tensor,
-    batch: dict[str, Tensor],
-    accelerator: Accelerator | None = None,
+    section: Train, learner: Learner, dense: Tensor, batch: dict[str, Tensor], accelerator: Accelerator | None = None
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Every weighted term of eq. 11-12 for one batch, and counts worth a curve. Pushes into the CLS bank.
 
@@ -75,11 +71,7 @@ def loss_terms(
 
 
 def closed_set_terms(
-    section: Train,
-    learner: Learner,
-    dense: Tensor,
-    batch: dict[str, Tensor],
-    accelerator: Accelerator | None = None,
+    section: Train, learner: Learner, dense: Tensor, batch: dict[str, Tensor], accelerator: Accelerator | None = None
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """CLIP-ES's confidence-guided loss: cross-entropy over all classes, on the pixels that CAMs are sure of.
 

@@ -16,14 +16,7 @@ from torch import Tensor
 
 from pipeline.config import Eval
 from pipeline.data.base import BadImage, DataError, DataSet, Sample
-from pipeline.learning.inference import (
-    Best,
-    best_by_group,
-    best_classes,
-    class_logits,
-    predicted,
-    squashed,
-)
+from pipeline.learning.inference import Best, best_by_group, best_classes, class_logits, predicted, squashed
 from pipeline.learning.loading import made_ahead
 from pipeline.models.student import DenseStudent
 from pipeline.ops import metrics
@@ -79,9 +72,7 @@ class Scored:
     def summary(self) -> dict[str, Any]:
         """The scores at the configured gamma, those of the sweep, and how the images were looked at."""
         section, data = self.section, self.data
-        summaries = {
-            g: metrics.summary(self.swept.matrix(g), self.seen, self.unseen) for g in self.swept.gammas
-        }
+        summaries = {g: metrics.summary(self.swept.matrix(g), self.seen, self.unseen) for g in self.swept.gammas}
         chosen = summaries[section.gamma]
         return summary_of(chosen) | {
             "scored": chosen["scored"],
@@ -116,9 +107,7 @@ def worst_and_best(scores: Sequence[float], num: int) -> tuple[list[int], list[i
 
     No place is in both: of few images half are worst, half best.
     """
-    known = sorted(
-        (place for place, score in enumerate(scores) if not math.isnan(score)), key=scores.__getitem__
-    )
+    known = sorted((place for place, score in enumerate(scores) if not math.isnan(score)), key=scores.__getitem__)
     num_worst = min(num, math.ceil(len(known) / 2))
     return known[:num_worst], known[num_worst:][::-1][:num]
 
@@ -139,22 +128,14 @@ def loaded(data: DataSet, samples: Sequence[Sample], size: int) -> list[Loaded]:
     for sample in samples:
         labels = data.labels(sample)
         if labels is None:
-            raise DataError(
-                f"test image {sample.id}: no mask, and eval needs one. Give test masks in the data set."
-            )
+            raise DataError(f"test image {sample.id}: no mask, and eval needs one. Give test masks in the data set.")
         image = data.image(sample)
         found.append(Loaded(image, torch.from_numpy(labels), squashed(image, size), sample.id))
     return found
 
 
 def predictions(
-    student: Any,
-    text: Tensor,
-    group: list[Loaded],
-    size: int,
-    section: Eval,
-    seen: list[int],
-    unseen: list[int],
+    student: Any, text: Tensor, group: list[Loaded], size: int, section: Eval, seen: list[int], unseen: list[int]
 ) -> Iterator[tuple[Best, Tensor]]:
     """The best seen and unseen classes of each image, and its truth."""
     if section.mode == "whole" and not section.is_averaged:

@@ -38,10 +38,7 @@ MOST_SHOWN = 200  # characters of a list of names in an error
 # What `reject` is compared with, from the scores that decide (logits, gamma added), (K, R, W) -> (R, W), 0 to 1.
 # A text student's focal loss trains the sigmoid of each name's logit by itself, so it says the same whatever other
 # names are asked for; a learned classifier knows cross-entropy alone, and that says nothing of a logit by itself.
-SCORES = {
-    "text": lambda scores: scores.amax(0).sigmoid(),
-    "learned": lambda scores: scores.softmax(0).amax(0),
-}
+SCORES = {"text": lambda scores: scores.amax(0).sigmoid(), "learned": lambda scores: scores.softmax(0).amax(0)}
 
 
 def parsed_names(text: str, own: Sequence[str] = ()) -> tuple[Name, ...]:
@@ -52,9 +49,7 @@ def parsed_names(text: str, own: Sequence[str] = ()) -> tuple[Name, ...]:
     Raises: UserError when there is none, more than MOST_CLASSES, or one word twice (case doesn't count).
     """
     names = tuple(name for name in _split(text, own) if name)
-    repeated = [
-        word for word, num in Counter(key_of(word) for name in names for word in name).items() if num > 1
-    ]
+    repeated = [word for word, num in Counter(key_of(word) for name in names for word in name).items() if num > 1]
     if repeated or not 1 <= len(names) <= MOST_CLASSES:
         what = f"{repeated[0]!r} stands there twice" if repeated else f"{len(names)} names"
         raise _wrong_names(text, what)

@@ -23,15 +23,11 @@ def text_teacher(checkpoint: Checkpoint) -> Any:
     from pipeline.models.teacher import Teacher
 
     section = checkpoint.config.teacher
-    return Teacher.load(
-        section.model, section.pretrained, image_size=section.image_size, quick_gelu=section.quick_gelu
-    )
+    return Teacher.load(section.model, section.pretrained, image_size=section.image_size, quick_gelu=section.quick_gelu)
 
 
 def text_of_names(
-    checkpoint: Checkpoint,
-    named: Sequence[Sequence[str]],
-    load: Callable[[Checkpoint], Any] = text_teacher,
+    checkpoint: Checkpoint, named: Sequence[Sequence[str]], load: Callable[[Checkpoint], Any] = text_teacher
 ) -> Tensor:
     """`stacked` features: a name of the student's classes takes its row of the table, others the teacher encodes.
 
@@ -70,9 +66,7 @@ def features_of_file(path: str, shape: tuple[int, int], data_name: str) -> np.nd
     try:
         features = np.load(path, allow_pickle=False).astype(np.float32)
     except (OSError, ValueError) as error:
-        raise DataError(
-            f"text.features {path!r}: not a .npy of numbers: {' '.join(str(error).split())}"
-        ) from None
+        raise DataError(f"text.features {path!r}: not a .npy of numbers: {' '.join(str(error).split())}") from None
     if features.shape != shape or not np.isfinite(features).all():
         raise DataError(
             f"text.features {path!r}: found shape {features.shape}, want {shape} finite numbers "

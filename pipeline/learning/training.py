@@ -59,9 +59,7 @@ def open_accelerator(config: Config, *, tracks: bool = True) -> Accelerator:
     installed = [str(tracker) for tracker in get_available_trackers()]
     if section.tracker not in ("none", *installed):
         known = ", ".join(["none", *map(str, LOGGER_TYPE_TO_CLASS)])
-        raise TrainError(
-            f"train.tracker {section.tracker!r}: want one of {known}; installed: {', '.join(installed)}."
-        )
+        raise TrainError(f"train.tracker {section.tracker!r}: want one of {known}; installed: {', '.join(installed)}.")
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),  # else several processes without a GPU don't find each other
         mixed_precision=mixed_precision(section.precision),
@@ -90,9 +88,7 @@ def new_run(config: Config, accelerator: Accelerator, identity: str, cache: str 
     views = CachedViews(config, data)
     channels = int(views.store.sizes["C"])
     text = torch.from_numpy(views.store.read_whole("text"))
-    if (
-        config.student.classifier == "learned"
-    ):  # a channel a class: its table is the identity, for eval and export too
+    if config.student.classifier == "learned":  # a channel a class: its table is the identity, for eval and export too
         channels, text = len(data.classes), torch.eye(len(data.classes))
     student = build_student(config.student, channels, side=views.size)
     check_batch(student, config.student, section.batch // accelerator.num_processes, views.size)
@@ -119,9 +115,7 @@ def new_run(config: Config, accelerator: Accelerator, identity: str, cache: str 
         ),
         fused=True,  # one pass over the moments; a third of the time on the CPU
     )
-    checkpoint = Checkpoint(
-        config, identity, data.classes, data.unseen, text, cache=cache, revision=revision()
-    )
+    checkpoint = Checkpoint(config, identity, data.classes, data.unseen, text, cache=cache, revision=revision())
     return Run(config, accelerator, views, learner, optimiser, checkpoint)
 
 
@@ -134,9 +128,7 @@ def negatives_of(views: CachedViews, channels: int) -> ClsBank | CachedNegatives
         return ClsBank(section.bank, section.batch, channels)
     tokens, rows = torch.from_numpy(views.cls_tokens()), torch.tensor(views.rows)
     if section.negatives > (num := tokens.shape[0] * tokens.shape[1]):
-        raise TrainError(
-            f"train.negatives is {section.negatives}, and {num} CLS tokens are cached. Lower it."
-        )
+        raise TrainError(f"train.negatives is {section.negatives}, and {num} CLS tokens are cached. Lower it.")
     return CachedNegatives(section.negatives, tokens, rows, section.seed)
 
 
@@ -198,9 +190,7 @@ def mixed_precision(wanted: str) -> str:
     """accelerate's word for the configured precision; `auto` looks at what the machine computes in."""
     if wanted == "auto":
         has_bf16 = (
-            torch.cuda.is_bf16_supported()
-            if torch.cuda.is_available()
-            else torch.cpu._is_avx512_bf16_supported()
+            torch.cuda.is_bf16_supported() if torch.cuda.is_available() else torch.cpu._is_avx512_bf16_supported()
         )
         wanted = "bf16" if has_bf16 else "fp32"
     return "no" if wanted == "fp32" else wanted

@@ -64,9 +64,7 @@ def _pairs(matrix: np.ndarray, names: Sequence[str]) -> Figure:
     total, of_class = matrix.sum(), row_shares(matrix)
     shares = [100 * matrix[pair] / total for pair in pairs]
     bars = axes.barh(range(len(pairs)), shares, color="#0072B2")  # blue of Okabe and Ito's set
-    axes.bar_label(
-        bars, [f"{100 * of_class[pair]:.0f} % of its class" for pair in pairs], fontsize=7, padding=3
-    )
+    axes.bar_label(bars, [f"{100 * of_class[pair]:.0f} % of its class" for pair in pairs], fontsize=7, padding=3)
     axes.set_yticks(range(len(pairs)), [f"{names[t]} → {names[p]}" for t, p in pairs], fontsize=8)
     axes.invert_yaxis()
     axes.margins(x=0.2, y=0.01)

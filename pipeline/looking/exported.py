@@ -15,9 +15,7 @@ from pipeline.looking.gallery import Selection, Taught
 from pipeline.looking.panels import indexed
 
 
-def export_labels(
-    folder: Path, store: Store, data: DataSet, chosen: Selection, taught: Taught, stage: str
-) -> int:
+def export_labels(folder: Path, store: Store, data: DataSet, chosen: Selection, taught: Taught, stage: str) -> int:
     """Writes the whole image's pseudo labels or CLIP-ES's mask as <sample id>.png, and returns how many.
 
     At the image's own size. Pseudo labels: 0 annotated, 1..P potential objects, 255 padding, the token grid by
@@ -36,9 +34,7 @@ def export_labels(
                 write_atomic(_png_path(folder, ids[row]), indexed(*taught.exported(row)))
                 count += 1
     if not count:
-        raise UserError(
-            "none of these images has labels: they are test images, quarantined, or hold no such class."
-        )
+        raise UserError("none of these images has labels: they are test images, quarantined, or hold no such class.")
     return count
 
 

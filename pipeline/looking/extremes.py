@@ -39,9 +39,7 @@ def save_extremes(folder: Path, extremes: Iterable[Extreme], data: DataSet) -> N
 
 
 def _strip(extreme: Extreme, data: DataSet) -> Strip:
-    names = [
-        (i, data.classes[i] + "*" * (i in data.unseen_ids)) for i in present(extreme.truth, extreme.guess)
-    ]
+    names = [(i, data.classes[i] + "*" * (i in data.unseen_ids)) for i in present(extreme.truth, extreme.guess)]
     legend = [(name, _rgb(data.palette[i])) for i, name in names]
     errors = error_panel("errors", extreme.truth, extreme.guess, list(data.unseen_ids))
     maps = (("truth", extreme.truth), ("prediction", extreme.guess))

@@ -22,12 +22,7 @@ from pipeline.config import Config, UserError, as_mapping, leaves
 from pipeline.running.manifests import found_manifest, run_config
 from pipeline.running.table import IN_CACHE, in_cache
 
-SCORES = {
-    "pAcc": "pAcc",
-    "mIoU_S": "mIoU(S)",
-    "mIoU_U": "mIoU(U)",
-    "hIoU": "hIoU",
-}  # metrics.json's, and for people
+SCORES = {"pAcc": "pAcc", "mIoU_S": "mIoU(S)", "mIoU_U": "mIoU(U)", "hIoU": "hIoU"}  # metrics.json's, and for people
 _SCORES = dict.fromkeys(SCORES, (float, None))
 # What is read of metrics.json; more is in it.
 METRICS = {
@@ -154,9 +149,7 @@ def stage_facts(config: Config, store: Store, metrics: Mapping[str, Any] | None)
         num_images = sum(len(store.rows(shard)) for shard in done)
         is_complete = found_manifest(config, stage) is not None and len(done) == store.num_shards
         size = sum(size for made_by, size in sizes.values() if made_by == stage)
-        facts.append(
-            StageFact(stage, len(done), store.num_shards, "shards", is_complete, seconds, num_images, size)
-        )
+        facts.append(StageFact(stage, len(done), store.num_shards, "shards", is_complete, seconds, num_images, size))
     curve, trained = losses(config), found_manifest(config, "train")
     drawn_last = int(curve[-1]["iteration"]) if curve else 0
     done_iterations = trained.get("iterations", drawn_last) if trained else drawn_last
@@ -174,9 +167,7 @@ def stage_facts(config: Config, store: Store, metrics: Mapping[str, Any] | None)
             folder_bytes(config.run_path / "train"),
         )
     )
-    tested, took = (
-        (int(metrics["num_images"]), metrics.get("made", {}).get("seconds")) if metrics else (0, None)
-    )
+    tested, took = (int(metrics["num_images"]), metrics.get("made", {}).get("seconds")) if metrics else (0, None)
     size = folder_bytes(config.run_path / "eval")
     facts.append(StageFact("eval", tested, tested, "test images", metrics is not None, took, tested, size))
     return facts
@@ -246,11 +237,7 @@ def sisters(config: Config) -> list[Sister]:
         except (UserError, CacheError):
             continue  # somebody else's folder
         is_same = path.parent.resolve() == config.run_path.resolve()
-        if (
-            metrics is None
-            or is_same
-            or place(other.cache_path).resolve() != place(config.cache_path).resolve()
-        ):
+        if metrics is None or is_same or place(other.cache_path).resolve() != place(config.cache_path).resolve():
             continue
         found.append(Sister(path.parent.name, metrics, differences(config, other)))
     return found

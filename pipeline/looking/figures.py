@@ -106,9 +106,7 @@ def centres_figure(store: Store, data: DataSet, rows: Sequence[int]) -> Figure:
         raw, pseudo = (store.read_rows(name, [row])[0][0] for name in ("pseudo_raw", "pseudo"))
         ids, counts = np.unique(raw[is_object(raw)], return_counts=True)
         largest = sorted(zip(-counts, ids, strict=True))[:CENTRES]
-        masks = [
-            (resized((raw == i).astype(np.uint8), (image.shape[1], image.shape[0])), n) for n, i in largest
-        ]
+        masks = [(resized((raw == i).astype(np.uint8), (image.shape[1], image.shape[0])), n) for n, i in largest]
         single = [_only(image, mask, f"{-n} tokens") for mask, n in masks]
         shown = (object_panel(f"K-means, {len(ids)} centres", raw), *single)
         strips.append(Strip(sample.id, (photo(image), *shown, object_panel("fused", pseudo))))

@@ -59,9 +59,7 @@ def forecast(config: Config, shape: TeacherShape, num_images: int, num_classes: 
     sizes |= {"K": num_classes, "K_c": num_centres(config.cluster, side)}
     storage = STORAGE[tokens]
     names = ["view", "cls", "status", *(storage.arrays if storage.is_kept else ())]
-    names += [
-        name for stage in in_cache(config) if STAGES[stage].work for name in STAGES[stage].arrays_of(config)
-    ]
+    names += [name for stage in in_cache(config) if STAGES[stage].work for name in STAGES[stage].arrays_of(config)]
     # Of arrays over the sample axis; what CAMs take depends on the images.
     known = [n for n in names if ARRAYS[n].is_sharded and {*ARRAYS[n].axes} <= {*sizes, *FIXED}]
     arrays = {name: array_bytes(name, sizes, storage.dtypes.get(name)) for name in known}

@@ -78,9 +78,7 @@ def not_found(what: str, name: str, names: Sequence[str]) -> UserError:
     # By characters, which suits names.
     likely = sorted(names, key=lambda other: -len(commonprefix([other, name])))[:CLOSEST]  # noqa: RUF071
     near = difflib.get_close_matches(name, likely, 3, 0.0)
-    return UserError(
-        f"{what} {name!r}: there is none of that name; the nearest are {', '.join(map(repr, near))}."
-    )
+    return UserError(f"{what} {name!r}: there is none of that name; the nearest are {', '.join(map(repr, near))}.")
 
 
 # ---- training images ---------------------------------------------------------------------------
@@ -158,9 +156,7 @@ class Pupil:
 def eval_cards(data: DataSet, chosen: Selection, pupils: Sequence[Pupil]) -> Iterator[Card]:
     """Cards of test images, segmented by one student or by several."""
     samples = eval_samples(data)
-    picked = _chosen(
-        range(len(samples)), chosen, lambda i: samples[i].id, lambda i: _labels(data, samples[i])
-    )
+    picked = _chosen(range(len(samples)), chosen, lambda i: samples[i].id, lambda i: _labels(data, samples[i]))
     for index in picked:
         yield eval_card(data, samples[index], pupils)
 
@@ -221,10 +217,7 @@ def _worth_seeing(rows: Sequence[int], most: int, labelled: set[int], taught: Ta
 
 
 def _chosen(
-    places: Sequence[int],
-    chosen: Selection,
-    id_of: Callable[[int], str],
-    labels_of: Callable[[int], np.ndarray | None],
+    places: Sequence[int], chosen: Selection, id_of: Callable[[int], str], labels_of: Callable[[int], np.ndarray | None]
 ) -> Iterable[int]:
     """The places to show: the named image, or those that hold the class, or some spread evenly."""
     if chosen.image is not None:

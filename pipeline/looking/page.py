@@ -79,10 +79,7 @@ def render(
             ("train", "Training images", [card for card in shown if card["part"] == "train"]),
         ],
         names=_names(data),
-        errors=[
-            (ERRORS[i], hex_colour(ERROR_PALETTE[i]))
-            for i in (SHOWN_ERRORS if data.unseen else CLOSED_ERRORS)
-        ],
+        errors=[(ERRORS[i], hex_colour(ERROR_PALETTE[i])) for i in (SHOWN_ERRORS if data.unseen else CLOSED_ERRORS)],
         percent=[hex_colour(colour) for colour in percent_palette()[::10]],
         per_class=scores.per_class(runs, data),
         confusions=scores.confusions(runs, data),
@@ -140,26 +137,16 @@ def _encoded(cards: Sequence[Card], data: DataSet) -> list[dict[str, Any]]:
     for order, (card, row) in enumerate(zip(cards, files, strict=True)):
         height, width = card.panels[0].pixels.shape[:2] if card.panels else (1, 1)
         panels = [
-            {"title": p.title, "kind": p.kind, "under": p.under}
-            | {"uri": data_uri(*file), "size": p.pixels.shape[:2]}
+            {"title": p.title, "kind": p.kind, "under": p.under} | {"uri": data_uri(*file), "size": p.pixels.shape[:2]}
             for p, file in zip(card.panels, row, strict=True)
         ]
         rest = {name: getattr(card, name) for name in ("id", "part", "notes", "accuracy", "iou", "rivals")}
         lead = None if card.iou is None or not card.rivals else card.iou - max(iou for _, iou in card.rivals)
         shown.append(
             rest
-            | {
-                "order": order,
-                "ratio": round(width / height, 4),
-                "objects": card.num_objects,
-                "panels": panels,
-            }
+            | {"order": order, "ratio": round(width / height, 4), "objects": card.num_objects, "panels": panels}
             | {"lead": lead}  # points of IoU by which the first run is ahead of the best of the others
-            | {
-                "legend": [
-                    (i, data.classes[i], hex_colour(data.palette[i]), i in unseen) for i in card.classes
-                ]
-            }
+            | {"legend": [(i, data.classes[i], hex_colour(data.palette[i]), i in unseen) for i in card.classes]}
             | {"has_unseen": bool(unseen & set(card.classes if card.truth is None else card.truth))}
         )
     return shown

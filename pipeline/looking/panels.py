@@ -45,12 +45,8 @@ _TO_LAB = np.array(
     ]
 )
 # Full protanopia and deuteranopia, on linear sRGB: Machado, Oliveira and Fernandes, 2009, table 1.
-_PROTAN = np.array(
-    [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]]
-)
-_DEUTAN = np.array(
-    [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]]
-)
+_PROTAN = np.array([[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]])
+_DEUTAN = np.array([[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]])
 _LIGHTNESS = (0.42, 0.90)  # neither black nor white,
 _CHROMA = (0.04, 0.17)  # nor one of the greys that mean "no label", nor glaring
 
@@ -269,15 +265,10 @@ def sheet(strips: Sequence[Strip], *, side: int = 224) -> Image.Image:
     num_columns = max(1, min(len(strips), round(math.sqrt(SHEET_ASPECT * total / width))))
     columns: list[list[Image.Image]] = [[]]
     for strip in drawn_strips:
-        if (
-            len(columns) < num_columns
-            and sum(s.height for s in columns[-1]) + strip.height / 2 > total / num_columns
-        ):
+        if len(columns) < num_columns and sum(s.height for s in columns[-1]) + strip.height / 2 > total / num_columns:
             columns.append([])
         columns[-1].append(strip)
-    page = Image.new(
-        "RGB", (len(columns) * width, GAP + max(sum(s.height for s in c) for c in columns)), PAGE
-    )
+    page = Image.new("RGB", (len(columns) * width, GAP + max(sum(s.height for s in c) for c in columns)), PAGE)
     for place, column in enumerate(columns):
         top = GAP
         for strip in column:

@@ -62,9 +62,7 @@ def coverage(maps: np.ndarray) -> np.ndarray:
     return is_object(maps).sum((1, 2)) / np.maximum(inside.sum((1, 2)), 1)
 
 
-def purity_by_class(
-    store: Store, data: DataSet, rows: list[int], maps: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def purity_by_class(store: Store, data: DataSet, rows: list[int], maps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """By true class, ignored tokens in an object whose majority it is, and all of them; zeros without labels."""
     num, side = len(data.classes), maps.shape[-1]
     size = store.fact(SIDES, "views", "size")
@@ -92,9 +90,7 @@ def majorities(pseudo: np.ndarray, truth: np.ndarray, num: int) -> tuple[np.ndar
 
 
 def _purity_bars(axes: Axes, data: DataSet, followed: np.ndarray, tokens: np.ndarray) -> None:
-    order = sorted(np.flatnonzero(tokens > LEAST_SHARE * tokens.sum()), key=lambda i: -tokens[i])[
-        :MOST_CLASSES
-    ]
+    order = sorted(np.flatnonzero(tokens > LEAST_SHARE * tokens.sum()), key=lambda i: -tokens[i])[:MOST_CLASSES]
     if not order:
         axes.text(0.5, 0.5, "no full labels: purity unknown", ha="center", transform=axes.transAxes)
         axes.set_axis_off()

@@ -100,9 +100,7 @@ def print_results(runs: Sequence[Path]) -> None:
             if (m := read_metrics(path)) is not None:
                 found[f"{label} on {path.parent.name.removeprefix('eval-on-')}{stale(run, m)}"] = m
     if not found:
-        raise UserError(
-            f"none of {', '.join(map(str, runs))} holds eval/metrics.json. Run `cli.py eval` first."
-        )
+        raise UserError(f"none of {', '.join(map(str, runs))} holds eval/metrics.json. Run `cli.py eval` first.")
     out = console()
     out.print(result_table(found).drawn())
     for run in runs:

@@ -52,9 +52,7 @@ def per_class(runs: Sequence[Run], data: DataSet) -> list[dict[str, Any]]:
         }
         for name in found[0][1]
     ]
-    return sorted(
-        rows, key=lambda row: -1.0 if row["ious"][0][1] is None else row["ious"][0][1], reverse=True
-    )
+    return sorted(rows, key=lambda row: -1.0 if row["ious"][0][1] is None else row["ious"][0][1], reverse=True)
 
 
 def confusion_of(config: Config, data: DataSet) -> np.ndarray | None:
@@ -195,10 +193,6 @@ def objects_chart(config: Config) -> Markup:
     summary = (found_manifest(config, "cluster") or {}).get("summary", {})
     histogram = summary.get("objects_histogram", {})
     counts = {int(num): views for num, views in histogram.items() if num.isdecimal()}
-    bars = (
-        [(str(num), float(counts.get(num, 0))) for num in range(min(counts), max(counts) + 1)]
-        if counts
-        else []
-    )
+    bars = [(str(num), float(counts.get(num, 0))) for num in range(min(counts), max(counts) + 1)] if counts else []
     what = "views by number of potential objects"
     return Markup(charts.bar_chart(bars, what=what, x_name="potential objects in a view", y_name="views"))

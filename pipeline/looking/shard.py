@@ -39,9 +39,7 @@ def shard_tree(store: Store, shard: int) -> Tree:
     rows, entries = store.rows(shard), {s: Ledger(store.path, s).entry(shard) for s in IN_CACHE}
     blocks: dict[str, np.ndarray] = {}
     arrays = _arrays(store, shard, entries, blocks)
-    tree = Tree(
-        Text(f"{store.path}: shard {shard} of {store.num_shards}, rows {rows.start} to {rows.stop - 1}")
-    )
+    tree = Tree(Text(f"{store.path}: shard {shard} of {store.num_shards}, rows {rows.start} to {rows.stop - 1}"))
     tree.add("written").add(_origin(entries))
     size = sum(store.size_bytes(name, shard) for name in store.arrays if ARRAYS[name].is_sharded)
     tree.add(f"arrays, {human_bytes(size)} ({size} bytes)").add(arrays)
@@ -65,8 +63,7 @@ def _origin(entries: Mapping[str, dict[str, Any] | None]) -> Table:
             table.add_row(stage, "no record: not written yet, or not to the end")
             continue
         table.add_row(
-            stage,
-            *(str(entry.get(key, UNKNOWN)) for key in ("time", "host", "pid", "seconds", "fingerprint")),
+            stage, *(str(entry.get(key, UNKNOWN)) for key in ("time", "host", "pid", "seconds", "fingerprint"))
         )
     return table
 
@@ -103,21 +100,15 @@ def _reason(error: CacheError) -> str:
     return str(error).partition("trusted: ")[2].partition(". Run")[0] or str(error)
 
 
-def _samples(
-    store: Store, rows: range, blocks: Mapping[str, np.ndarray], quarantined: Mapping[str, str]
-) -> Table:
+def _samples(store: Store, rows: range, blocks: Mapping[str, np.ndarray], quarantined: Mapping[str, str]) -> Table:
     """Row by row: status, potential objects of each view, and the tokens of all views by kind."""
     names = ("row", "sample", "status", "objects a view", "annotated", "ignored", "padding")
     table, ids = _table(*names, right=("row", "annotated", "ignored", "padding")), store.samples
     for place, row in enumerate(rows):
         name = ids[row]
         status = blocks["status"][place] if "status" in blocks else None
-        word = (
-            UNKNOWN if status is None else "ok" if status == 0 else quarantined.get(name, f"status {status}")
-        )
-        counts = (
-            _label_counts(blocks["pseudo"][place]) if "pseudo" in blocks and not status else [UNKNOWN] * 4
-        )
+        word = UNKNOWN if status is None else "ok" if status == 0 else quarantined.get(name, f"status {status}")
+        counts = _label_counts(blocks["pseudo"][place]) if "pseudo" in blocks and not status else [UNKNOWN] * 4
         table.add_row(str(row), Text(name), Text(word), *counts)
     return table
 

@@ -65,10 +65,7 @@ class Tagged:
             used = np.where(sure >= least, mask, IGNORE).astype(LABEL)
             shown += [class_panel("mask", mask, self.data.palette), percent_panel("confidence", sure)]
             shown.append(class_panel("trained on", used, self.data.palette))
-            notes = [
-                ", ".join(names) or "no class",
-                f"{100 * (sure >= least).mean():.0f} % at {least:g} or surer",
-            ]
+            notes = [", ".join(names) or "no class", f"{100 * (sure >= least).mean():.0f} % at {least:g} or surer"]
             classes.append(mask)
             scores = None if truth is None else scores_of(mask, truth, len(self.data.classes))
         if truth is not None:

@@ -46,9 +46,7 @@ def explain(
     with torch.no_grad():
         tokens = _embedded(teacher, images)
         earlier, last = list(visual.transformer.resblocks[:-1]), visual.transformer.resblocks[-1]
-        attention = tokens.new_zeros(
-            len(images), tokens.shape[1] - 1, tokens.shape[1] - 1, dtype=torch.float32
-        )
+        attention = tokens.new_zeros(len(images), tokens.shape[1] - 1, tokens.shape[1] - 1, dtype=torch.float32)
         for place, block in enumerate(earlier):
             if place < len(earlier) + 1 - blocks:
                 tokens = block(tokens)
@@ -105,6 +103,4 @@ def _embedded(teacher: Teacher, images: Tensor) -> Tensor:
     grid = of_patches.T.reshape(1, -1, side, side)
     positions = interpolate(grid, patches.shape[2:], mode="bilinear", align_corners=False).flatten(2)[0].T
     cls = (visual.class_embedding + of_cls[0].to(teacher.dtype)).expand(len(images), 1, -1)
-    return visual.ln_pre(
-        torch.cat([cls, patches.flatten(2).transpose(1, 2) + positions.to(teacher.dtype)], dim=1)
-    )
+    return visual.ln_pre(torch.cat([cls, patches.flatten(2).transpose(1, 2) + positions.to(teacher.dtype)], dim=1))

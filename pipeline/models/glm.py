@@ -94,9 +94,7 @@ class CachedNegatives(nn.Module):
         if number > rows * views:
             raise ValueError(f"{number} negatives are wanted, and {rows * views} CLS tokens are cached.")
         self.number, self.seed = number, seed
-        self.register_buffer(
-            "table", tokens.flatten(0, 1), persistent=False
-        )  # checkpoints don't repeat the cache
+        self.register_buffer("table", tokens.flatten(0, 1), persistent=False)  # checkpoints don't repeat the cache
         self.register_buffer("rows", samples.repeat_interleave(views), persistent=False)
         self.register_buffer("num_pushed", torch.zeros((), dtype=torch.int64))
 

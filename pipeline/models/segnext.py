@@ -221,10 +221,7 @@ PUBLISHED = (
     (r"^block(\d)\.(\d+)\.attn\.proj_2\.", r"stages.<\1>.\2.attention.out."),
     (r"^block(\d)\.(\d+)\.attn\.spatial_gating_unit\.conv0\.", r"stages.<\1>.\2.attention.local."),
     (r"^block(\d)\.(\d+)\.attn\.spatial_gating_unit\.conv3\.", r"stages.<\1>.\2.attention.mix."),
-    (
-        r"^block(\d)\.(\d+)\.attn\.spatial_gating_unit\.conv(\d)_([12])\.",
-        r"stages.<\1>.\2.attention.strips.\3.<\4>.",
-    ),
+    (r"^block(\d)\.(\d+)\.attn\.spatial_gating_unit\.conv(\d)_([12])\.", r"stages.<\1>.\2.attention.strips.\3.<\4>."),
     (r"^block(\d)\.(\d+)\.mlp\.fc1\.", r"stages.<\1>.\2.feed.rise."),
     (r"^block(\d)\.(\d+)\.mlp\.fc2\.", r"stages.<\1>.\2.feed.fall."),
     (r"^block(\d)\.(\d+)\.mlp\.dwconv\.dwconv\.", r"stages.<\1>.\2.feed.depthwise."),

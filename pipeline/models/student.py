@@ -103,9 +103,7 @@ ASPP_RATES = (6, 12, 18, 24)  # ASPP-L's
 OWN_ARCHS: tuple[Any, ...] = (SegNext, DeepLabV2)  # what segmentation_models_pytorch lacks
 
 
-def build_student(
-    section: Student, channels: int, *, side: int | None = None, pretrained: bool = True
-) -> DenseStudent:
+def build_student(section: Student, channels: int, *, side: int | None = None, pretrained: bool = True) -> DenseStudent:
     """Builds encoder and decoder by name; `pretrained=False` skips all weights (a checkpoint follows).
 
     With `side`, that of the views in pixels, timm's encoders are built so that they take it, and others where they can.
@@ -189,9 +187,7 @@ def _explained(section: Student, arch: Any, error: Exception, without: Callable[
         tags = ", ".join(f"tu-{each}" for each in timm.list_pretrained(f"{name}.*")) or "none"
         return StudentError(f"{what}: {_said(error)}. Published are {tags}.")
     if "Wrong pretrained weights" in str(error):
-        return StudentError(
-            f"{what}: {_said(error)}. Set student.encoder_weights to one of them, or to null."
-        )
+        return StudentError(f"{what}: {_said(error)}. Set student.encoder_weights to one of them, or to null.")
     if section.encoder_weights is not None and section.weights is None:
         try:
             without()

@@ -87,9 +87,7 @@ class Teacher:
         patch = int(visual.patch_size[0])
         image_size = image_size or int(visual.image_size[0])
         if image_size % patch:
-            raise TeacherError(
-                f"teacher.image_size {image_size} is no multiple of the patch of {name!r}, {patch}."
-            )
+            raise TeacherError(f"teacher.image_size {image_size} is no multiple of the patch of {name!r}, {patch}.")
         preprocess = open_clip.get_model_preprocess_cfg(model)
         dtype = PRECISIONS[precision]
         model = model.eval().requires_grad_(False).to(device=device, dtype=dtype)
@@ -202,9 +200,7 @@ def _weights_file(name: str, pretrained: str | None, tag: dict[str, Any]) -> Pat
     schema, _, place = name.partition(":")
     try:
         if schema == "local-dir":
-            found = sorted(
-                p for kind in ("*.safetensors", "*.bin", "*.pt", "*.pth") for p in Path(place).glob(kind)
-            )
+            found = sorted(p for kind in ("*.safetensors", "*.bin", "*.pt", "*.pth") for p in Path(place).glob(kind))
             if not found:
                 raise TeacherError(
                     f"teacher.model {name!r}: {place} holds no weights (.safetensors, .bin, .pt or .pth)."
@@ -223,9 +219,7 @@ def _weights_file(name: str, pretrained: str | None, tag: dict[str, Any]) -> Pat
             "Offline, put a checkpoint file's path into teacher.pretrained."
         ) from None
     if pretrained is None:
-        raise TeacherError(
-            f"teacher.model {name!r} needs teacher.pretrained: a tag such as 'openai', or a file."
-        )
+        raise TeacherError(f"teacher.model {name!r} needs teacher.pretrained: a tag such as 'openai', or a file.")
     if not Path(pretrained).is_file():
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
         raise TeacherError(
@@ -234,9 +228,7 @@ def _weights_file(name: str, pretrained: str | None, tag: dict[str, Any]) -> Pat
     return Path(pretrained)
 
 
-def _check_quick_gelu(
-    name: str, pretrained: str | None, tag: dict[str, Any], built: bool, stated: bool | None
-) -> None:
+def _check_quick_gelu(name: str, pretrained: str | None, tag: dict[str, Any], built: bool, stated: bool | None) -> None:
     """Weights trained with QuickGELU in a model with GELU run and are wrong: an error, not a warning."""
     is_file = pretrained is not None and not tag and Path(pretrained).is_file()
     if is_file and stated is None:
@@ -264,9 +256,7 @@ def _load_weights(model: torch.nn.Module, path: Path, quick_gelu: bool | None) -
         raise TeacherError(f"teacher.pretrained {str(path)!r}: {error}") from None
     is_openai = any(entry in state for entry in OPENAI_ENTRIES)
     if is_openai and quick_gelu is False:
-        raise TeacherError(
-            f"teacher.pretrained {str(path)!r} is in OpenAI's layout: its weights want QuickGELU."
-        )
+        raise TeacherError(f"teacher.pretrained {str(path)!r} is in OpenAI's layout: its weights want QuickGELU.")
     for entry in OPENAI_ENTRIES:
         state.pop(entry, None)
     # Positions are interpolated in float32: torch can't in half precision, in which OpenAI's weights come.

@@ -34,9 +34,7 @@ class TransformerAdapter(nn.Module):
         super().__init__()
         if channels % num_heads:
             raise ValueError(f"{num_heads} heads don't divide {channels} channels; choose a divisor.")
-        layer = nn.TransformerDecoderLayer(
-            channels, num_heads, WIDENING * channels, dropout, batch_first=True
-        )
+        layer = nn.TransformerDecoderLayer(channels, num_heads, WIDENING * channels, dropout, batch_first=True)
         self.decoder = nn.TransformerDecoder(layer, num_layers)
         for parameter in self.decoder.parameters():
             if parameter.ndim > 1:  # TransformerDecoder deep-copies one layer: draw each layer's own weights
@@ -102,7 +100,5 @@ class VisualLanguageAdapter(nn.Module):
     def forward(self, means: Tensor, cls: Tensor) -> Tensor:
         """Shapes: means (M, C), M may be 0, cls (B, C) of any length -> (M, C)."""
         if means.shape[1:] != (self.channels,) or cls.shape[1:] != (self.channels,):
-            raise ValueError(
-                f"means {tuple(means.shape)}, cls {tuple(cls.shape)}; {self.channels} channels wanted."
-            )
+            raise ValueError(f"means {tuple(means.shape)}, cls {tuple(cls.shape)}; {self.channels} channels wanted.")
         return self.adapter(means, cls)

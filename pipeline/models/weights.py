@@ -140,21 +140,16 @@ def torchscript_state(path: Path) -> dict[str, Tensor]:
     Raises: WeightsError for an archive that holds more than modules, tensors and plain values.
     """
     with zipfile.ZipFile(path) as archive:
-        stored = sum(
-            info.file_size for info in archive.infolist() if info.compress_type == zipfile.ZIP_STORED
-        )
+        stored = sum(info.file_size for info in archive.infolist() if info.compress_type == zipfile.ZIP_STORED)
         if stored > path.stat().st_size:
             raise WeightsError("a TorchScript archive whose records overlap.")
         top = next(
-            (n.removesuffix("data.pkl") for n in archive.namelist() if re.fullmatch(r"[^/]+/data\.pkl", n)),
-            None,
+            (n.removesuffix("data.pkl") for n in archive.namelist() if re.fullmatch(r"[^/]+/data\.pkl", n)), None
         )
         if top is None:
             raise WeightsError("a TorchScript archive without data.pkl.")
         pickled = _record(archive, f"{top}data.pkl", MOST_PICKLED)
-        order = (
-            _record(archive, f"{top}byteorder", 16) if f"{top}byteorder" in archive.namelist() else b"little"
-        )
+        order = _record(archive, f"{top}byteorder", 16) if f"{top}byteorder" in archive.namelist() else b"little"
         if order != b"little":
             raise WeightsError("a TorchScript archive of a big-endian machine.")
         reader = _Reader(io.BytesIO(pickled))
@@ -169,9 +164,7 @@ def torchscript_state(path: Path) -> dict[str, Tensor]:
         learned = _learned(archive, f"{top}code/")
         named = dict(_named(module, learned, "", 0))
         storages: dict[str, Tensor] = {}
-        return {
-            name: _tensor(archive, f"{top}data/", described, storages) for name, described in named.items()
-        }
+        return {name: _tensor(archive, f"{top}data/", described, storages) for name, described in named.items()}
 
 
 class _Module:
@@ -217,13 +210,9 @@ class _Reader(pickle.Unpickler):
             return _Described
         if (module, name) == ("collections", "OrderedDict"):
             return _Listed
-        if module == "torch.jit._pickle" and (
-            name == "restore_type_tag" or re.fullmatch(r"build_\w+list", name)
-        ):
+        if module == "torch.jit._pickle" and (name == "restore_type_tag" or re.fullmatch(r"build_\w+list", name)):
             return _Listed
-        raise WeightsError(
-            f"a TorchScript archive with {module}.{name}, which isn't a tensor, a module or a list."
-        )
+        raise WeightsError(f"a TorchScript archive with {module}.{name}, which isn't a tensor, a module or a list.")
 
     def persistent_load(self, pid: Any) -> Any:
         match pid:
@@ -279,9 +268,7 @@ def _named(module: Any, learned: Mapping[str, frozenset[str]], prefix: str, dept
             yield from _named(value, learned, f"{prefix}{name}.", depth + 1)
 
 
-def _tensor(
-    archive: zipfile.ZipFile, folder: str, described: _Described, storages: dict[str, Tensor]
-) -> Tensor:
+def _tensor(archive: zipfile.ZipFile, folder: str, described: _Described, storages: dict[str, Tensor]) -> Tensor:
     """The tensor that a description means. Raises: WeightsError where it reaches beyond its storage."""
     match described:
         case _Described(
@@ -297,9 +284,7 @@ def _tensor(
         content = _record(archive, f"{folder}{key}", 2**40)
         if len(content) != length * dtype.itemsize:
             raise WeightsError(f"a TorchScript archive whose data/{key} has {len(content)} bytes.")
-        storages[key] = (
-            torch.frombuffer(bytearray(content), dtype=dtype) if content else torch.empty(0, dtype=dtype)
-        )
+        storages[key] = torch.frombuffer(bytearray(content), dtype=dtype) if content else torch.empty(0, dtype=dtype)
     flat = storages[key]
     last = offset + sum((num - 1) * step for num, step in zip(size, stride, strict=True))
     if flat.dtype != dtype or math.prod(size) > len(flat) or (math.prod(size) and last >= len(flat)):

@@ -59,12 +59,7 @@ def box_masks(maps: Tensor, threshold: float) -> Tensor:
     top, bottom, left, right = (edge[:, 1:] for edge in edges)  # (M, h * w), a part's in its own place
     is_part = bottom >= 0
     corners = torch.zeros(num, (height + 1) * (width + 1), dtype=torch.long, device=maps.device)
-    for sign, y, x in (
-        (1, top, left),
-        (-1, top, right + 1),
-        (-1, bottom + 1, left),
-        (1, bottom + 1, right + 1),
-    ):
+    for sign, y, x in ((1, top, left), (-1, top, right + 1), (-1, bottom + 1, left), (1, bottom + 1, right + 1)):
         place = torch.where(is_part, y * (width + 1) + x, 0)
         corners.scatter_add_(1, place, sign * is_part.long())
     covered = corners.view(num, height + 1, width + 1).cumsum(1).cumsum(2)[:, :height, :width] > 0

@@ -119,10 +119,7 @@ def centroids(features: Tensor, ids: Tensor, num: int) -> tuple[Tensor, Tensor]:
     """
     if features.device.type != "cpu" or not has_channels_innermost(features):
         return losses.centroids(features, ids, num)
-    rows, index = (
-        by_position(features).flatten(0, 1),
-        ids.where(ids >= 0, num).flatten(),
-    )  # (B * L, C), (B * L,)
+    rows, index = (by_position(features).flatten(0, 1), ids.where(ids >= 0, num).flatten())  # (B * L, C), (B * L,)
     sums = features.new_zeros(num + 1, features.shape[1]).index_add(0, index, rows)[:num]
     counts = _num_pixels(ids, num).sum(0)
     return sums / counts.clamp(min=1)[:, None], counts > 0
@@ -246,9 +243,7 @@ class SigmoidSums(Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, ids: Tensor, competes: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, logits: Tensor, ids: Tensor, competes: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         scores, flat = by_position(logits), ids.flatten(1)
         has_id, own_id = flat >= 0, flat.clamp(min=0)
         negative = torch.zeros(logits.shape[:2], dtype=_wide(logits), device=logits.device)  # (B, K)

@@ -37,9 +37,7 @@ def best_enlarged(scores: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor
     is_one &= best[1:, 1:] == best[:-1, :-1]  # (h - 1, w - 1): one class is best at all four corners
     mixed = (~is_one).flatten().nonzero()[:, 0]  # (M,)
     corner = mixed // (width - 1) * width + mixed % (width - 1)  # the upper left one
-    at = torch.stack(
-        [scores.view(-1, num_classes).index_select(0, corner + step) for step in (0, 1, width, width + 1)]
-    )
+    at = torch.stack([scores.view(-1, num_classes).index_select(0, corner + step) for step in (0, 1, width, width + 1)])
     can_win = at.amax(0) >= at.amin(0).amax(1, keepdim=True)  # (M, K)
     num = torch.ones(is_one.numel(), dtype=torch.int64)
     num[mixed] = can_win.sum(1)
@@ -71,9 +69,7 @@ def _of_those(scores: Tensor, size: tuple[int, int], classes: Tensor, num: Tenso
     left, right, along = _taps(width, size[1])
     cell = (top.clamp(max=height - 2)[:, None] * (width - 1) + left.clamp(max=width - 2)).flatten()  # (P,)
     corners = [
-        ((row[:, None] * width + column) * num_classes).flatten()
-        for row in (top, bottom)
-        for column in (left, right)
+        ((row[:, None] * width + column) * num_classes).flatten() for row in (top, bottom) for column in (left, right)
     ]
     down, along = (part.expand(size).flatten() for part in (down[:, None], along))
     flat, begin = scores.flatten(), (num.cumsum(0) - num).index_select(0, cell)  # (P,)

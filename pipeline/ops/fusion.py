@@ -107,9 +107,7 @@ def purity(pseudo: Tensor, labels: Tensor) -> tuple[int, int]:
     height, width = pseudo.shape
     patch = labels.shape[0] // height
     if patch < 1 or labels.shape != (height * patch, width * patch):
-        raise ValueError(
-            f"labels {tuple(labels.shape)}; a whole multiple of the map's {height} x {width} wanted."
-        )
+        raise ValueError(f"labels {tuple(labels.shape)}; a whole multiple of the map's {height} x {width} wanted.")
     truth = labels[patch // 2 :: patch, patch // 2 :: patch].long()  # (h, w)
     is_counted = is_object(pseudo) & (truth != IGNORE)
     if not bool(is_counted.any()):

@@ -73,9 +73,7 @@ def window_centres(
     if window not in _WINDOW_MEANS:
         raise ValueError(f"window {window!r} is not one of {sorted(_WINDOW_MEANS)}.")
     if tokens.ndim != 4 or tokens.shape[:3] != state.shape:
-        raise ValueError(
-            f"tokens {tuple(tokens.shape)}, state {tuple(state.shape)}; (B, h, w, C), (B, h, w) wanted."
-        )
+        raise ValueError(f"tokens {tuple(tokens.shape)}, state {tuple(state.shape)}; (B, h, w, C), (B, h, w) wanted.")
     means = _WINDOW_MEANS[window]
     valid = (state != PADDING)[:, None].float()  # (B, 1, h, w)
     grid = tokens.float().permute(0, 3, 1, 2)  # (B, C, h, w), channels last in memory: pooling is fast there
@@ -117,12 +115,7 @@ def lloyd(
 
 
 def lloyd_at_once(
-    tokens: Tensor,
-    active: Tensor,
-    centres: Tensor,
-    alive: Tensor,
-    iterations: int,
-    distance: Distance = "cosine",
+    tokens: Tensor, active: Tensor, centres: Tensor, alive: Tensor, iterations: int, distance: Distance = "cosine"
 ) -> Clusters:
     """`lloyd` in batched products; see there."""
     tokens, centres, alive = _checked(tokens, active, centres, alive, iterations)

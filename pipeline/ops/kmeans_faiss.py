@@ -90,12 +90,7 @@ def _search_on_gpu(points: Tensor, centres: Tensor) -> tuple[Tensor, Tensor, Ten
 
 
 def lloyd_faiss(
-    tokens: Tensor,
-    active: Tensor,
-    centres: Tensor,
-    alive: Tensor,
-    iterations: int = ITERATIONS,
-    gpu: bool = False,
+    tokens: Tensor, active: Tensor, centres: Tensor, alive: Tensor, iterations: int = ITERATIONS, gpu: bool = False
 ) -> Clusters:
     """`kmeans.lloyd` with the search by FAISS, one a view and iteration.
 
@@ -103,9 +98,7 @@ def lloyd_faiss(
     Raises: ValueError also when `gpu` is set and FAISS sees none.
     """
     if gpu and _num_gpus() == 0:
-        raise ValueError(
-            "gpu=True, but faiss sees no GPU. Use gpu=False, or faiss-gpu on a machine with one."
-        )
+        raise ValueError("gpu=True, but faiss sees no GPU. Use gpu=False, or faiss-gpu on a machine with one.")
 
     search = _search_on_gpu if gpu else _search
     with _one_thread():

@@ -98,9 +98,7 @@ def combined_labels(
     return CombinedLabels(ids, image_of_potential, len(image_of_potential))
 
 
-def competing(
-    image_of_potential: Tensor, num_images: int, num_seen: int, potentials: str = "batch"
-) -> Tensor | None:
+def competing(image_of_potential: Tensor, num_images: int, num_seen: int, potentials: str = "batch") -> Tensor | None:
     """Which label ids compete in which image, `competes` of the losses below; None stands for all.
 
     "batch": every image's potential objects compete everywhere; "image": only an image's own.
@@ -151,20 +149,13 @@ def pooled(cls: Tensor, dense: Tensor, how: str = "attention") -> Tensor:
     if how not in POOLINGS:
         raise ValueError(f"pooling {how!r} is not one of {sorted(POOLINGS)}.")
     if cls.shape != dense.shape[:2]:
-        raise ValueError(
-            f"cls {tuple(cls.shape)} and dense {tuple(dense.shape)} differ in batch or channels."
-        )
+        raise ValueError(f"cls {tuple(cls.shape)} and dense {tuple(dense.shape)} differ in batch or channels.")
     return POOLINGS[how](cls, dense.flatten(2))
 
 
 @in_float32
 def infonce(
-    cls: Tensor,
-    predicted: Tensor,
-    bank: Tensor,
-    bank_samples: Tensor,
-    samples: Tensor,
-    tau: float = TEMPERATURE,
+    cls: Tensor, predicted: Tensor, bank: Tensor, bank_samples: Tensor, samples: Tensor, tau: float = TEMPERATURE
 ) -> Tensor:
     """Each predicted CLS token must find its own image's among the batch's and the bank's.
 
@@ -262,9 +253,7 @@ def count_masks(ids: Tensor, num: int) -> Tensor:
 
 
 @in_float32
-def focal(
-    logits: Tensor, ids: Tensor, num_masks: Tensor | None = None, competes: Tensor | None = None
-) -> Tensor:
+def focal(logits: Tensor, ids: Tensor, num_masks: Tensor | None = None, competes: Tensor | None = None) -> Tensor:
     """Sigmoid focal loss: mean over pixels, summed over images and label ids, over num_masks.
 
     An ignored pixel is a negative of every class. A batch without any id has nothing to act on: 0.

@@ -46,9 +46,7 @@ class SweptConfusion:
         truth = truth.to(torch.int32).flatten()
         row = truth.where(truth != self.ignore, self.num_classes)  # ignored pixels in a row that is cut off
         if row.numel() and not 0 <= int(row.min()) <= int(row.max()) <= self.num_classes:
-            raise ValueError(
-                f"true classes {int(row.min())} to {int(row.max())}, of {self.num_classes} classes."
-            )
+            raise ValueError(f"true classes {int(row.min())} to {int(row.max())}, of {self.num_classes} classes.")
         places = len(self.gammas) + 1
         if self.seen.size + self.seen[0].size > MOST_PLACES:
             row = row.long()

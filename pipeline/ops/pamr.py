@@ -23,9 +23,7 @@ SMALLEST = 1e-8  # a flat neighbourhood's deviation is 0, and so are all its dif
 AROUND = tuple((y, x) for y in (-1, 0, 1) for x in (-1, 0, 1) if (y, x) != (0, 0))
 
 
-def refine(
-    image: Tensor, scores: Tensor, *, dilations: Sequence[int] = DILATIONS, rounds: int = ROUNDS
-) -> Tensor:
+def refine(image: Tensor, scores: Tensor, *, dilations: Sequence[int] = DILATIONS, rounds: int = ROUNDS) -> Tensor:
     """Scores after `rounds` of passing them on. Beyond the edge, the edge's pixels are repeated.
 
     Shapes: image (3, H, W) uint8, scores (n + 1, H, W) -> (n + 1, H, W) float32, on the scores' device.

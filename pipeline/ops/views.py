@@ -111,9 +111,7 @@ def _triangle_bags(start: int, side: int, length: int, size: int) -> tuple[Tenso
 def _resample_rows(rows: Tensor, bags: tuple[Tensor, Tensor, Tensor], first: int) -> Tensor:
     """Weighted sums of rows: rows (N, M) -> (size, M). Exact: operands are small integers."""
     indices, offsets, weights = bags
-    return F.embedding_bag(
-        indices - first, rows, offsets, mode="sum", per_sample_weights=weights.to(rows.dtype)
-    )
+    return F.embedding_bag(indices - first, rows, offsets, mode="sum", per_sample_weights=weights.to(rows.dtype))
 
 
 def replay_image(image: NDArray, box: ArrayLike, size: int, mean_colour: ArrayLike) -> Tensor:

@@ -57,12 +57,7 @@ class RateColumn(ProgressColumn):
 def progress(what: str, total: int, *, done: int = 0, unit: str = "images") -> Iterator[Any]:
     """A bar with rate and remaining time; yields `advance(n, **fields)`. A log file gets its last state only."""
     columns = (TextColumn("{task.description:<8}"), BarColumn(), MofNCompleteColumn(), RateColumn())
-    times = (
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
+    times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
     with Progress(*columns, *times, console=console) as bar:
         task = bar.add_task(what, total=total, completed=done, unit=unit, note="")
         yield lambda count=1, note="": bar.update(task, advance=count, note=note)

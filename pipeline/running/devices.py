@@ -20,9 +20,7 @@ def device_of(key: str, wanted: str) -> torch.device:
         raise ConfigError(f"{key} is {wanted!r}: want auto, cpu, cuda or cuda:1.")
     num = torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= num:
-        raise ConfigError(
-            f"{key} is {wanted!r}, and torch sees {num or 'no'} GPUs here. Set it to auto or cpu."
-        )
+        raise ConfigError(f"{key} is {wanted!r}, and torch sees {num or 'no'} GPUs here. Set it to auto or cpu.")
     try:
         torch.ones(1, device=device).add(1).cpu()  # a name that torch knows may be of another kind of machine
     except Exception:  # whatever the backend raises that isn't there

@@ -114,9 +114,7 @@ def run_config(run: Path) -> Config:
     """The config that a run folder was made with. Raises ConfigError when it is no run folder."""
     if not (run / "config.yaml").is_file():
         near = sorted(p.parent.as_posix() for p in Path("runs").glob("*/config.yaml"))
-        raise ConfigError(
-            f"{run}: not a run folder (no config.yaml in it). There are: {', '.join(near) or 'none'}."
-        )
+        raise ConfigError(f"{run}: not a run folder (no config.yaml in it). There are: {', '.join(near) or 'none'}.")
     return load(run / "config.yaml")
 
 

@@ -95,9 +95,7 @@ def check_current(cache_path: str | Place, stage: str, data: DataSet, fingerprin
     check_labels_unchanged(ledger, fingerprint, samples, stamps_of(data, samples, "labels"))
 
 
-def check_labels_unchanged(
-    ledger: Ledger, fingerprint: str, samples: Sequence[Sample], now: Sequence[str]
-) -> None:
+def check_labels_unchanged(ledger: Ledger, fingerprint: str, samples: Sequence[Sample], now: Sequence[str]) -> None:
     """Compares the labels that a stage has read, row by row, with the stamps of today's. Raises: StaleCache."""
     if changed := changed_rows(ledger, fingerprint, samples, now):
         raise StaleCache(
@@ -130,9 +128,7 @@ def different_classes(found: Sequence[str], wanted: Sequence[str]) -> str:
             return f"class {place} was {was!r} and is {now!r}"
     longer, word = (wanted, "new") if len(wanted) > len(found) else (found, "gone")
     rest = [repr(name) for name in longer[min(len(found), len(wanted)) :]]
-    return (
-        f"{', '.join(rest[:3])}{', ...' if len(rest) > 3 else ''} {'is' if len(rest) == 1 else 'are'} {word}"
-    )
+    return f"{', '.join(rest[:3])}{', ...' if len(rest) > 3 else ''} {'is' if len(rest) == 1 else 'are'} {word}"
 
 
 def samples_of(data: DataSet, store: Store, rows: range) -> list[Sample]:
@@ -161,17 +157,13 @@ def changed_rows(
     found = []
     for shard, entry in ledger.entries_of(fingerprint).items():
         first, stop = entry["rows"]
-        for row, (was, now) in enumerate(
-            zip(entry.get("stamps", ()), stamps[first:stop], strict=False), start=first
-        ):
+        for row, (was, now) in enumerate(zip(entry.get("stamps", ()), stamps[first:stop], strict=False), start=first):
             if was != now and is_listed(samples[row]):
                 found.append((row, shard, was, now))
     return found
 
 
-def check_unchanged(
-    ledger: Ledger, fingerprint: str, samples: Sequence[Sample], stamps: Sequence[str]
-) -> None:
+def check_unchanged(ledger: Ledger, fingerprint: str, samples: Sequence[Sample], stamps: Sequence[str]) -> None:
     """Compares what each recorded row was made from with what there is now.
 
     Raises: StaleCache naming the first image that changed, and how many.

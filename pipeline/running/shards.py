@@ -27,14 +27,7 @@ from pipeline.data.base import DataSet, Sample, data_of
 from pipeline.ops.labels import file_dtype
 from pipeline.running.console import progress, say
 from pipeline.running.engine import map_shards
-from pipeline.running.manifests import (
-    asked_of,
-    finish,
-    found_manifest,
-    record_shard,
-    reopen,
-    required_manifest,
-)
+from pipeline.running.manifests import asked_of, finish, found_manifest, record_shard, reopen, required_manifest
 from pipeline.running.rows import check_labels_unchanged, current_samples, samples_of, span, stamps_of
 from pipeline.running.table import STAGES, Stage, above, all_above, below, fingerprint
 

@@ -206,9 +206,7 @@ def below(name: str) -> tuple[str, ...]:
 # A key at its default is in no fingerprint, so that a new version with one more key finds finished work finished.
 # So a default that changes, or a key that gets another meaning, must raise this: then everything is made again.
 MEANING = 3
-SAMPLES = (
-    "samples"  # what options bear on that say which samples there are: no content where these are a fact
-)
+SAMPLES = "samples"  # what options bear on that say which samples there are: no content where these are a fact
 
 
 def asked(config: Config, stage: str, *, apart_from: str = "") -> dict[str, Any]:
@@ -258,7 +256,6 @@ def difference(was: Mapping[str, Any], now: Mapping[str, Any], limit: int = 3) -
     usual = defaults()
     keys = [key for key in dict.fromkeys([*now, *was]) if was.get(key) != now.get(key)]
     said = [
-        f"{key} was {was.get(key, usual.get(key))!r} and is {now.get(key, usual.get(key))!r}"
-        for key in keys[:limit]
+        f"{key} was {was.get(key, usual.get(key))!r} and is {now.get(key, usual.get(key))!r}" for key in keys[:limit]
     ]
     return "; ".join(said) + (f"; and {len(keys) - limit} more" if len(keys) > limit else "")

@@ -42,9 +42,7 @@ def refine(image: NDArray, scores: NDArray) -> NDArray:
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[0] != 3:
         raise ValueError(f"image is {image.shape} {image.dtype}; (3, H, W) uint8 wanted.")
     if scores.shape[1:] != image.shape[1:] or not len(scores):
-        raise ValueError(
-            f"scores {scores.shape} and image {image.shape}: want one size and at least one class."
-        )
+        raise ValueError(f"scores {scores.shape} and image {image.shape}: want one size and at least one class.")
     if not (scores.min() >= 0 and scores.max() <= 1):  # so that NaN is out of range too
         raise ValueError(f"scores from {scores.min()} to {scores.max()}; 0 to 1 wanted.")
     package = required()

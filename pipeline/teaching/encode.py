@@ -160,9 +160,7 @@ def _load_views(
     return boxes, [replay_image(image, box, size, mean) for box in boxes]
 
 
-def _encode_padded(
-    teacher: Teacher, views: list[Tensor], batch: int, storage: Storage
-) -> dict[str, np.ndarray]:
+def _encode_padded(teacher: Teacher, views: list[Tensor], batch: int, storage: Storage) -> dict[str, np.ndarray]:
     """What is kept of the teacher's outputs for b <= batch views: arrays (b, ...) by name."""
     images, missing = torch.stack(views), batch - len(views)
     if missing:

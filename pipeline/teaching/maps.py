@@ -76,9 +76,7 @@ def explained_teacher(section: TeacherSection, cams: Cams) -> Teacher:
 
 def text_features(section: TeacherSection, cams: Cams, words: tuple[str, ...]) -> tuple[Tensor, Tensor]:
     """Features of the classes' words (K, C) and of the background's names (N, C), unit norm, on the device."""
-    return _encoded(
-        section, cams.device, cams.precision, cams.template, words, background_names(cams.background)
-    )
+    return _encoded(section, cams.device, cams.precision, cams.template, words, background_names(cams.background))
 
 
 @functools.lru_cache(maxsize=2)

@@ -84,9 +84,7 @@ def on_tokens(maps: Tensor, box: np.ndarray, size: tuple[int, ...], side: int) -
     return grid_sample(maps[None], grid[None], padding_mode="border", align_corners=False)[0]
 
 
-def _maps(
-    config: Config, image: np.ndarray, tags: Sequence[int], others: Sequence[int], text: Tensor
-) -> Tensor:
+def _maps(config: Config, image: np.ndarray, tags: Sequence[int], others: Sequence[int], text: Tensor) -> Tensor:
     """The refined maps of an image's tags, which compete with one another and with `others`: (T, g_h, g_w)."""
     teacher = explained_teacher(config.teacher, config.cams)
     text = text.to(teacher.device)

@@ -102,9 +102,7 @@ def backend_of(section: Cluster) -> Backend:
         from pipeline.ops import kmeans_faiss
 
         where = kmeans_faiss.device_name(gpu=section.device != "cpu")
-        if section.device not in ("auto", "cpu", "cuda", "cuda:0") or (
-            section.device[:4] == "cuda" and where == "cpu"
-        ):
+        if section.device not in ("auto", "cpu", "cuda", "cuda:0") or (section.device[:4] == "cuda" and where == "cpu"):
             raise ConfigError(
                 f"cluster.device is {section.device!r}: FAISS clusters on auto, cpu or cuda, its first GPU, and this "
                 f"FAISS is {kmeans_faiss.build_name()}. Set it to auto, or cluster.backend to torch."

@@ -38,12 +38,7 @@ def new_stats(num_classes: int) -> dict[str, np.ndarray]:
 
 
 def add_seeds(
-    stats: dict[str, np.ndarray],
-    data: DataSet,
-    sample: Sample,
-    tags: Sequence[int],
-    raw: Tensor,
-    maps: Tensor,
+    stats: dict[str, np.ndarray], data: DataSet, sample: Sample, tags: Sequence[int], raw: Tensor, maps: Tensor
 ) -> None:
     """Counts one image. Shapes: raw and maps (n, g_h, g_w)."""
     stats["images"] += 1
@@ -102,9 +97,7 @@ def _miou(counts: np.ndarray) -> np.ndarray:
     """mIoU in percent from (..., 3, K): intersection, predicted, true."""
     both, predicted, true = np.moveaxis(counts.astype(np.float64), -2, 0)
     union = predicted + true - both
-    return 100 * np.nanmean(
-        np.divide(both, union, out=np.full(union.shape, np.nan), where=union > 0), axis=-1
-    )
+    return 100 * np.nanmean(np.divide(both, union, out=np.full(union.shape, np.nan), where=union > 0), axis=-1)
 
 
 def print_summary(summary: dict[str, Any]) -> None:

@@ -14,9 +14,7 @@ from pipeline.data.survey import Complaint
 
 FEW = 2.0  # objects in a view that has an ignored area: sane 2.5 to 7.7, lambda 0.5 gives 1.6, one window 1.0
 MANY = 9.0  # the same: lambda 0.95 gives 11.7, with a single view 10.3
-MOST_LARGEST = (
-    88.0  # percent of the ignored area in each view's largest object: sane 52 to 84, lambda 0.5 gives 90
-)
+MOST_LARGEST = 88.0  # percent of the ignored area in each view's largest object: sane 52 to 84, lambda 0.5 gives 90
 THIN = 5.0  # percent of the image that is ignored: the demo's split 24, one rare class unseen 2.1
 PURE = 95.0  # percent: sane 96.4 to 99.2, lambda 0.5 gives 93.2, tokens of another image 90.9
 MOST_NAMED = 3  # of a list of classes
@@ -97,9 +95,7 @@ def _doubts(summary: Mapping[str, Any], section: Cluster) -> Iterator[Complaint]
             "mixed objects",
             f"purity {summary['purity']:.1f} %{known}: objects mix classes (known from full labels, which training "
             "never reads).",
-            "What merges them is said above."
-            if found["objects"] < FEW or is_giant
-            else f"{todo}cluster.iterations.",
+            "What merges them is said above." if found["objects"] < FEW or is_giant else f"{todo}cluster.iterations.",
         )
 
 

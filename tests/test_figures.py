@@ -25,7 +25,7 @@ def test_majorities_by_hand():
     # Object 1 has two tokens of class 0 and one of class 1, object 2 one of class 1; annotated, padding and
     # unlabelled tokens don't count. Class 0: two of two follow; class 1: one of two.
     pseudo = np.array([[1, 1, 1, 2], [0, 255, 2, 0]], np.uint8)
-    truth = np.array([[0, 0, 1, 1], [0, 1, 255, 1]], np.uint8)
+    truth = np.array([[0, 0, 1, 1], [0, 1, -1, 1]], np.int16)
     followed, tokens = majorities(pseudo, truth, 3)
     assert followed.tolist() == [2, 1, 0]
     assert tokens.tolist() == [2, 2, 0]

@@ -6,7 +6,7 @@ from typing import get_args
 import pytest
 import torch
 
-from pipeline.config import Adapter, Pooling
+from pipeline.config.schema import Adapter, Pooling
 from pipeline.models.glm import CachedNegatives, ClsBank, of_length
 from pipeline.models.vla import VARIANTS, VisualLanguageAdapter
 from pipeline.ops.losses import POOLINGS, generate_loss, pooled

@@ -60,12 +60,12 @@ def test_the_thread_leaves_the_students_threads_alone():
 
 
 def test_batches_are_the_same_from_memory(cached_demo, tiny):
-    """Two epochs of 70 images and two views: nothing kept, room for 20 views of 64 KiB, room for all."""
+    """Two epochs of 70 images and two views: nothing kept, room for 20 views of 80 KiB, room for all."""
     settings = (f"cache.path={cached_demo}", "train.photometric=true")
     num = 2 * 70 // 4
     views = {
         gb: CachedViews(config, data_of(config.data))
-        for gb in (0, 20 * 4 * 128**2 / 1e9, 1)
+        for gb in (0, 20 * 5 * 128**2 / 1e9, 1)
         for config in [tiny(*settings, f"train.views_in_memory_gb={gb}")]
     }
     never, some, everything = views.values()

@@ -294,7 +294,7 @@ class Train(Section):
         description="loader processes; 0: a thread instead; null: 0, or up to 8 beside a GPU",
     )
     views_in_memory_gb: float = aside(
-        1.0, ge=0, description="replayed views kept for the next epochs, a training process; 0.001 a 512 x 512 view"
+        1.0, ge=0, description="replayed views kept for the next epochs, a training process; 0.0013 a 512 x 512 view"
     )
     threads: int | None = aside(None, ge=1, le=MAX_THREADS, description="torch threads; null leaves torch's own choice")
     log_every: int = aside(50, ge=1, description="iterations between two lines of the log")

@@ -26,7 +26,7 @@ from cache.store import Store
 from cache.verify import read_recorded, read_whole
 from pipeline.config import Config, UserError, digest
 from pipeline.data.base import DataSet, Sample, data_of
-from pipeline.ops.labels import file_dtype
+from pipeline.ops.labels import cached_dtype
 from pipeline.running.console import progress, say
 from pipeline.running.engine import map_shards
 from pipeline.running.manifests import asked_of, finish, found_manifest, record_shard, reopen, required_manifest
@@ -150,8 +150,7 @@ def run_stage(name: str, config: Config, *, workers: int = 0, scheduler: str | N
         store = Store.open(config.cache_path)
         arrays = stage.arrays(config)
         if (sizes := stage.sizes(run, store)) is not None:
-            of_classes = file_dtype(len(data.classes) + 1).name  # one value more: never written
-            dtypes = {name: of_classes for name in arrays if name in OF_CLASSES}
+            dtypes = {array: cached_dtype(len(data.classes)).name for array in arrays if array in OF_CLASSES}
             store.add_arrays(arrays, sizes, replace=True, dtypes=dtypes)
         if line := stage.announced(config):
             say(line)

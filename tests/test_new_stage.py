@@ -73,7 +73,7 @@ ENTRY = """
         says={"summary?": {"objects": int}},
     ),
 """
-LAST = '    Stage("figures", ("report",), "eval", writes_last="clusters.png"),\n'
+LAST = '    Stage("figures", ("report",), "eval", recipe="clip_teacher", writes_last="clusters.png"),\n'
 PARTS = ("pipeline", "cache", "config", "profiles", "cli.py", "Snakefile")
 SETTINGS = ("views.num=1", "cluster.debug=true")  # five shards; debug keeps centroids
 
@@ -155,7 +155,7 @@ def test_verify_looks_at_it(project):
     assert "data.zarr/spread" in hurt.stdout
 
 
-def test_another_clustering_makes_it_again(project):
+def test_it_is_refused_on_another_clustering(project):
     folder, _ = project
     assert run(folder, "spread").returncode == 0
     other = [*command(folder, "spread")[2:], "--set", "cluster.threshold=0.7"]

@@ -1,7 +1,8 @@
 """The stages, as data: what each reads, what it stands on, what it writes and says when it ends. One entry a stage.
 
-A stage that makes arrays of the cache shard by shard is a `ShardStage` (pipeline/running/shards.py) in a file of its
-own, and an entry here. The command line, the ledger, `verify`, `inspect`, `doctor` and Snakemake know it by its entry.
+A stage that makes arrays shard by shard from what `extract` has left is a `ShardStage` (pipeline/running/shards.py) in
+a file of its own, and an entry here. The command line, the ledger, `verify`, `inspect`, `doctor` and Snakemake know it
+by its entry.
 `config_fingerprint` says what a config asks of a stage (the Snakefile's trigger), `fingerprint` what the stage makes of
 it: facts about the data included. Importing this loads neither torch nor any stage.
 """
@@ -55,7 +56,7 @@ class Stage:
     reads: of the data set beside the training images: "labels", "test".
     also: stages whose sections and `reads` count as well under a config.
     part_of: the stage that makes this one and keeps its manifest.
-    recipe: the recipe whose labels it makes.
+    recipe: the only one that it belongs to; of a stage of the cache, the one whose labels it makes.
     work: "module:Class" of a `ShardStage`, imported when it runs; other stages have a command of their own.
     specs: of the arrays it writes, if cache/schema.py doesn't have them.
     in_cache: it keeps its work in the cache, shard by shard.
@@ -154,7 +155,7 @@ _ENTRIES = (
     ),
     Stage("eval", ("data", "eval"), "train", reads=("labels", "test"), writes_last="metrics.json"),
     Stage("report", ("report",), "eval", writes_last="index.html"),
-    Stage("figures", ("report",), "eval", writes_last="clusters.png"),
+    Stage("figures", ("report",), "eval", recipe="clip_teacher", writes_last="clusters.png"),
 )
 STAGES = {stage.name: stage for stage in _ENTRIES}
 ARRAYS.update({spec.name: spec for stage in _ENTRIES for spec in stage.specs})
@@ -164,7 +165,7 @@ IN_CACHE = tuple(name for name, stage in STAGES.items() if stage.in_cache)
 
 def labels_stage(config: Config) -> str:
     """Which stage makes the labels that training reads."""
-    return next(name for name, stage in STAGES.items() if stage.recipe == config.recipe)
+    return next(name for name in IN_CACHE if STAGES[name].recipe == config.recipe)
 
 
 def parts_of(name: str) -> tuple[str, ...]:

@@ -33,7 +33,7 @@ from pipeline.looking.forecast import (
     side_of,
 )
 from pipeline.models.student import cost_of
-from pipeline.models.teacher import TeacherShape, shape_of
+from pipeline.models.teacher import CAN_EXPLAIN, TeacherShape, shape_of
 from pipeline.ops.masks import fitted_size
 from pipeline.running.checked import wrong_tags
 from pipeline.running.console import say
@@ -57,7 +57,14 @@ def doctor(config: Config, *, dry: bool = False, most: int = SAMPLE) -> list[Com
     `dry` opens no data set: counts are the config's or the published ones. Otherwise up to `most` images and masks
     of each part are opened. Raises: TeacherError, StudentError, ConfigError.
     """
-    shape = shape_of(config.teacher.model, config.teacher.pretrained)
+    section = config.teacher
+    shape = shape_of(
+        section.model,
+        section.pretrained,
+        image_size=section.image_size,
+        dense=section.dense,
+        output_stride=section.output_stride,
+    )
     say(_versions())
     found = _machine(config, shape)
     found += _student_weights(config, dry)
@@ -65,7 +72,7 @@ def doctor(config: Config, *, dry: bool = False, most: int = SAMPLE) -> list[Com
     num_images = _num_images(config, parts)
     num_classes = len(data.classes) if data else 0
     side = side_of(config, shape)
-    found += _image_size(config, shape)
+    found += [*_image_size(config, shape), *_explained(config, shape)]
     say(
         f"teacher: {config.teacher.model} at {side * shape.patch} x {side * shape.patch}, {side} x {side} tokens of "
         f"{shape.channels}, {flops_of_a_view(shape, side) / 1e9:.1f} GFLOP a view"
@@ -74,7 +81,7 @@ def doctor(config: Config, *, dry: bool = False, most: int = SAMPLE) -> list[Com
         say("images: not known without the data set; costs are of 1,000")
     costs = {name: forecast(config, shape, num_images or 1000, num_classes, name) for name in STORAGE}
     _say_costs(config, costs, flops_of_a_view(shape, side))
-    if config.recipe == "clip_es":
+    if config.recipe == "clip_es" and shape.can_explain:
         _say_cams(config, shape, num_images or 1000, parts)
     _say_training(config, shape, side, num_classes)
     if num_images is not None:
@@ -127,6 +134,15 @@ def _image_size(config: Config, shape: TeacherShape) -> list[Complaint]:
     below = max(size // shape.patch, 1) * shape.patch
     what = f"teacher.image_size {size} is no multiple of the patch of {config.teacher.model!r}, {shape.patch}."
     return [Complaint("image size", what, f"Set it to {below} or {below + shape.patch}.")]
+
+
+def _explained(config: Config, shape: TeacherShape) -> list[Complaint]:
+    """CAMs are asked for of a teacher that can't be asked why."""
+    if shape.can_explain or (config.recipe != "clip_es" and config.cluster.named_above is None):
+        return []
+    key = "recipe clip_es" if config.recipe == "clip_es" else "cluster.named_above"
+    what = f"{key} makes CAMs, which {config.teacher.model!r} gives no attention and gradients for."
+    return [Complaint("no CAMs", what, f"These do: {CAN_EXPLAIN}.")]
 
 
 def _student_weights(config: Config, dry: bool) -> list[Complaint]:

@@ -33,6 +33,7 @@ from pipeline.data.base import DataError, DataSet, Sample, data_of
 from pipeline.data.prompts import prompts
 from pipeline.data.words import names_of_classes, other_names
 from pipeline.learning.text import features_of_file
+from pipeline.models.clip import weights_files
 from pipeline.models.teacher import Teacher
 from pipeline.ops.quantise import dequantised
 from pipeline.running.checked import check_labels
@@ -369,10 +370,7 @@ FACTS = {
 
 def _facts(config: Config, data: DataSet) -> dict[str, Any]:
     """What the teacher's work rests on beside the config; see FACTS."""
-    files = [config.teacher.pretrained]
-    if config.teacher.model.startswith("local-dir:"):
-        files += sorted(str(p) for p in Path(config.teacher.model.partition(":")[2]).glob("*.safetensors"))
-    hashed = sorted(_file_digest(Path(p)) for p in files if p and Path(p).is_file())
+    hashed = sorted(map(_file_digest, weights_files(config.teacher.model, config.teacher.pretrained)))
     facts: dict[str, Any] = {"name": data.name, "weights": hashed}
     return facts | {"unseen": list(data.unseen_ids)} if config.cache.tokens == STREAM else facts
 

@@ -94,12 +94,18 @@ class Data(Section):
 
 
 class TeacherSection(Section):
-    """The frozen CLIP. `model` and `pretrained` are open_clip's; `local-dir:` models bring their weights."""
+    """The frozen CLIP (docs/teachers.md). `local-dir:` and `hf-hub:` models bring their weights."""
 
     model: str = content("ViT-B-16-quickgelu", description="an open_clip model, local-dir:folder or hf-hub:repo")
-    pretrained: str | None = content("openai", description="an open_clip tag or a checkpoint file")
+    pretrained: str | None = content("openai", description="an open_clip tag, a checkpoint file or its folder")
     quick_gelu: bool | None = content(None, description="must be stated for a checkpoint file, which can't tell")
     image_size: int = content(512, ge=16, le=MAX_SIDE, description="side of a view in pixels (paper: 512)")
+    dense: Literal["paper", "value", "qq", "naclip"] = content(
+        "paper", description="what dense tokens are: the last block as it is, or recomputed (open_clip's own ViTs)"
+    )
+    output_stride: int | None = content(
+        None, ge=4, le=32, description="pixels of a token of timm's CNNs, dilated; null: their own, mostly 32"
+    )
     precision: Literal["fp32", "bf16", "fp16"] = content("fp32", description="of the whole model")
     batch: int = content(
         8, ge=1, le=MAX_BATCH, description="views per forward, padded to this size so that rows don't depend on it"

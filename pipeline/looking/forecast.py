@@ -94,7 +94,9 @@ def num_forwards(num_images: int, num_views: int, batch: int) -> int:
 
 
 def flops_of_a_view(shape: TeacherShape, side: int) -> float:
-    """Of a ViT's forward, multiply-adds counted as two: 12 d^2 a token and layer, and attention's 2 L d twice."""
+    """Of a forward, multiply-adds counted as two; a ViT's: 12 d^2 a token and layer, and attention's 2 L d twice."""
+    if not shape.layers:
+        return shape.flops
     tokens = side * side + 1
     return shape.layers * 2 * (12 * shape.width**2 * tokens + 2 * tokens**2 * shape.width)
 

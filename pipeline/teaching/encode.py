@@ -23,7 +23,7 @@ from cache.schema import spec_of
 from cache.verify import OK
 from pipeline.config import TeacherSection
 from pipeline.data.base import BadImage, DataSet, Sample
-from pipeline.models.teacher import Teacher, TeacherError
+from pipeline.models.teacher import Encoder, Teacher, TeacherError
 from pipeline.ops.quantise import quantised
 from pipeline.ops.views import draw_views, replay_image
 from pipeline.running.devices import device_of
@@ -70,20 +70,13 @@ STORAGE = {
 @functools.lru_cache(maxsize=1)
 def teacher_of(section: TeacherSection) -> Teacher:
     """The run's teacher, loaded once a process."""
-    return Teacher.load(
-        section.model,
-        section.pretrained,
-        image_size=section.image_size,
-        quick_gelu=section.quick_gelu,
-        precision=section.precision,
-        device=str(device_of("teacher.device", section.device)),
-    )
+    device = str(device_of("teacher.device", section.device))
+    return Teacher.of(section, image_size=section.image_size, device=device, precision=section.precision)
 
 
-def axis_sizes(teacher: Teacher, num_views: int) -> dict[str, int]:
+def axis_sizes(teacher: Encoder, num_views: int) -> dict[str, int]:
     """Lengths of the axes that the teacher and the views fix."""
-    side = teacher.image_size // teacher.patch
-    return {"V": num_views, "C": teacher.channels, "h": side, "w": side}
+    return {"V": num_views, "C": teacher.channels, "h": teacher.side, "w": teacher.side}
 
 
 def shard_blocks(

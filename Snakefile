@@ -38,8 +38,8 @@ ALIVE = clear_dead_locks() if workflow.is_main_process else None
 # A job runs again when its trigger changes, and for nothing else: the user's settings are no params.
 TRIGGERS = stage_triggers(RUN)
 CACHE, OUT = RUN.manifest_folder.as_posix(), f"{RUN.runs}/{RUN.name}"
-# Stage -> the files that it stands on, and the one that it writes last: extract, cluster or cams, train, eval, report,
-# figures, and what else the table of stages has (pipeline/running/table.py).
+# Stage -> the files that it stands on, and the one that it writes last: extract, cluster and cams, train, eval,
+# report, figures, and what else the table of stages has (pipeline/running/table.py).
 STAGES = stage_files(RUN)
 SHOWN = {"report": "runs", "figures": "figures"}  # in Snakemake's own report, by category
 

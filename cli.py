@@ -79,7 +79,7 @@ def extract(
     if like:
         from pipeline.teaching.takeover import take_over
 
-        take_over(like, settings)
+        take_over(like, settings)  # says whether it does
     from pipeline import extract as stage
     from pipeline.running.console import say
 

@@ -102,7 +102,7 @@ _SPECS = (
         "uint8",
         254,
         "cluster",
-        "class id of each potential object, row p - 1 for mask p; 255 without a name (cluster.named_above)",
+        "class id of each potential object, row p - 1 for mask p; the largest: no name (cluster.named_above)",
         blank=True,
         compressed=True,
     ),
@@ -128,7 +128,7 @@ _SPECS = (
         is_debug=True,
     ),
     ArraySpec(
-        "cam_class", ("N", "K_max"), "uint8", 254, "cams", "class id of each CAM, 255 beyond the last", blank=True
+        "cam_class", ("N", "K_max"), "uint8", 254, "cams", "class id of each CAM, the largest: no more", blank=True
     ),
     ArraySpec("cam_shape", ("N", "hw"), "uint16", 65535, "cams", "tokens down and across", blank=True),
     ArraySpec(
@@ -137,7 +137,7 @@ _SPECS = (
         "uint8",
         254,
         "cams",
-        "class id of each pixel after cams.refine, 255 beyond the image",
+        "class id of each pixel after cams.refine, the largest value beyond the image",
         blank=True,
         compressed=True,
     ),
@@ -153,7 +153,7 @@ _SPECS = (
     ),
 )
 ARRAYS = {spec.name: spec for spec in _SPECS}
-OF_CLASSES = ("named", "cam_class", "mask")  # class ids: 16 bits where 254 is one
+OF_CLASSES = ("named", "cam_class", "mask")  # class ids: 16 bits where 254 or 255 is one
 # The other dtypes that an array may have; a cache's header says which one it has.
 VARIANTS = {("tokens", "int8"): replace(ARRAYS["tokens"], dtype="int8", fill=-128)} | {
     (name, "uint16"): replace(ARRAYS[name], dtype="uint16", fill=65534) for name in OF_CLASSES

@@ -117,6 +117,14 @@ def _ids_digest(store: Store) -> str:
     return hashlib.blake2b(json.dumps(store.samples).encode(), digest_size=16).hexdigest()
 
 
+def read_whole(store: Store, name: str, manifest: Mapping[str, Any]) -> np.ndarray:
+    """An array without a sample axis, compared with what its stage's manifest says. Raises: CorruptShard."""
+    values = store.read_whole(name)
+    if block_digest(name, 0, values) != dict(manifest.get("whole") or {}).get(name):
+        raise damaged(store.data / name, name, 0, FOREIGN)
+    return values
+
+
 def check_whole(store: Store, manifest: Mapping[str, Any]) -> None:
     """Compares ids and whole arrays with what their stage's manifest says. Raises: CorruptShard."""
     found = whole_digests(store, str(manifest.get("stage", SAMPLE.stage)))

@@ -7,13 +7,13 @@ Options, errors and exit codes are those of cli.py.
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from cli import DEFAULT, ConfigOption, SetOption, main
+from evidence.variants import DEMO_OTHER, Asked
 from pipeline.config import UserError, load, preset
 
 app = typer.Typer(
@@ -33,12 +33,13 @@ def contrast(
     ] = False,
 ) -> None:
     """Print the contrast table: with GLM, without GLM, seen labels only; means and spreads over seeds."""
-    from evidence.contrast import keep_contrast, print_contrast
+    from evidence.contrast import collect, keep_contrast, print_contrast
 
-    settings = load(config, set_)
-    print_contrast(settings)
+    settings, asked = load(config, set_), _asked(config, set_)
+    results = collect(settings, asked)
+    print_contrast(results)
     if keep:
-        keep_contrast(settings)
+        keep_contrast(settings, results, asked=asked)
 
 
 @app.command()
@@ -58,7 +59,7 @@ def ablations(
     settings = load(config, set_)
     if keep and (quick or table):
         raise UserError("--keep writes whole pages, of full runs: leave out --quick and --table.")
-    found = collect(settings, quick=quick, more=more or bool(table), only=table, configfile=_other_than_demo(config))
+    found = collect(settings, _asked(config, set_, quick=quick, table=table), more=more or bool(table))
     found.show()
     if keep:
         found.keep()
@@ -68,24 +69,22 @@ def ablations(
 def transfer(
     config: ConfigOption = DEFAULT,
     set_: SetOption = [],  # noqa: B006
-    on: Annotated[str, typer.Option("--on", help="the other data set, as eval's")] = "demo_other",
+    on: Annotated[str, typer.Option("--on", help="the other data set, as eval's")] = DEMO_OTHER,
+    on_set: Annotated[list[str], typer.Option("--on-set", help="override a key of it, as eval's")] = [],  # noqa: B006
     keep: Annotated[bool, typer.Option("--keep", help="write evidence/transfer.md and evidence/results/")] = False,
 ) -> None:
     """Print the paper's Table 2 beside ours: one data set's students on another, and each contrast's sign."""
     from evidence.transfer import collect
 
-    configfile = _other_than_demo(config)
-    elsewhere = "" if on == "demo_other" else f" --config on={shlex.quote(on)}"
-    options = (f" --configfile {configfile}" if configfile else "") + elsewhere
-    found = collect(load(config, set_), load(preset(on)), options=options)
+    asked = _asked(config, set_, on=on, on_settings=tuple(on_set))
+    found = collect(load(config, set_), load(preset(on), on_set), asked)
     found.show()
     if keep:
         found.keep()
 
 
-def _other_than_demo(config: Path) -> str:
-    """A config's path for a command line that has the demo's by default, in a shell's quotes."""
-    return "" if config == DEFAULT else shlex.quote(config.as_posix())
+def _asked(config: Path, settings: list[str], **options: Any) -> Asked:
+    return Asked("" if config == DEFAULT else config.as_posix(), tuple(settings), **options)
 
 
 if __name__ == "__main__":

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from evidence.forest import Line, draw_forest
-from evidence.pages import HERE, keep_metrics, made_where, write_page
+from evidence.pages import HERE, keep_metrics, made_where, refuse_to_lose, write_page
 from evidence.scores import Results, mean_and_spread, results_of, row_of, sweep_table
-from evidence.variants import DEMO, EVERY, GAMMA, SNAKEMAKE, TABLES, more_tables
+from evidence.variants import ABLATED, DEMO, EVERY, GAMMA, TABLES, THE_DEMO, Asked, more_tables
 from evidence.verdicts import RULE, Contrast, contrast
 from pipeline.config import Config, UserError
 from pipeline.looking.results import HEADS, KEYS, Table, console
@@ -78,21 +78,19 @@ def _cells(row: Row, results: Results) -> list[str]:
 
 @dataclass(frozen=True)
 class Ablations:
-    """Tables of a config's variants, as far as they were evaluated; `options` are those of their command line."""
+    """Tables of a config's variants, as far as they were evaluated."""
 
     config: Config
     results: Results
     found: dict[str, list[Row]]
     more: bool
-    options: str
+    asked: Asked
 
     @property
     def commands(self) -> str:
         """What makes and keeps them."""
-        target, own = ("ablations_more", " --more") if self.more else ("ablations", "")
-        theirs = self.options.replace("--configfile", "--config")
-        made = f"{SNAKEMAKE} {target} --cores all{self.options}"
-        return f"`{made}`, then `python -m evidence ablations{theirs}{own} --keep`"
+        more = " --more" * self.more
+        return f"`{self.asked.snakemake(_target(self.more))}`, then `{self.asked.evidence('ablations')}{more} --keep`"
 
     @property
     def tables(self) -> list[Table]:
@@ -112,6 +110,8 @@ class Ablations:
         """Writes ablations.md, or ablations-more.md, of other runs than the demo with their name; a picture beside it;
         and every metrics.json into results/: all in evidence/ below `root`.
         """
+        wanted = [name for names in more_tables(self.config).values() for name in names] if self.more else ABLATED
+        refuse_to_lose(self.config.name, wanted, self.shown, root, self.asked.snakemake(_target(self.more)))
         keep_metrics(self.config.name, self.shown, root)
         name = "ablations-more" if self.more else "ablations"
         page = root / HERE / (f"{name}.md" if self.config.name == DEMO else f"{name}-{self.config.name}.md")
@@ -143,19 +143,19 @@ class Ablations:
         return ["", f"The paper's row without GLM is at gamma {PAPERS_GAMMA}; there ours has hIoU {ours}."]
 
 
-def collect(
-    config: Config, *, quick: bool = False, more: bool = False, only: str = "", configfile: str = ""
-) -> Ablations:
+def collect(config: Config, asked: Asked = THE_DEMO, *, more: bool = False) -> Ablations:
     """The paper's tables, or those beyond it, as far as they were run. Raises: UserError when none was."""
-    results = results_of(config, tuple(EVERY), quick=quick)
-    found = rows_by_table(config, results, more=more, only=only)
-    settings = ["quick=true"] * quick + [f"table={only}"] * bool(only)
-    options = f" --configfile {configfile}" * bool(configfile) + f" --config {' '.join(settings)}" * bool(settings)
-    made = Ablations(config, results, found, more, options)
+    results = results_of(config, tuple(EVERY), quick=asked.quick)
+    found = rows_by_table(config, results, more=more, only=asked.table)
+    made = Ablations(config, results, found, more, asked)
     if not made.tables:
         missing = "no variant" if "full" in results else "the full method" if results else "no run"
-        raise UserError(f"{missing} of {config.name!r} is evaluated yet. Run {made.commands.partition(',')[0]} first.")
+        raise UserError(f"{missing} of {config.name!r} is evaluated yet. Run `{asked.snakemake(_target(more))}` first.")
     return made
+
+
+def _target(more: bool) -> str:
+    return "ablations_more" if more else "ablations"
 
 
 def _lines(its_rows: list[Row]) -> list[Line]:

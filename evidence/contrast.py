@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from cache.files import write_text
-from evidence.pages import keep_metrics, made_where, markdown
+from evidence.pages import keep_metrics, made_where, markdown, refuse_to_lose
 from evidence.scores import Results, results_of, row_of, sweep_table
-from evidence.variants import DEMO, EVERY, SNAKEMAKE
+from evidence.variants import CONTRAST, DEMO, EVERY, THE_DEMO, Asked
 from evidence.verdicts import Contrast, contrast
 from pipeline.config import Config, UserError
 from pipeline.looking.results import HEADS, KEYS, Table, console
@@ -22,14 +22,15 @@ def lift_of_glm(results: Results) -> Contrast | None:
     return contrast(full, without) if full and without else None
 
 
-def print_contrast(config: Config) -> None:
+def collect(config: Config, asked: Asked = THE_DEMO) -> Results:
+    """What was evaluated. Raises: UserError when nothing was, or it can't share a table."""
+    if not (results := results_of(config)):
+        raise UserError(f"no contrast run of {config.name!r} is evaluated. Run `{asked.snakemake('contrast')}` first.")
+    return results
+
+
+def print_contrast(results: Results) -> None:
     """The contrast's table: means and standard deviations over the seeds that were run, and GLM's lift."""
-    results = results_of(config)
-    if not results:
-        raise UserError(
-            f"no contrast run of {config.name!r} is evaluated. Run `{SNAKEMAKE} contrast --cores all` with its "
-            "config first."
-        )
     out = console()
     lines = [row_of(EVERY[c].label, seeds) for c, seeds in results.items()]
     out.print(Table("mean ± std over seeds", ("training", "seeds", *HEADS), lines).drawn())
@@ -38,14 +39,11 @@ def print_contrast(config: Config) -> None:
         out.print(f"GLM lifts mIoU(U) by {lift.difference:+.1f} points{spread}: {lift.verdict}")
 
 
-def keep_contrast(config: Config, root: Path = Path()) -> None:
+def keep_contrast(config: Config, results: Results, root: Path = Path(), asked: Asked = THE_DEMO) -> None:
     """Copies the contrast's metrics into evidence/results/, and writes README's section and the test log from them.
 
-    Raises: UserError when nothing was evaluated, or README has no place for the section.
+    Raises: UserError when kept results are not among them, or README has no place for the section.
     """
-    results = results_of(config)
-    if not results:
-        raise UserError(f"no contrast run of {config.name!r} is evaluated. Run `make demo-contrast` first.")
     if config.name != DEMO:
         raise UserError(
             f"--keep writes README's section, which is the demo's, and this is {config.name!r}. Leave it out."
@@ -54,6 +52,7 @@ def keep_contrast(config: Config, root: Path = Path()) -> None:
     text = readme.read_text(encoding="utf-8")
     if BEGIN not in text or END not in text:
         raise UserError(f"{readme}: has no lines {BEGIN!r} and {END!r}. Put them where the results belong.")
+    refuse_to_lose(config.name, CONTRAST, results, root, asked.snakemake("contrast"))
     keep_metrics(config.name, results, root)
     before, after = text.split(BEGIN)[0], text.split(END)[1]
     write_text(readme, f"{before}{BEGIN}\n{results_section(results)}{END}{after}")

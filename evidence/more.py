@@ -11,8 +11,6 @@ from pipeline.config import Config
 from pipeline.looking.facts import elapsed_s, human_seconds, losses
 from pipeline.running.table import config_fingerprint
 
-TARGET = "ablations_more"
-
 
 def announced(config: Config, only: str = "", *, quick: bool = False) -> list[str]:
     """The evaluations that these tables need. Snakemake asks when it plans them: `foretold` goes to standard error."""
@@ -33,7 +31,8 @@ def foretold(config: Config, only: str = "", *, quick: bool = False) -> str:
     missing = [run for run in runs if not (run / "eval" / "metrics.json").is_file()]
     caches = {name: cache for name in variants if (cache := own_cache(config, name)) is not None}
     absent = [name for name, cache in caches.items() if not (cache / "cluster.manifest.json").is_file()]
-    what = f"{TARGET}: {len(missing)} of {len(runs)} trainings and {len(absent)} of {len(caches)} caches are to be made"
+    made = f"{len(missing)} of {len(runs)} trainings and {len(absent)} of {len(caches)} caches"
+    what = f"ablations_more: {made} are to be made"
     if not missing and not absent:
         return what
     done = read_manifest(config.run_path / "train" / "train.manifest.json")

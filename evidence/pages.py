@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from cache.files import write_text
+from evidence.variants import SEEDS
+from pipeline.config import UserError
 from pipeline.looking.results import KEYS, Table
 
 HERE = Path("evidence")
@@ -42,6 +44,20 @@ def _revision(made: Mapping[str, Any]) -> str:
     """The training's, and the evaluation's where it is another one."""
     trained, evaluated = made["revision"], made.get("evaluated")
     return f"{trained}, evaluated by {evaluated}" if evaluated not in (None, trained) else str(trained)
+
+
+def refuse_to_lose(
+    run: str, variants: Iterable[str], results: Mapping[str, Mapping[int, Any]], root: Path, command: str
+) -> None:
+    """A page is never written from fewer evaluations than those that are kept. Raises: UserError naming one."""
+    had = {f"{variant}-{seed}" for variant in variants for seed in SEEDS} & {
+        path.stem.removeprefix(f"{run}-") for path in (root / HERE / "results").glob(f"{run}-*.json")
+    }
+    if missing := sorted(had - {f"{variant}-{seed}" for variant, seeds in results.items() for seed in seeds}):
+        raise UserError(
+            f"--keep would drop {len(missing)} of {len(had)} kept results, {run}-{missing[0]} for one, whose runs are "
+            f"not here. Run `{command}` first, or leave --keep out."
+        )
 
 
 def keep_metrics(run: str, results: Mapping[str, Mapping[int, Mapping[str, Any]]], root: Path) -> None:

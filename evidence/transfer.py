@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evidence.pages import HERE, keep_metrics, made_where, write_page
+from evidence.pages import HERE, keep_metrics, made_where, refuse_to_lose, write_page
 from evidence.scores import check_alike, row_of
-from evidence.variants import DEMO, DEMO_OTHER, SEEDS, SNAKEMAKE, only_clip_teacher, run_name
+from evidence.variants import DEMO, DEMO_OTHER, SEEDS, THE_DEMO, Asked, only_clip_teacher, run_name
 from evidence.verdicts import RULE, Contrast, contrast
 from pipeline.config import Config, UserError
 from pipeline.looking.results import HEADS, Table, console, read_metrics
@@ -92,12 +92,7 @@ class Transfer:
     other: Config
     abroad: Seeds
     at_home: Seeds
-    options: str  # of Snakemake's command line, beyond the target
-
-    @property
-    def own_options(self) -> str:
-        """The same of `python -m evidence transfer`."""
-        return self.options.replace(" --configfile ", " --config ").replace(" --config on=", " --on ")
+    asked: Asked
 
     @property
     def tables(self) -> list[Table]:
@@ -128,13 +123,14 @@ class Transfer:
     def keep(self, root: Path = Path()) -> None:
         """Writes evidence/results/ and evidence/transfer.md, whose name has the runs' own but for the demo's."""
         name = f"{self.config.name}-on-{self.other.name}"
-        keep_metrics(self.config.name, {f"on-{self.other.name}": self.abroad}, root)
+        kept = {f"on-{self.other.name}": self.abroad}
+        refuse_to_lose(self.config.name, kept, kept, root, self.asked.snakemake("transfer"))
+        keep_metrics(self.config.name, kept, root)
         first = next(iter(self.abroad.values()))
         head = [
             "# On another data set",
             "",
-            f"`{SNAKEMAKE} transfer --cores all{self.options}`, then `python -m evidence "
-            f"transfer{self.own_options} --keep`. "
+            f"`{self.asked.snakemake('transfer')}`, then `{self.asked.evidence('transfer')} --keep`. "
             f"{made_where(self.abroad.values())}.",
             "",
             f"The students of {self.config.name}, as they are, on {first['num_images']} test images of "
@@ -146,14 +142,13 @@ class Transfer:
         write_page(root / HERE / page, head, self.tables)
 
 
-def collect(config: Config, other: Config, *, options: str = "") -> Transfer:
+def collect(config: Config, other: Config, asked: Asked = THE_DEMO) -> Transfer:
     """What was evaluated. Raises: UserError when nothing was, or it can't share a table, or classes aren't split."""
     abroad, at_home = evaluations(config, f"eval-on-{other.name}"), evaluations(config, "eval")
     if not abroad:
         raise UserError(
-            f"no run of {config.name!r} is evaluated on {other.name!r}. Run `{SNAKEMAKE} transfer --cores "
-            f"all{options}` first."
+            f"no run of {config.name!r} is evaluated on {other.name!r}. Run `{asked.snakemake('transfer')}` first."
         )
     check_alike(other, list(abroad.values()))
     check_alike(config, list(at_home.values()))
-    return Transfer(config, other, abroad, at_home, options)
+    return Transfer(config, other, abroad, at_home, asked)

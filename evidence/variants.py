@@ -7,6 +7,7 @@ change what is cached have a cache of their own, which takes over the teacher's 
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -29,10 +30,10 @@ class Variant:
 
     @property
     def has_own_cache(self) -> bool:
-        return any(setting.startswith(CACHED) for setting in self.settings)
+        return any(setting.startswith(CACHE_SECTIONS) for setting in self.settings)
 
 
-CACHED = ("views.", "cluster.", "cache.")  # sections that say what is in a cache
+CACHE_SECTIONS = ("views.", "cluster.", "cache.")  # that say what is in a cache
 NO_LENGTH = "train.glm_length=null"  # only attention knows how long a CLS token is
 VARIANTS = {
     "full": Variant("full method"),
@@ -104,13 +105,48 @@ TABLES: dict[str, dict[str, float]] = {
 }
 ABLATED = tuple(dict.fromkeys(variant for rows in TABLES.values() for variant in rows))
 # One seed and a fifth of the iterations: to see that everything runs, not to see a difference.
-QUICK, QUICK_SEEDS, QUICK_SHARE = "quick", (0,), 5
+QUICK_SEEDS, QUICK_SHARE = (0,), 5
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a command line names beside its target, and its words again, for pages and messages."""
+
+    config: str = ""  # "" for the demo's
+    settings: tuple[str, ...] = ()
+    quick: bool = False
+    table: str = ""
+    on: str = DEMO_OTHER
+    on_settings: tuple[str, ...] = ()
+
+    def snakemake(self, target: str) -> str:
+        """The command that makes a table's runs."""
+        given = {
+            "set": " ".join(self.settings),
+            "quick": "true" if self.quick else "",
+            "table": self.table,
+            "on": "" if self.on == DEMO_OTHER else self.on,
+            "on_set": " ".join(self.on_settings),
+        }
+        words = [shlex.quote(f"{key}={value}") for key, value in given.items() if value]
+        configfile = f" --configfile {shlex.quote(self.config)}" if self.config else ""
+        return f"{SNAKEMAKE} {target} --cores all{configfile}{' --config ' if words else ''}{' '.join(words)}"
+
+    def evidence(self, command: str) -> str:
+        """The command that prints the table."""
+        on = "" if self.on == DEMO_OTHER else self.on
+        options = [("--config", self.config), *(("--set", setting) for setting in self.settings), ("--on", on)]
+        options += [("--on-set", setting) for setting in self.on_settings]
+        return f"python -m evidence {command}" + "".join(f" {key} {shlex.quote(v)}" for key, v in options if v)
+
+
+THE_DEMO = Asked()
 
 
 def run_name(config: Config, variant: str, seed: int, *, quick: bool = False) -> str:
     """The run of one variant and seed; the run itself stands for its own seed of the full method."""
     if quick:
-        return f"{config.name}-{QUICK}-{variant}-{seed}"
+        return f"{config.name}-quick-{variant}-{seed}"
     is_itself = not EVERY[variant].settings and seed == config.train.seed
     return config.name if is_itself else f"{config.name}-{variant}-{seed}"
 

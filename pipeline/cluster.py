@@ -61,9 +61,9 @@ class Clustering(ShardStage):
             return None
         return {"K_c": num_centres(run.config.cluster, store.sizes["h"])}
 
-    def begin(self, run: Run) -> None:
-        backend = backend_of(run.config.cluster)
-        say(f"cluster: {backend.name} on {backend.device}")
+    def announced(self, config: Config) -> str:
+        backend = backend_of(config.cluster)
+        return f"cluster: {backend.name} on {backend.device}"
 
     def make(self, part: Part) -> Made:
         if part.config.cache.tokens == STREAM:
@@ -81,7 +81,7 @@ class Clustering(ShardStage):
             part.tick,
         )
         if section.named_above is not None:
-            text, most = torch.from_numpy(store.read_whole("text")), store.sizes["K_c"]
+            text, most = torch.from_numpy(part.whole("text")), store.sizes["K_c"]
             is_ok = made["status"] == OK
             names = object_names(
                 part.config, part.data, part.samples, made["view"], blocks["pseudo"], is_ok, text, most

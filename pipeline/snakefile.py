@@ -113,7 +113,8 @@ def stage_files(config: Config) -> dict[str, tuple[list[str], str]]:
     """Of each stage the files that it stands on and the one that it writes last; by name, from the ground up."""
     last = {}
     for name, stage in STAGES.items():
-        if stage.last:
+        is_possible = stage.in_cache or stage.recipe in ("", config.recipe)  # figures are drawn of one recipe
+        if stage.last and is_possible:
             folder = config.manifest_folder if stage.in_cache else config.run_path / name
             last[name] = (folder / stage.last).as_posix()
     return {name: ([last[over] for over in _stands_on(config, name)], file) for name, file in last.items()}

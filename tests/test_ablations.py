@@ -18,6 +18,7 @@ from evidence.variants import (
     MORE_TABLES,
     TABLES,
     VARIANTS,
+    Asked,
     cache_runs,
     more_tables,
     own_cache,
@@ -124,9 +125,9 @@ def test_tables_are_written_from_metrics(tmp_path, run_evidence):
     assert done.returncode == 0, done.stderr
     assert re.search(r"GLM by max pooling +│ 2 +│ .*│ 30.5 ± 0.7 +│ -11.5", done.stdout), "no number is left out"
     with pytest.raises(
-        UserError, match=r"no variant of 'demo' .*ablations_more --cores all --config table=lambda` first"
+        UserError, match=r"no variant of 'demo' .*ablations_more --cores all --config table=lambda,tau` first"
     ):
-        collect(config, more=True, only="lambda")
+        collect(config, Asked(table="lambda,tau"), more=True)
     assert is_one_line_error(run_evidence("ablations", "--quick", "--keep"), "leave out --quick")
 
 

@@ -260,7 +260,7 @@ def test_jpeg_4_bit_broken_and_missing_masks(tmp_path):
 
 def test_defaults_of_a_data_set(tmp_path):
     data = Pair(tmp_path)
-    assert data.ignore == IGNORE == -1
+    assert IGNORE == -1
     assert data.palette.shape == (3, 3)
     assert len({tuple(colour) for colour in data.palette}) == 3
     assert pickle.loads(pickle.dumps(data)).classes == data.classes

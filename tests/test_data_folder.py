@@ -103,7 +103,6 @@ def test_reduce_zero_label(tmp_path):
 def test_ignore_value(tmp_path):
     data = opened(write(tmp_path, ignore=7, value=7))
     assert (data.labels(data.samples("train")[0]) == -1).all()
-    assert data.ignore == -1  # what leaves the data set is always -1
 
 
 @pytest.mark.parametrize(

@@ -345,7 +345,6 @@ def test_stamps_follow_what_masks_mean(pairs, tmp_path):
     indexed(IDS, (0, 1, 2)).save(sample.mask)
     by_colour = described(tmp_path, palette=COLOURS.tolist())
     assert by_colour.mask_stamp(sample) != described(tmp_path).mask_stamp(sample)
-    assert by_colour.label_meaning() != data.label_meaning() == described(tmp_path).label_meaning()
 
 
 def test_the_files_that_a_part_is_read_from(pairs, tmp_path):
@@ -469,3 +468,33 @@ def test_odd_json_of_coco(tmp_path, run_cli, text):
     if "images" not in text or '"x"' in text or "[[]]" in text:
         with pytest.raises(DataError, match=r"instances_train2014\.json"):
             data._instances("train")
+
+
+def many(num):
+    return {"classes": [f"c{i}" for i in range(num)]}
+
+
+def test_stamps_follow_the_class_that_255_becomes(pairs, tmp_path):
+    """Of 255 classes 255 has no label, of 256 it is one: what was made of the masks is made again."""
+    data = pairs([np.array([[0, 1], [255, 1]], np.uint8)], size=(2, 2))
+    (sample,) = data.samples("train")
+    few, more = described(tmp_path, **many(255)), described(tmp_path, **many(256), ignore=65535)
+    assert (few.labels(sample)[1, 0], more.labels(sample)[1, 0]) == (-1, 255)
+    assert few.mask_stamp(sample) == data.mask_stamp(sample) != more.mask_stamp(sample)
+    with pytest.raises(DataError, match=r"255 in 8 bits.*'c255'.*ignore: 65535.*16 bits"):
+        described(tmp_path, **many(300)).labels(sample)
+
+
+@pytest.mark.parametrize("num", [254, 255, 256])
+def test_a_zero_that_is_no_class_beside_many(pairs, tmp_path, num):
+    pairs([Image.fromarray(np.array([[0, 1], [1, num]], np.uint16))], size=(2, 2))
+    data = described(tmp_path, **many(num), reduce_zero_label=True)
+    assert data.labels(data.samples("train")[0]).tolist() == [[-1, 0], [0, num - 1]]
+
+
+def test_what_data_unseen_replaces_is_not_looked_at(pairs, tmp_path):
+    pairs([IDS])
+    changes = {"classes": ["a", "b", "c"], "seen": ["a"], "unseen": ["b"]}
+    with pytest.raises(DataError, match="'c'"):
+        described(tmp_path, **changes)
+    assert open_data_set("folder", root=str(tmp_path), unseen=["c"]).unseen == ("c",)

@@ -5,11 +5,14 @@ import pytest
 import torch
 
 from pipeline.looking.panels import class_panel, error_map, indexed
-from pipeline.ops.labels import IGNORE, MOST_CLASSES, counts, file_dtype, from_file, no_class, to_file
+from pipeline.ops.labels import IGNORE, MOST_CLASSES, cached_dtype, counts, file_dtype, from_file, no_class, to_file
 from pipeline.ops.losses import combined_labels
 
 
-@pytest.mark.parametrize(("num", "bits", "none"), [(2, 8, 255), (255, 8, 255), (256, 16, 65535), (847, 16, 65535)])
+@pytest.mark.parametrize(
+    ("num", "bits", "none"),
+    [(2, 8, 255), (254, 8, 255), (255, 8, 255), (256, 16, 65535), (257, 16, 65535), (847, 16, 65535)],
+)
 def test_labels_in_files(num, bits, none):
     labels = np.array([[0, num - 1], [IGNORE, 1]], np.int16)
     stored = to_file(labels, file_dtype(num))
@@ -18,6 +21,10 @@ def test_labels_in_files(num, bits, none):
     assert no_class(num) == none
     assert from_file(stored).dtype == np.int16
     assert from_file(stored).tolist() == labels.tolist()
+
+
+def test_ids_in_the_cache_leave_room_for_the_fill_value():
+    assert [cached_dtype(num).itemsize for num in (254, 255, 256)] == [1, 2, 2]  # of 255 classes 254 is one
 
 
 def test_counts_end_with_the_pixels_without_a_class():

@@ -73,7 +73,10 @@ def test_the_whole_way(orchard, tmp_path, run_cli):
     mask = Image.open(out / "0.mask.png")
     assert mask.mode == "I;16"
     assert np.isin(np.asarray(mask), [*range(NUM), 65535]).all()
-    assert np.array_equal(np.unique(np.asarray(mask)), np.unique(np.asarray(Image.open(out / "0.mask.png"))))
+    none = tmp_path / "none"
+    done = run_cli("predict", orchard / "test", "--run", run, "--out", none, "--reject", "1")
+    assert done.returncode == 0, done.stderr
+    assert (np.asarray(Image.open(none / "0.mask.png")) == 65535).all()  # no score is that high
     again = run_cli("predict", orchard / "test", "--run", run, "--out", out, "--reject", "0.5")
     assert "5 of 5 are in" in again.stdout + again.stderr
     few = tmp_path / "few"

@@ -14,10 +14,13 @@ import numpy as np
 import pytest
 
 from bench.small_run import small_arguments, small_config
+from cache.errors import CorruptShard
 from cache.ledger import Ledger, read_manifest
 from cache.store import Store
 from pipeline.cluster import cluster
+from pipeline.data.base import data_of
 from pipeline.extract import extract
+from pipeline.running.shards import Part
 from tests.conftest import ROOT
 
 FILE = '''
@@ -70,7 +73,7 @@ ENTRY = """
         says={"summary?": {"objects": int}},
     ),
 """
-LAST = '    Stage("figures", ("report",), "eval", last="clusters.png"),\n'
+LAST = '    Stage("figures", ("report",), "eval", recipe="clip_teacher", writes_last="clusters.png"),\n'
 PARTS = ("pipeline", "cache", "config", "profiles", "cli.py", "Snakefile")
 SETTINGS = ("views.num=1", "cluster.debug=true")  # five shards; debug keeps centroids
 
@@ -152,13 +155,28 @@ def test_verify_looks_at_it(project):
     assert "data.zarr/spread" in hurt.stdout
 
 
-def test_another_clustering_makes_it_again(project):
+def test_it_is_refused_on_another_clustering(project):
     folder, _ = project
     assert run(folder, "spread").returncode == 0
     other = [*command(folder, "spread")[2:], "--set", "cluster.threshold=0.7"]
     refused = run(folder, *other)
     assert refused.returncode == 2
     assert "cluster.threshold was 0.8 and is 0.7. Run `cli.py cluster`" in refused.stderr
+
+
+def test_a_stage_reads_whole_arrays_as_they_were_left(project):
+    _, config = project
+    store = Store.open(config.cache_path)
+    part = Part(config, data_of(config.data), store, 0, [])
+    assert np.array_equal(part.whole("text"), store.read_whole("text"))
+    path = config.cache_path / "data.zarr" / "text" / "c.0.0"
+    kept = path.read_bytes()
+    path.write_bytes(bytes([kept[0] ^ 1]) + kept[1:])
+    try:
+        with pytest.raises(CorruptShard, match=r"data\.zarr/text"):
+            part.whole("text")
+    finally:
+        path.write_bytes(kept)
 
 
 def test_snakemake_knows_it(project):

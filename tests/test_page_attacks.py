@@ -274,14 +274,19 @@ def test_other_routes_and_files_are_not_there(page, path):
 )
 def test_a_foreign_host_is_answered_nothing(page, tmp_path, host):
     """DNS rebinding: a site's own name that resolves to this machine makes its scripts the page's own."""
-    for path, body in (("/", None), ("/config", None), ("/gradio_api/run/segment", {"data": [None, "a", 0.0, 0.0]})):
-        status, text, headers = ask(page, path, body, Host=host)
+    preflight = {"Origin": "http://evil.example", "Access_Control_Request_Method": "POST"}
+    segment = {"data": [None, "a", 0.0, 0.0]}
+    for path, body, more in (
+        *(("/", None, {}), ("/config", None, {}), ("/gradio_api/run/segment", segment, {})),
+        *(("/gradio_api/upload", b"", {}), ("/gradio_api/upload", None, {"method": "OPTIONS"} | preflight)),
+    ):
+        try:
+            status, text, headers = ask(page, path, body, Host=host, **more)
+        except ConnectionResetError:
+            continue  # the server hangs up on no host or two; its 400 is lost where it left the body unread
         assert status in (400, 421), text  # 400: the server itself, of no host or two
         assert "gradio" not in text
         assert "access-control-allow-origin" not in {name.lower() for name in headers}
-    assert ask(page, "/gradio_api/upload", b"", Host=host)[0] in (400, 421)
-    preflight = {"Origin": "http://evil.example", "Access_Control_Request_Method": "POST"}
-    assert ask(page, "/gradio_api/upload", method="OPTIONS", Host=host, **preflight)[0] in (400, 421)
 
 
 @pytest.mark.page

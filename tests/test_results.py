@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from evidence.contrast import BEGIN, END, keep_contrast, lift_of_glm, results_section
+from evidence.contrast import BEGIN, END, collect, keep_contrast, lift_of_glm, results_section
 from evidence.scores import results_of
-from evidence.variants import CONTRAST
+from evidence.variants import CONTRAST, Asked
 from pipeline.config import UserError, load
 
 ROOT = Path(__file__).parents[1]
@@ -51,9 +51,9 @@ def test_keep_writes_metrics_readme_and_log_once(config, tmp_path):
     (tmp_path / "evidence").mkdir()
     (tmp_path / "evidence" / "test-log.md").write_text("# log\n")
     (tmp_path / "README.md").write_text(f"above\n{BEGIN}\nold\n{END}\nbelow\n")
-    keep_contrast(config, tmp_path)
+    keep_contrast(config, collect(config), tmp_path)
     once = [(tmp_path / name).read_text() for name in ("README.md", "evidence/test-log.md")]
-    keep_contrast(config, tmp_path)
+    keep_contrast(config, collect(config), tmp_path)
     assert once == [(tmp_path / name).read_text() for name in ("README.md", "evidence/test-log.md")]
     assert once[0].startswith(f"above\n{BEGIN}\n7 test scenes")
     assert once[0].endswith(f"{END}\nbelow\n")
@@ -63,12 +63,36 @@ def test_keep_writes_metrics_readme_and_log_once(config, tmp_path):
 
 
 def test_keep_says_what_is_missing(config, tmp_path):
-    with pytest.raises(UserError, match="make demo-contrast"):
-        keep_contrast(config, tmp_path)
+    with pytest.raises(UserError, match=r"Run `snakemake -s evidence/Snakefile contrast --cores all` first"):
+        collect(config)
     evaluated(config, "demo", 42)
     (tmp_path / "README.md").write_text("no place\n")
     with pytest.raises(UserError, match="Put them where"):
-        keep_contrast(config, tmp_path)
+        keep_contrast(config, collect(config), tmp_path)
+
+
+def test_keep_never_writes_fewer_than_are_kept(config, tmp_path):
+    evaluated(config, "demo", 42)
+    kept = tmp_path / "evidence" / "results" / "demo-glm_off-1.json"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("{}")
+    (tmp_path / "README.md").write_text(f"{BEGIN}\nold\n{END}\n")
+    with pytest.raises(UserError, match=r"drop 1 of 1 kept results, demo-glm_off-1 .*Run `snakemake .*contrast"):
+        keep_contrast(config, collect(config), tmp_path)
+    assert "old" in (tmp_path / "README.md").read_text()
+    assert sorted(path.name for path in kept.parent.iterdir()) == ["demo-glm_off-1.json"]
+
+
+def test_a_command_line_is_named_in_full():
+    asked = Asked("config/my run.yaml", ("runs=/x y", "train.lr=1"), on="coco", on_settings=("data.root=/z",))
+    assert asked.snakemake("transfer").endswith(
+        "transfer --cores all --configfile 'config/my run.yaml' --config 'set=runs=/x y train.lr=1' on=coco "
+        "on_set=data.root=/z"
+    )
+    assert asked.evidence("transfer") == (
+        "python -m evidence transfer --config 'config/my run.yaml' --set 'runs=/x y' --set train.lr=1 --on coco "
+        "--on-set data.root=/z"
+    )
 
 
 def test_readme_says_what_the_kept_results_say():

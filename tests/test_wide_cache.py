@@ -56,6 +56,8 @@ def test_cams_and_masks(garden, run_cli, tmp_path):
     assert done.returncode == 0, done.stderr
     exported = Image.open(tmp_path / "masks" / "0.png")
     assert exported.mode == "I;16"
+    exports = [np.asarray(Image.open(path)) for path in (tmp_path / "masks").glob("*.png")]
+    assert 255 < max(ids[ids < NUM].max() for ids in exports) < NUM
     assert set(np.unique(np.asarray(exported)).tolist()) <= {0, *data.tags(data.samples("train")[0])}
 
 

@@ -113,7 +113,6 @@ class DataSet(ABC):
     """
 
     name = "data"
-    ignore = IGNORE
     background: int | None = None  # the id of "background", where it is a class
     has_files = False  # whose masks may be wrong
 

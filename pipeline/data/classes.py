@@ -130,7 +130,7 @@ ADE20K_CLASSES = _names("""
 
 
 def bitwise_palette(num: int) -> np.ndarray:
-    """(num, 3) uint8 distinct colours: entries 1..num <= 255 of VOC's colour map, so never black.
+    """(num, 3) uint8 distinct colours: entries 1..num of VOC's colour map, so never black.
 
     Entry i spreads the bits of i over red, green and blue, three at a time, from the highest bit down. For
     VOC it is the official palette. mmseg's for COCO-Stuff gives several classes one colour (person and

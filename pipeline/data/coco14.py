@@ -29,7 +29,7 @@ GAPS = "COCO's category ids go to 90, with gaps: convert the masks to 0-80"
 
 
 class Coco14(FileDataSet):
-    """COCO 2014 with 81 classes, none unseen. An image's labels are the ids of its mask, or of its instances.
+    """COCO 2014 with 81 classes, none unseen unless asked for. An image's labels are its mask's ids, or its instances'.
 
     Raises: see FileDataSet; DataError for an unknown source of tags.
     """

@@ -159,4 +159,4 @@ def _checked(path: Path, ids: np.ndarray, most: int) -> np.ndarray:
     """A map of ids 0..most, two axes. Raises: DataError."""
     if ids.ndim != 2 or ids.dtype.kind not in "iu" or ids.min(initial=0) < 0 or ids.max(initial=0) > most:
         raise DataError(f"{path}: a map of shape {ids.shape}, {ids.dtype}; want two axes of whole numbers 0-{most}.")
-    return ids.astype(file_dtype(most))
+    return ids.astype(file_dtype(most + 1))

@@ -55,7 +55,7 @@ class FileDataSet(DataSet):
     ) -> None:
         if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
             raise DataError(f"data.limit is {limit!r}; want a whole number of samples, 1 or more, or null for all.")
-        self.limit = limit
+        self.limit, self.is_unseen_given = limit, unseen is not None
         self._samples: dict[str, list[Sample]] = {}
         described = {"unseen": next(iter(self.splits.values()), ())} | self.describe(root)
         if split is not None:

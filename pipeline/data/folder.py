@@ -92,7 +92,7 @@ class FolderDataSet(FileDataSet):
         self.reduce_zero_label = is_reduced(path, described.get("reduce_zero_label", False))
         self.exif = one_of(path, "exif", described.get("exif"), (UPRIGHT, AS_STORED)) or UPRIGHT
         # What a mask says of pixels without a class, unless `ignore` does.
-        self.no_class = no_class(len(self.classes))
+        self.no_class = no_class(len(self.classes) + self.reduce_zero_label)  # 0 takes a value, too
         self._read_masks_by(described)
 
     def describe(self, root: str) -> dict[str, Any]:
@@ -102,7 +102,7 @@ class FolderDataSet(FileDataSet):
         return {
             "name": str(found.get("name") or self.path.parent.name),
             "classes": classes,
-            "unseen": unseen_of(self.path, classes, found),
+            "unseen": () if self.is_unseen_given else unseen_of(self.path, classes, found),
             "palette": palette_of(self.path, found.get("palette"), len(classes)),
         }
 
@@ -128,6 +128,7 @@ class FolderDataSet(FileDataSet):
     # --- what a mask means ---
 
     def labels_of(self, sample: Sample, stored: StoredMask) -> np.ndarray:
+        self._refuse_doubtful(sample, stored)
         if self.colours is None:
             return super().labels_of(sample, stored)
         if stored.pixels.ndim == 3:
@@ -139,6 +140,17 @@ class FolderDataSet(FileDataSet):
         if stored.palette is None and self.read_masks == BY_COLOUR:
             raise DataError(f"{sample.mask}: has no colours (mode {stored.mode}), and read_masks is {BY_COLOUR}.")
         return super().labels_of(sample, stored)
+
+    def _refuse_doubtful(self, sample: Sample, stored: StoredMask) -> None:
+        """In 8 bits 255 usually means "no label", and of more than 255 classes it is one's id. Raises: DataError."""
+        num = len(self.classes)
+        is_of_ids = stored.pixels.ndim == 2 and stored.pixels.dtype == np.uint8 and self.colours is None
+        if num > 255 and is_of_ids and not {"ignore", "values"} & self.stated and (stored.pixels == 255).any():
+            raise DataError(
+                f"{sample.mask}: holds 255 in 8 bits, which with {num} classes is the id of {self.classes[255]!r}. If "
+                f"it is that, write `ignore: {self.no_class}` in {self.path.name}; if it means no label, save masks of "
+                f"16 bits with {self.no_class} in its place."
+            )
 
     def _is_by_colour(self, sample: Sample, stored: StoredMask) -> bool:
         """Whether an indexed mask is read by its colours: all of them are known. Raises: DataError for some."""
@@ -204,13 +216,9 @@ class FolderDataSet(FileDataSet):
         is_raw = self.read_masks == BY_INDEX
         return MaskFacts(found.pixels, found.raw if is_raw or found.colours is None else None, None, found.doubt)
 
-    def label_meaning(self) -> str:
-        """Hex digits of what turns a mask's stored pixels into class ids, beside the mask itself."""
-        return self._digest(self.raw_meaning, self.colours)
-
     def usual_meaning(self) -> str:
-        """The one that stamps don't state: those of earlier versions imply it."""
-        return self._digest({"reduced": False, "ignored": self.no_class, "values": []}, None)
+        """The one that stamps don't state, of up to 255 classes: those of earlier versions imply it."""
+        return self._digest({"reduced": False, "ignored": no_class(1), "values": []}, None)
 
     def _as_in_files(self, table: Mapping[int, int]) -> list[tuple[int, int]]:
         return sorted((key, self.no_class if label == IGNORE else label) for key, label in table.items())
@@ -280,7 +288,7 @@ class FolderDataSet(FileDataSet):
                 f"the classes start at 1, set `reduce_zero_label: true` in {self.path.name}; if background "
                 "is a class, list it first."
             )
-        if self.colours is None and len(raw) == 1 and num == 2 and raw != {self.no_class}:
+        if self.colours is None and len(raw) == 1 and num == 2 and raw - {255, 65535}:
             return f" If {min(raw)} means {self.classes[1]!r}, set `values: {{{min(raw)}: 1}}` in {self.path.name}."
         if raw & {255, 65535} == raw:
             usual = min(raw)

@@ -13,7 +13,7 @@ from pipeline.looking.panels import HATCH_DARK, HATCH_LIGHT, INK, PAGE, QUIET, i
 from pipeline.ops.labels import IGNORE, counts, file_dtype, to_file
 
 NONE_TITLE = "none of these"  # IGNORE in a map of ids
-NONE_COLOUR = (224, 224, 192)  # its entry of a mask's palette: VOC's for void, bordering on nothing else's
+NONE_COLOUR = (224, 224, 192)  # its entry of a mask's palette: VOC's for void; of up to 254 names no other has it
 OPACITY = 0.55  # of the class colours over the image
 # Pixels a side: enlarged to the one, so that the legend is legible, and cut to the other.
 SMALLEST, LARGEST = (384, 2048)

@@ -81,7 +81,7 @@ def purity_by_class(store: Store, data: DataSet, rows: list[int], maps: np.ndarr
 
 
 def majorities(pseudo: np.ndarray, truth: np.ndarray, num: int) -> tuple[np.ndarray, np.ndarray]:
-    """One view of `purity_by_class`: pseudo and truth (h, w) uint8 -> two (num,) counts."""
+    """One view of `purity_by_class`: pseudo (h, w) uint8 and truth (h, w) int16 -> two (num,) counts."""
     is_counted = is_object(pseudo) & (truth != IGNORE)
     table = np.zeros((256, num), np.int64)  # (object, class) token counts
     np.add.at(table, (pseudo[is_counted], truth[is_counted]), 1)

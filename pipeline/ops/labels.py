@@ -20,6 +20,11 @@ def file_dtype(num: int) -> np.dtype:
     return np.dtype(np.uint8 if num <= 255 else np.uint16)
 
 
+def cached_dtype(num: int) -> np.dtype:
+    """Of an array of the cache with ids of `num` classes: its largest value is no class, the next was never written."""
+    return file_dtype(num + 1)
+
+
 def no_class(num: int) -> int:
     """What a pixel without a class is in a file of `num` classes: 255, or 65535 where that is an id."""
     return int(np.iinfo(file_dtype(num)).max)

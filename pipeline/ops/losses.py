@@ -18,11 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.ops.labels import MOST_CLASSES
+
 IGNORE = -100  # torch's own default ignore_index; of label ids, where a label map's -1 is no id
 TEMPERATURE = 0.07  # tau of eq. 3, CLIPTeacher, implementation details
 FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2.0  # ZegCLIP's sigmoid focal loss
 PSEUDO_IDS = 254  # pseudo maps hold 1..253; 254 (never written) and 255 (padding) are no objects
-LABEL_VALUES = 2**15 + 1  # class ids of 16 bits, and at the end the label map's -1
+LABEL_VALUES = MOST_CLASSES + 2  # ids of a label map, and at the end its -1
 
 Params = ParamSpec("Params")
 Result = TypeVar("Result")

@@ -9,22 +9,24 @@ A shard is done while its record speaks of these rows, of these labels, and of w
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
-from collections.abc import Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from cache.errors import CorruptShard
+from cache.errors import CacheError, CorruptShard
 from cache.ledger import Ledger, lock, refuse_if_locked
-from cache.schema import OF_CLASSES
+from cache.schema import ARRAYS, OF_CLASSES
 from cache.store import Store
-from cache.verify import read_recorded
-from pipeline.config import Config, digest
+from cache.verify import read_recorded, read_whole
+from pipeline.config import Config, UserError, digest
 from pipeline.data.base import DataSet, Sample, data_of
-from pipeline.ops.labels import file_dtype
+from pipeline.ops.labels import cached_dtype
 from pipeline.running.console import progress, say
 from pipeline.running.engine import map_shards
 from pipeline.running.manifests import asked_of, finish, found_manifest, record_shard, reopen, required_manifest
@@ -59,6 +61,10 @@ class Part:
         keys = ("fingerprint",) if stage == "extract" else (stage, "fingerprint")
         return read_recorded(self.store, self.shard, {stage: self.store.fact(str, *keys)}, names)
 
+    def whole(self, array: str) -> np.ndarray:
+        """An array without a sample axis, as its stage left it. Raises: CorruptShard."""
+        return read_whole(self.store, array, found_manifest(self.config, ARRAYS[array].stage) or {})
+
 
 @dataclass(frozen=True)
 class Made:
@@ -69,7 +75,7 @@ class Made:
     digests: Mapping[str, str] = field(default_factory=dict)
 
 
-class ShardStage:
+class ShardStage(ABC):
     """What is a stage's own. Hooks in the order in which they are called; all but `make` may be left as they are."""
 
     name: str
@@ -81,6 +87,7 @@ class ShardStage:
 
     def look(self, run: Run) -> Any:
         """A look at the data before the work begins; not where the stage has nothing to do."""
+        return None
 
     def arrays(self, config: Config) -> tuple[str, ...]:
         """The arrays that it writes under this config."""
@@ -90,12 +97,13 @@ class ShardStage:
         """Of the axes that are new; None where the arrays are there already."""
         return {}
 
-    def begin(self, run: Run) -> None:
-        """Says a line before the bar."""
+    def announced(self, config: Config) -> str:
+        """A line that is said before the bar."""
+        return ""
 
+    @abstractmethod
     def make(self, part: Part) -> Made:
         """The work on one shard, in any process; must be idempotent."""
-        raise NotImplementedError
 
     def reduce(self, run: Run, store: Store, stats: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
         """Arrays without a sample axis, from all shards: from their counts, or read from the store."""
@@ -142,13 +150,15 @@ def run_stage(name: str, config: Config, *, workers: int = 0, scheduler: str | N
         store = Store.open(config.cache_path)
         arrays = stage.arrays(config)
         if (sizes := stage.sizes(run, store)) is not None:
-            of_classes = file_dtype(len(data.classes) + 1).name  # one value more: never written
-            dtypes = {name: of_classes for name in arrays if name in OF_CLASSES}
+            dtypes = {array: cached_dtype(len(data.classes)).name for array in arrays if array in OF_CLASSES}
             store.add_arrays(arrays, sizes, replace=True, dtypes=dtypes)
-        stage.begin(run)
+        if line := stage.announced(config):
+            say(line)
         records = _make_shards(config, entry, identity, store, stamps, workers, scheduler)
         stats = [record["stats"] for record in records if "stats" in record]
-        whole = {n: store.write_whole(n, v) for n, v in stage.reduce(run, store, stats).items()}
+        with _counts_of(store, name, stats):
+            found, summary = stage.reduce(run, store, stats), stage.summary(run, stats)
+        whole = {array: store.write_whole(array, values) for array, values in found.items()}
         manifest = {
             "stage": name,
             "fingerprint": identity,
@@ -159,7 +169,7 @@ def run_stage(name: str, config: Config, *, workers: int = 0, scheduler: str | N
             "num_samples": store.num_samples,
             "num_shards": store.num_shards,
             **stage.says(run),
-            "summary": _summary(name, stage, run, store, stats),
+            "summary": summary,
             "digests": digest([record["digests"] for record in records]),
         }
         if whole:
@@ -238,14 +248,15 @@ def _make_shards(
     return [ledger.entry(shard) or {} for shard in range(store.num_shards)]
 
 
-def _summary(
-    name: str, stage: ShardStage, run: Run, store: Store, stats: Sequence[Mapping[str, Any]]
-) -> dict[str, Any]:
-    """Raises: CorruptShard where the counts can't be added up."""
+@contextlib.contextmanager
+def _counts_of(store: Store, name: str, stats: Sequence[Mapping[str, Any]]) -> Iterator[None]:
+    """Around what adds up a stage's counts. Raises: CorruptShard where they can't be."""
     try:
         if len(stats) != store.num_shards:
             raise KeyError("stats")
-        return stage.summary(run, stats)
+        yield
+    except (CacheError, UserError):
+        raise
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise CorruptShard(
             f"{Ledger(store.path, name).folder}: the counts of its records don't fit together ({error}). Delete this "

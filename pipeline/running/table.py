@@ -1,7 +1,8 @@
 """The stages, as data: what each reads, what it stands on, what it writes and says when it ends. One entry a stage.
 
-A stage that makes arrays of the cache shard by shard is a `ShardStage` (pipeline/running/shards.py) in a file of its
-own, and an entry here. The command line, the ledger, `verify`, `inspect`, `doctor` and Snakemake know it by its entry.
+A stage that makes arrays shard by shard from what `extract` has left is a `ShardStage` (pipeline/running/shards.py) in
+a file of its own, and an entry here. The command line, the ledger, `verify`, `inspect`, `doctor` and Snakemake know it
+by its entry.
 `config_fingerprint` says what a config asks of a stage (the Snakefile's trigger), `fingerprint` what the stage makes of
 it: facts about the data included. Importing this loads neither torch nor any stage.
 """
@@ -55,12 +56,12 @@ class Stage:
     reads: of the data set beside the training images: "labels", "test".
     also: stages whose sections and `reads` count as well under a config.
     part_of: the stage that makes this one and keeps its manifest.
-    recipe: the recipe whose labels it makes.
+    recipe: the only one that it belongs to; of a stage of the cache, the one whose labels it makes.
     work: "module:Class" of a `ShardStage`, imported when it runs; other stages have a command of their own.
     specs: of the arrays it writes, if cache/schema.py doesn't have them.
     in_cache: it keeps its work in the cache, shard by shard.
-    last: the file that it writes last, in the cache or in a folder of the run that has its name: its manifest, unless
-        said otherwise. "" for a stage that is part of another.
+    writes_last: the file that says it has ended, in the cache or in a folder of the run that has its name; without one,
+        its manifest, NAME.manifest.json.
     says: the shape of what its manifest says beside what all say.
     needed: keys of it that the stage below can't do without.
     """
@@ -76,17 +77,19 @@ class Stage:
     help: str = ""
     specs: tuple[ArraySpec, ...] = ()
     in_cache: bool = False
-    last: str = "{name}.manifest.json"
+    writes_last: str = ""
     says: Mapping[str, Shape] = field(default_factory=dict)
     needed: tuple[str, ...] = ("fingerprint", "content")
 
+    @property
+    def last(self) -> str:
+        """Name of the file that says it has ended; "" for a part of another stage."""
+        return "" if self.part_of else self.writes_last or f"{self.name}.manifest.json"
+
     def manifest(self, config: Config) -> Place:
-        """Where it says that it has ended: in the cache, or in a folder of the run."""
+        """Where it says that it has ended."""
         root = place(config.cache_path) if self.in_cache else config.run_path / self.name
         return root / self.last
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "last", self.last.format(name=self.name))
 
     @property
     def shape(self) -> Shape:
@@ -120,7 +123,7 @@ _ENTRIES = (
         needed=("fingerprint", "content", "text"),
     ),
     # Renewed alone when class names or templates change.
-    Stage("text", ("text",), "extract", part_of="extract", last=""),
+    Stage("text", ("text",), "extract", part_of="extract"),
     Stage(
         "cluster",
         ("data", "cluster"),
@@ -150,9 +153,9 @@ _ENTRIES = (
         says=TRAINED,
         needed=("fingerprint", "student"),
     ),
-    Stage("eval", ("data", "eval"), "train", reads=("labels", "test"), last="metrics.json"),
-    Stage("report", ("report",), "eval", last="index.html"),
-    Stage("figures", ("report",), "eval", last="clusters.png"),
+    Stage("eval", ("data", "eval"), "train", reads=("labels", "test"), writes_last="metrics.json"),
+    Stage("report", ("report",), "eval", writes_last="index.html"),
+    Stage("figures", ("report",), "eval", recipe="clip_teacher", writes_last="clusters.png"),
 )
 STAGES = {stage.name: stage for stage in _ENTRIES}
 ARRAYS.update({spec.name: spec for stage in _ENTRIES for spec in stage.specs})
@@ -162,7 +165,7 @@ IN_CACHE = tuple(name for name, stage in STAGES.items() if stage.in_cache)
 
 def labels_stage(config: Config) -> str:
     """Which stage makes the labels that training reads."""
-    return next(name for name, stage in STAGES.items() if stage.recipe == config.recipe)
+    return next(name for name in IN_CACHE if STAGES[name].recipe == config.recipe)
 
 
 def parts_of(name: str) -> tuple[str, ...]:

@@ -33,6 +33,8 @@ def take_over(like: Path, config: Config) -> bool:
         )
     is_same = made.get("config") == config_fingerprint(config, "extract")
     if not is_same or not isinstance(target, Path) or _holds_something(target):
+        why = "extraction differs there" if not is_same else f"{target} is not a new folder"
+        say(f"extract: nothing is taken over from {like}: {why}")
         return False
     partial = partial_of(target)
     with writing(target):

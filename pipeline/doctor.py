@@ -32,8 +32,9 @@ from pipeline.looking.forecast import (
     num_forwards,
     side_of,
 )
+from pipeline.models.second import SecondShape, second_shape
 from pipeline.models.student import cost_of
-from pipeline.models.teacher import CAN_EXPLAIN, TeacherShape, shape_of
+from pipeline.models.teacher import CAN_EXPLAIN, TeacherShape, shape_asked
 from pipeline.ops.masks import fitted_size
 from pipeline.running.checked import wrong_tags
 from pipeline.running.console import say
@@ -44,7 +45,7 @@ from pipeline.teaching.encode import STORAGE
 
 SAMPLE = 64  # images and masks of each part that are opened
 SPARE = 1.02  # of the forecast: estimates and file system blocks
-EXACT = ("view", "cls", "status", "tokens", "token_scale")  # not compressed
+EXACT = ("view", "cls", "status", "tokens", "token_scale", "cluster_tokens", "cluster_token_scale")  # not compressed
 CLASSES = 3  # in an image, for the cost of CAMs: above the mean of VOC and COCO
 # FLOP/s that are assumed: 35 % of an A100's dense peak (its data sheet), float32 without TF32.
 SUSTAINED = {"fp32": 0.35 * 19.5e12, "bf16": 0.35 * 312e12, "fp16": 0.35 * 312e12}
@@ -57,14 +58,7 @@ def doctor(config: Config, *, dry: bool = False, most: int = SAMPLE) -> list[Com
     `dry` opens no data set: counts are the config's or the published ones. Otherwise up to `most` images and masks
     of each part are opened. Raises: TeacherError, StudentError, ConfigError.
     """
-    section = config.teacher
-    shape = shape_of(
-        section.model,
-        section.pretrained,
-        image_size=section.image_size,
-        dense=section.dense,
-        output_stride=section.output_stride,
-    )
+    shape = shape_asked(config.teacher)
     say(_versions())
     found = _machine(config, shape)
     found += _student_weights(config, dry)
@@ -77,9 +71,10 @@ def doctor(config: Config, *, dry: bool = False, most: int = SAMPLE) -> list[Com
         f"teacher: {config.teacher.model} at {side * shape.patch} x {side * shape.patch}, {side} x {side} tokens of "
         f"{shape.channels}, {flops_of_a_view(shape, side) / 1e9:.1f} GFLOP a view"
     )
+    second = _second(config, side)
     if num_images is None:
         say("images: not known without the data set; costs are of 1,000")
-    costs = {name: forecast(config, shape, num_images or 1000, num_classes, name) for name in STORAGE}
+    costs = {name: forecast(config, shape, num_images or 1000, num_classes, name, second) for name in STORAGE}
     _say_costs(config, costs, flops_of_a_view(shape, side))
     if config.recipe == "clip_es" and shape.can_explain:
         _say_cams(config, shape, num_images or 1000, parts)
@@ -124,6 +119,19 @@ def _machine(config: Config, shape: TeacherShape) -> list[Complaint]:
     later = "downloaded when extract first runs (offline, point teacher.pretrained to a file)"
     say(f"weights: {shape.weights or later}")
     return found
+
+
+def _second(config: Config, side: int) -> SecondShape | None:
+    """What clustering's own model costs, said. Raises: TeacherError."""
+    if config.recipe != "clip_teacher" or config.cluster.teacher is None:
+        return None
+    second = second_shape(config.cluster, side)
+    later = "downloaded when it first runs (offline, name a file by cluster.teacher_weights)"
+    say(
+        f"cluster.teacher: {config.cluster.teacher} at {second.image_size} x {second.image_size}, {side} x {side} "
+        f"tokens of {second.channels}, {second.flops / 1e9:.1f} GFLOP a view; weights: {second.weights or later}"
+    )
+    return second
 
 
 def _image_size(config: Config, shape: TeacherShape) -> list[Complaint]:

@@ -20,6 +20,7 @@ DOORS = {
     "timm": {
         "pipeline/models/clip.py",
         "pipeline/models/towers.py",
+        "pipeline/models/second.py",
         "pipeline/models/student.py",
         "pipeline/models/segnext.py",
     },

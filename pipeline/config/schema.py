@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ MAX_NEGATIVES = 1_000_000  # 2 GB of CLS tokens, four views of all COCO images a
 MAX_PICTURES = 10_000  # in one HTML page
 MAX_LISTED = 1000  # numbers in a list of a setting
 MAX_NAME = 200  # bytes: file systems take 255, and variants, stages and partial files add to a run's name
+SECOND_MODEL = "timm:vit_base_patch14_dinov2"
 MIN_STRIDE = 0.01  # of a window: 10,000 overlapping views of every pixel
 
 
@@ -157,6 +159,14 @@ class Cluster(Section):
     threshold: float = content(0.8, gt=0, lt=1, description="lambda of Algorithm 1 (section 4.2)")
     backend: Literal["faiss", "torch"] = content("faiss", description="torch: a whole shard at once, for GPUs")
     device: str = aside("auto", description="auto takes a GPU when there is one")
+    teacher: str | None = content(
+        None,
+        description="a second model whose tokens are clustered in place of the teacher's: timm:<name>, a model of timm "
+        "such as DINOv2; null: the teacher's own",
+    )
+    teacher_weights: str | None = content(
+        None, description="its checkpoint, a file or its folder; null: timm downloads what it has under the name"
+    )
     named_above: float | None = content(
         None,
         ge=0,
@@ -168,6 +178,14 @@ class Cluster(Section):
         None, description="null: cosine, spherical K-means (settled); euclidean: plain means, in torch"
     )
     debug: bool = content(False, description="keep centroids and the map before fusion too")
+
+    @model_validator(mode="after")
+    def _second_model(self) -> Cluster:
+        if self.teacher is not None and not re.fullmatch(r"timm:\S+", self.teacher):
+            raise ValueError(f"teacher {self.teacher!r}: want timm:<name>, a model of timm such as {SECOND_MODEL}")
+        if self.teacher is None and self.teacher_weights is not None:
+            raise ValueError(f"teacher_weights are those of cluster.teacher, which is null: name it, {SECOND_MODEL}")
+        return self
 
 
 class Cams(Section):

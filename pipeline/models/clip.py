@@ -27,10 +27,9 @@ from open_clip.convert import convert_state_dict
 from open_clip.factory import resize_pos_embed
 from open_clip.model import _build_vision_tower, convert_to_custom_text_state_dict
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.models.layouts import HALVES, OPENAI_MEAN_STD, described, from_transformers, is_transformers
-from pipeline.models.towers import TeacherError, no_dense_path, tower_of
+from pipeline.models.towers import TeacherError, cost_on, no_dense_path, tower_of
 from pipeline.models.weights import WeightsError, files_of, read_state, weights_in
 
 # Extra entries of OpenAI's own archives; open_clip drops them from TorchScript archives only.
@@ -182,22 +181,18 @@ def seen_by(found: Description, image_size: int, dense: str) -> Seen:
         raise TeacherError(f"teacher.model {found.name!r}{why}: {_line(error)}") from None
     tower = tower_of(visual.eval().requires_grad_(False), dense)
     size = max(image_size - image_size % tower.patch, tower.patch)  # a side that fits no token is said elsewhere
-    counter = FlopCounterMode(display=False)
-    try:
-        with quiet(), counter:
+    with quiet():
+        try:
             _resize(found, visual, size)
-            pooled, tokens = tower(torch.zeros(1, 3, size, size, device="meta"))
-    except Exception as error:
-        raise no_dense_path(visual, f"at {size} x {size}: {_line(error, 120)}") from None
-    if tokens.shape[:3] != (1, size // tower.patch, size // tower.patch) or pooled.shape != (1, tokens.shape[-1]):
-        raise no_dense_path(visual, f"it makes {tuple(tokens.shape[1:])} of {size} x {size} pixels")
-    channels = int(tokens.shape[-1])
+        except Exception as error:  # of timm's own
+            raise no_dense_path(visual, f"at {size} x {size}: {_line(error, 120)}") from None
+        channels, flops = cost_on(tower, visual, size)
     if channels != found.config["embed_dim"]:
         raise TeacherError(
             f"teacher.model {found.name!r}: its image tower gives {channels} numbers and its text tower "
             f"{found.config['embed_dim']}, so text can't be compared with images."
         )
-    return Seen(tower.patch, channels, tower.can_explain, float(counter.get_total_flops()))
+    return Seen(tower.patch, channels, tower.can_explain, flops)
 
 
 def _sized(found: Description, image_size: int) -> dict[str, Any]:

@@ -76,12 +76,17 @@ def explain(
 
 def required(teacher: Teacher) -> Teacher:
     """The teacher, if it can be asked why. Raises: TeacherError that names those that can."""
-    if not teacher.can_explain:
-        raise TeacherError(
-            f"teacher.model {teacher.description.name!r}: CAMs need attention and gradients of the last blocks, which "
-            f"this image tower doesn't give. These do: {CAN_EXPLAIN}."
-        )
+    refuse_unexplained(teacher.description.name, teacher.can_explain)
     return teacher
+
+
+def refuse_unexplained(model: str, can_explain: bool) -> None:
+    """Raises: TeacherError for an image tower of which no CAMs can be made."""
+    if not can_explain:
+        raise TeacherError(
+            f"teacher.model {model!r}: CAMs need attention and gradients of the last blocks, which this image tower "
+            f"doesn't give. These do: {CAN_EXPLAIN}."
+        )
 
 
 def attended(attn: Any, entering: Tensor) -> tuple[Tensor, Tensor]:

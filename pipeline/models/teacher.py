@@ -33,7 +33,7 @@ from pipeline.models.clip import (
 )
 from pipeline.models.towers import CAN_EXPLAIN, TeacherError, Tower, tower_of
 
-__all__ = ["CAN_EXPLAIN", "Encoder", "Teacher", "TeacherError", "TeacherShape", "shape_of"]
+__all__ = ["CAN_EXPLAIN", "Encoder", "Teacher", "TeacherError", "TeacherShape", "shape_asked", "shape_of"]
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TEXT_BATCH = 256
@@ -236,6 +236,17 @@ def shape_of(
         weights=weights,
         flops=seen.flops,
         can_explain=seen.can_explain,
+    )
+
+
+def shape_asked(section: TeacherSection) -> TeacherShape:
+    """`shape_of` a config's teacher, at its size of a view. Raises: TeacherError."""
+    return shape_of(
+        section.model,
+        section.pretrained,
+        image_size=section.image_size,
+        dense=section.dense,
+        output_stride=section.output_stride,
     )
 
 

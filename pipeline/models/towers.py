@@ -19,6 +19,7 @@ from open_clip.transformer import AttentionalPooler, VisionTransformer
 from timm.layers import AttentionPool2d, AttentionPoolLatent
 from torch import Tensor, nn
 from torch.nn.functional import linear, scaled_dot_product_attention
+from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.config import UserError
 
@@ -73,9 +74,27 @@ def no_dense_path(visual: nn.Module, why: str = "") -> TeacherError:
     )
 
 
+def cost_on(tower: Tower, visual: nn.Module, size: int) -> tuple[int, float]:
+    """Channels of its tokens and operations of a view, found without arithmetic: `visual` lies on torch's meta device.
+
+    Raises: TeacherError where it doesn't make a square grid of tokens of such a view, and a global token beside it.
+    """
+    counter = FlopCounterMode(display=False)
+    try:
+        with counter:
+            pooled, tokens = tower(torch.zeros(1, 3, size, size, device="meta"))
+    except Exception as error:  # whatever the model's parts raise
+        raise no_dense_path(visual, f"at {size} x {size}: {' '.join(str(error).split())[:120]}") from None
+    side = size // tower.patch
+    if tokens.shape[:3] != (1, side, side) or pooled.shape != (1, tokens.shape[-1]):
+        raise no_dense_path(visual, f"it makes {tuple(tokens.shape[1:])} of {size} x {size} pixels")
+    return int(tokens.shape[-1]), float(counter.get_total_flops())
+
+
 def _kind(visual: nn.Module) -> str:
     trunk = getattr(visual, "trunk", None)
-    return f"timm's {type(trunk).__name__}" if trunk else type(visual).__name__
+    is_timm = trunk is not None or type(visual).__module__.startswith("timm.")
+    return f"timm's {type(visual if trunk is None else trunk).__name__}" if is_timm else type(visual).__name__
 
 
 # ---- open_clip's own ViTs ----------------------------------------------------------------------------
@@ -193,10 +212,7 @@ class TimmTower:
             for m in self.trunk.modules()
         ):
             raise no_dense_path(visual, "its attention pooling has positions of its own")
-        try:
-            self.patch = int(self.trunk.feature_info[-1]["reduction"])
-        except (AttributeError, LookupError, TypeError):
-            raise no_dense_path(visual, "timm doesn't say its stride") from None
+        self.patch = _stride(self.trunk, visual)
         self.num_prefix = int(getattr(self.trunk, "num_prefix_tokens", 0))
         self.is_channels_last = getattr(self.trunk, "output_fmt", "NCHW") == "NHWC"
 
@@ -216,6 +232,32 @@ class TimmTower:
         pool = getattr(self.head, "pool", None)  # open_clip's own attention pooling over a CNN
         dense = self.head(places) if pool is None else self.head[1:](_pooled_alone(pool, places.flatten(1)))
         return pooled, dense.reshape(len(pixels), side, side, pooled.shape[-1])
+
+
+def _stride(trunk: Any, visual: nn.Module) -> int:
+    """Pixels of a place of a last feature map. Raises: TeacherError."""
+    try:
+        return int(trunk.feature_info[-1]["reduction"])
+    except (AttributeError, LookupError, TypeError):
+        raise no_dense_path(visual, "timm doesn't say its stride") from None
+
+
+class FeatureTower:
+    """A model of timm by itself, without a joint space: its last feature map as it is, and the mean of it."""
+
+    can_explain = False
+    described = "last feature map"
+
+    def __init__(self, trunk: Any):
+        self.trunk, self.patch = trunk, _stride(trunk, trunk)
+
+    def __call__(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        features, side = self.trunk.forward_features(pixels), pixels.shape[-1] // self.patch
+        if features.ndim == 3:  # class and register tokens stand before the places
+            features = features[:, int(getattr(self.trunk, "num_prefix_tokens", 0)) :].unflatten(1, (side, side))
+        elif getattr(self.trunk, "output_fmt", "NCHW") != "NHWC":
+            features = features.permute(0, 2, 3, 1)
+        return features.mean((1, 2)), features
 
 
 def _pooled_alone(pool: Any, places: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ parameters and buffers.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import math
@@ -80,6 +81,12 @@ def files_of(path: Path) -> list[Path]:
     Raises: WeightsError for an index that can't be read, or names files outside of its folder.
     """
     return [path] if not path.name.endswith(INDEX) else [path, *dict.fromkeys(_parts(path).values())]
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_state(path: Path) -> dict[str, Tensor]:

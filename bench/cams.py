@@ -19,8 +19,10 @@ from interleaved import heading, medians, verdict
 from torch.nn.functional import normalize
 
 from pipeline.config import Cams
+from pipeline.models.clip import describe
 from pipeline.models.explain import _embedded, _finished, attended
 from pipeline.models.teacher import Teacher
+from pipeline.models.towers import tower_of
 from pipeline.ops.cam import box_masks, min_max
 from pipeline.teaching.maps import explained_maps
 
@@ -35,15 +37,15 @@ def block_flops() -> float:
 def teacher_of(precision: str) -> Teacher:
     torch.manual_seed(0)
     model = open_clip.create_model("ViT-B-16-quickgelu", load_weights=False).eval().requires_grad_(False)
-    model.visual.output_tokens = True
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     preprocess = open_clip.get_model_preprocess_cfg(model)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = model.to(device=device, dtype=dtype)
     return Teacher(
-        model=model.to(device=device, dtype=dtype),
-        tokenizer=None,
+        model=model,
+        description=describe("ViT-B-16-quickgelu", None, None),
+        tower=tower_of(model.visual),
         image_size=224,
-        patch=16,
         channels=512,
         mean=tuple(preprocess["mean"]),
         std=tuple(preprocess["std"]),

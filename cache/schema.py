@@ -1,7 +1,8 @@
 """The arrays of a cache, as data: what a stage may write and what any reader may rely on.
 
-Axes: N samples, V views, C channels, h and w tokens of a view, g_h and g_w tokens of an image at its own size,
-H and W its pixels, K classes, K_max classes of one image, K_c centres, box x0, y0, x1, y1 in source pixels.
+Axes: N samples, V views, C channels, C_c those of a second model for clustering alone, h and w tokens of a view,
+g_h and g_w tokens of an image at its own size, H and W its pixels, K classes, K_max classes of one image, K_c centres,
+box x0, y0, x1, y1 in source pixels.
 An array over N is cut into shards of 64 samples, the unit of writing and of resume; the others are a
 single file. No datum ever equals a fill value, so that a row that nobody wrote can't pass for data.
 """
@@ -65,6 +66,24 @@ _SPECS = (
     # One byte a sample and always read as a whole, hence not one chunk a sample.
     ArraySpec("status", ("N",), "uint8", 255, "extract", "0 ok, else why it is quarantined", chunk=SHARD),
     ArraySpec("text", ("K", "C"), "float32", NAN, "extract", "unit-norm text features", 0, is_sharded=False),
+    ArraySpec(
+        "cluster_tokens",
+        ("N", "V", "h", "w", "C_c"),
+        "float16",
+        NAN,
+        "encode",
+        "dense tokens of cluster.teacher, on the teacher's grid",
+        blank=True,
+    ),
+    ArraySpec(
+        "cluster_token_scale",
+        ("N", "V", "h", "w"),
+        "float32",
+        NAN,
+        "encode",
+        "int8 cluster_tokens times this are the model's",
+        blank=True,
+    ),
     ArraySpec(
         "pseudo",
         ("N", "V", "h", "w"),
@@ -155,7 +174,7 @@ _SPECS = (
 ARRAYS = {spec.name: spec for spec in _SPECS}
 OF_CLASSES = ("named", "cam_class", "mask")  # class ids: 16 bits where 254 or 255 is one
 # The other dtypes that an array may have; a cache's header says which one it has.
-VARIANTS = {("tokens", "int8"): replace(ARRAYS["tokens"], dtype="int8", fill=-128)} | {
+VARIANTS = {(name, "int8"): replace(ARRAYS[name], dtype="int8", fill=-128) for name in ("tokens", "cluster_tokens")} | {
     (name, "uint16"): replace(ARRAYS[name], dtype="uint16", fill=65534) for name in OF_CLASSES
 }
 # The ids, by row. An array and not an attribute, because attributes are read at every opening by every

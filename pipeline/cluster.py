@@ -2,9 +2,9 @@
 
     python cli.py cluster --config config/demo.yaml
 
-A shard of the cache's dense tokens in, a shard of pseudo labels out (`pipeline/teaching/pseudo.py`). With
-`cache.tokens: stream` extraction has clustered already, having had the tokens; then this stage reads what
-was written, compares it with the record of it, and sums up.
+A shard of the cache's dense tokens in (with cluster.teacher, those that `encode` has made), a shard of pseudo
+labels out (`pipeline/teaching/pseudo.py`). With `cache.tokens: stream` extraction has clustered already, having
+had the tokens; then this stage reads what was written, compares it with the record of it, and sums up.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ from pipeline.ops.quantise import dequantised
 from pipeline.ops.views import IGNORED
 from pipeline.running.checked import check_labels
 from pipeline.running.console import say
+from pipeline.running.manifests import required_manifest
 from pipeline.running.rows import is_listed
 from pipeline.running.shards import Made, Part, Run, ShardStage, run_stage
-from pipeline.running.table import STREAM
+from pipeline.running.table import STREAM, has_second_model
 from pipeline.teaching.names import object_names
 from pipeline.teaching.pseudo import backend_of, cluster_tokens, num_centres, sum_of, written_arrays
 from pipeline.teaching.verdict import verdict
@@ -47,7 +48,9 @@ class Clustering(ShardStage):
 
     def facts(self, run: Run) -> dict[str, Any]:
         facts: dict[str, Any] = {"unseen": run.data.unseen_ids}
-        return facts if run.config.cluster.named_above is None else facts | {"text": run.above["text"]}
+        if run.config.cluster.named_above is None:
+            return facts
+        return facts | {"text": required_manifest(run.config, "extract")["text"]}
 
     def look(self, run: Run) -> Seen | None:
         listed = [sample for sample in run.samples if is_listed(sample)]
@@ -68,15 +71,17 @@ class Clustering(ShardStage):
     def make(self, part: Part) -> Made:
         if part.config.cache.tokens == STREAM:
             return _confirmed(part)
-        section, store, made = part.config.cluster, part.store, part.read("extract")
+        section, store, is_second = part.config.cluster, part.store, has_second_model(part.config)
+        made = part.read("extract", ("view", "status") if is_second else None)
+        prefix, seen = ("cluster_", part.read("encode")) if is_second else ("", made)
         blocks, stats = cluster_tokens(
             section,
             part.data,
             part.samples,
             made["view"],
             made["status"] == OK,
-            token_reader(made["tokens"], made.get("token_scale")),
-            (store.sizes["h"], store.sizes["C"]),
+            token_reader(seen[f"{prefix}tokens"], seen.get(f"{prefix}token_scale")),
+            (store.sizes["h"], store.sizes["C_c" if is_second else "C"]),
             store.fact(SIDES, "teacher", "image_size"),
             part.tick,
         )

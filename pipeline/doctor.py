@@ -32,8 +32,9 @@ from pipeline.looking.forecast import (
     num_forwards,
     side_of,
 )
+from pipeline.models.second import SecondShape, second_shape
 from pipeline.models.student import cost_of
-from pipeline.models.teacher import TeacherShape, shape_of
+from pipeline.models.teacher import CAN_EXPLAIN, TeacherShape, shape_asked
 from pipeline.ops.masks import fitted_size
 from pipeline.running.checked import wrong_tags
 from pipeline.running.console import say
@@ -44,7 +45,7 @@ from pipeline.teaching.encode import STORAGE
 
 SAMPLE = 64  # images and masks of each part that are opened
 SPARE = 1.02  # of the forecast: estimates and file system blocks
-EXACT = ("view", "cls", "status", "tokens", "token_scale")  # not compressed
+EXACT = ("view", "cls", "status", "tokens", "token_scale", "cluster_tokens", "cluster_token_scale")  # not compressed
 CLASSES = 3  # in an image, for the cost of CAMs: above the mean of VOC and COCO
 # FLOP/s that are assumed: 35 % of an A100's dense peak (its data sheet), float32 without TF32.
 SUSTAINED = {"fp32": 0.35 * 19.5e12, "bf16": 0.35 * 312e12, "fp16": 0.35 * 312e12}
@@ -57,7 +58,7 @@ def doctor(config: Config, *, dry: bool = False, most: int = SAMPLE) -> list[Com
     `dry` opens no data set: counts are the config's or the published ones. Otherwise up to `most` images and masks
     of each part are opened. Raises: TeacherError, StudentError, ConfigError.
     """
-    shape = shape_of(config.teacher.model, config.teacher.pretrained)
+    shape = shape_asked(config.teacher)
     say(_versions())
     found = _machine(config, shape)
     found += _student_weights(config, dry)
@@ -65,16 +66,17 @@ def doctor(config: Config, *, dry: bool = False, most: int = SAMPLE) -> list[Com
     num_images = _num_images(config, parts)
     num_classes = len(data.classes) if data else 0
     side = side_of(config, shape)
-    found += _image_size(config, shape)
+    found += [*_image_size(config, shape), *_explained(config, shape)]
     say(
         f"teacher: {config.teacher.model} at {side * shape.patch} x {side * shape.patch}, {side} x {side} tokens of "
         f"{shape.channels}, {flops_of_a_view(shape, side) / 1e9:.1f} GFLOP a view"
     )
+    second = _second(config, side)
     if num_images is None:
         say("images: not known without the data set; costs are of 1,000")
-    costs = {name: forecast(config, shape, num_images or 1000, num_classes, name) for name in STORAGE}
+    costs = {name: forecast(config, shape, num_images or 1000, num_classes, name, second) for name in STORAGE}
     _say_costs(config, costs, flops_of_a_view(shape, side))
-    if config.recipe == "clip_es":
+    if config.recipe == "clip_es" and shape.can_explain:
         _say_cams(config, shape, num_images or 1000, parts)
     _say_training(config, shape, side, num_classes)
     if num_images is not None:
@@ -119,6 +121,19 @@ def _machine(config: Config, shape: TeacherShape) -> list[Complaint]:
     return found
 
 
+def _second(config: Config, side: int) -> SecondShape | None:
+    """What clustering's own model costs, said. Raises: TeacherError."""
+    if config.recipe != "clip_teacher" or config.cluster.teacher is None:
+        return None
+    second = second_shape(config.cluster, side)
+    later = "downloaded when it first runs (offline, name a file by cluster.teacher_weights)"
+    say(
+        f"cluster.teacher: {config.cluster.teacher} at {second.image_size} x {second.image_size}, {side} x {side} "
+        f"tokens of {second.channels}, {second.flops / 1e9:.1f} GFLOP a view; weights: {second.weights or later}"
+    )
+    return second
+
+
 def _image_size(config: Config, shape: TeacherShape) -> list[Complaint]:
     """A view's side that the teacher would refuse."""
     size = config.teacher.image_size or shape.image_size
@@ -127,6 +142,15 @@ def _image_size(config: Config, shape: TeacherShape) -> list[Complaint]:
     below = max(size // shape.patch, 1) * shape.patch
     what = f"teacher.image_size {size} is no multiple of the patch of {config.teacher.model!r}, {shape.patch}."
     return [Complaint("image size", what, f"Set it to {below} or {below + shape.patch}.")]
+
+
+def _explained(config: Config, shape: TeacherShape) -> list[Complaint]:
+    """CAMs are asked for of a teacher that can't be asked why."""
+    if shape.can_explain or (config.recipe != "clip_es" and config.cluster.named_above is None):
+        return []
+    key = "recipe clip_es" if config.recipe == "clip_es" else "cluster.named_above"
+    what = f"{key} makes CAMs, which {config.teacher.model!r} gives no attention and gradients for."
+    return [Complaint("no CAMs", what, f"These do: {CAN_EXPLAIN}.")]
 
 
 def _student_weights(config: Config, dry: bool) -> list[Complaint]:

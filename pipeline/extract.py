@@ -13,7 +13,6 @@ clustered here and forgotten.
 from __future__ import annotations
 
 import functools
-import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -33,7 +32,11 @@ from pipeline.data.base import DataError, DataSet, Sample, data_of
 from pipeline.data.prompts import prompts
 from pipeline.data.words import names_of_classes, other_names
 from pipeline.learning.text import features_of_file
-from pipeline.models.teacher import Teacher
+from pipeline.models.clip import weights_files
+from pipeline.models.explain import refuse_unexplained
+from pipeline.models.second import second_digests
+from pipeline.models.teacher import Teacher, shape_asked
+from pipeline.models.weights import file_digest
 from pipeline.ops.quantise import dequantised
 from pipeline.running.checked import check_labels
 from pipeline.running.console import progress, say
@@ -62,12 +65,22 @@ from pipeline.running.table import (
     difference,
     fingerprint,
 )
-from pipeline.teaching.encode import BAD_IMAGE, STORAGE, axis_sizes, mean_colour, shard_blocks, teacher_of
+from pipeline.teaching.encode import (
+    BAD_IMAGE,
+    STORAGE,
+    VERSIONS,
+    axis_sizes,
+    mean_colour,
+    said_of,
+    second_blocks,
+    second_of,
+    shard_blocks,
+    teacher_of,
+)
 from pipeline.teaching.pseudo import cluster_tokens, num_centres, sum_of, written_arrays
 
 # An audit fails below this cosine. int8 alone costs about 3e-5, bfloat16 on another machine 1e-4.
 AUDIT_COSINE = 0.999
-VERSIONS = ("open_clip", "torch")  # of the teacher's provenance: said, and no reason to run it again
 KEPT = {"stamps", "quarantined"}  # of a record beside what all have; one without them is of no shard that is done
 
 
@@ -97,6 +110,8 @@ def extract(config: Config, *, workers: int = 0, scheduler: str | None = None, r
         finish(config, "extract", manifest | _asked(config))
         say(f"extract: nothing to do, {len(samples)} images are cached in {path}")
         return manifest
+    if config.reads_tags:  # CAMs are to come: said before hours of the teacher's work
+        refuse_unexplained(config.teacher.model, shape_asked(config.teacher).can_explain)
     if manifest is None or manifest.get("content") != content:
         listed = [sample for sample in samples if is_listed(sample)]
         check_labels(data, listed, are_tags=config.reads_tags, is_needed=config.cache.tokens == STREAM)
@@ -298,10 +313,14 @@ def _cluster(
     config: Config, data: DataSet, teacher: Teacher, samples: Sequence[Sample], blocks: dict[str, np.ndarray]
 ) -> dict[str, list[int]]:
     """Puts the pseudo labels into `blocks` in place of the dense tokens; returns their counts."""
-    tokens, good = torch.from_numpy(blocks.pop("tokens")), blocks["status"] == OK
+    kept, boxes, good = blocks.pop("tokens"), blocks["view"], blocks["status"] == OK
+    if config.cluster.teacher is not None:
+        model = second_of(config, teacher.side)
+        kept = second_blocks(data, model, samples, boxes, good, batch=config.teacher.batch, tokens=STREAM)["tokens"]
+    tokens = torch.from_numpy(kept)
     shape = (tokens.shape[2], tokens.shape[4])
     made, stats = cluster_tokens(
-        config.cluster, data, samples, blocks["view"], good, tokens.__getitem__, shape, teacher.image_size
+        config.cluster, data, samples, boxes, good, tokens.__getitem__, shape, teacher.image_size
     )
     blocks |= made
     return stats
@@ -363,30 +382,26 @@ def _vectors(store: Store, name: str, rows: np.ndarray) -> np.ndarray:
 FACTS = {
     "name": "the data set's name, by which views are drawn,",
     "weights": "the SHA-256 of the teacher's weights",
+    "second": "the SHA-256 of the weights of cluster.teacher",
     "unseen": "the list of unseen classes (streamed tokens are clustered at once)",
 }
 
 
 def _facts(config: Config, data: DataSet) -> dict[str, Any]:
     """What the teacher's work rests on beside the config; see FACTS."""
-    files = [config.teacher.pretrained]
-    if config.teacher.model.startswith("local-dir:"):
-        files += sorted(str(p) for p in Path(config.teacher.model.partition(":")[2]).glob("*.safetensors"))
-    hashed = sorted(_file_digest(Path(p)) for p in files if p and Path(p).is_file())
+    hashed = sorted(map(file_digest, weights_files(config.teacher.model, config.teacher.pretrained)))
     facts: dict[str, Any] = {"name": data.name, "weights": hashed}
-    return facts | {"unseen": list(data.unseen_ids)} if config.cache.tokens == STREAM else facts
+    if config.cache.tokens != STREAM:
+        return facts
+    second = {} if config.cluster.teacher is None else {"second": second_digests(config.cluster)}
+    return facts | {"unseen": list(data.unseen_ids), **second}
 
 
 def _text_identity(config: Config, data: DataSet) -> str:
     """What the text features rest on: class names in order, templates, synonyms, a file's bytes."""
     path = config.text.features
-    file = _file_digest(Path(path)) if path and Path(path).is_file() else None
+    file = file_digest(Path(path)) if path and Path(path).is_file() else None
     return digest([config_fingerprint(config, "text", apart_from=SAMPLES), list(data.classes), file])
-
-
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _text_features(config: Config, data: DataSet, teacher: Teacher) -> np.ndarray:
@@ -409,11 +424,13 @@ def _open_store(config: Config, data: DataSet, identity: str, samples: Sequence[
     attributes = {
         "fingerprint": identity,
         "data": {"kind": config.data.kind, "name": data.name, **data_options(config, "extract")},
-        "teacher": {key: value for key, value in teacher.provenance.items() if key not in VERSIONS},
+        "teacher": said_of(teacher),
         "mean_colour": [int(value) for value in mean_colour(teacher.mean)],
         "views": {"num": config.views.num, "size": teacher.image_size},
         "tokens": config.cache.tokens,
     }
+    if config.cache.tokens == STREAM and config.cluster.teacher is not None:
+        attributes["encode"] = said_of(second_of(config, teacher.side))
     try:
         store = Store.create(
             config.cache_path,
@@ -425,7 +442,8 @@ def _open_store(config: Config, data: DataSet, identity: str, samples: Sequence[
         )
     except StaleCache as error:
         raise StaleCache(f"{error} (an unfinished extraction of another config or other data)") from None
-    made_with = {key: teacher.provenance[key] for key in VERSIONS} | {"clipteacher": version()}
+    made_with = {key: teacher.provenance[key] for key in VERSIONS if key in teacher.provenance}
+    made_with["clipteacher"] = version()
     before = store.attributes.get("made_with", made_with)
     if before != made_with:
         say(f"extract: rows so far were made with {before}, new ones are with {made_with}")

@@ -56,7 +56,7 @@ def select_prompt(config: Config, candidates: Sequence[str]) -> str:
     names = [*words, *background_names(config.cams.background)]
     features = teacher.encode_text([[template.replace("{}", name)] for template in chosen for name in names])
     features = features.clone().unflatten(0, (len(chosen), len(names)))  # (T, K + N, C)
-    scale = float(teacher.model.logit_scale.exp())
+    scale = teacher.logit_scale
     total, num_images, num_counted = torch.zeros(len(chosen), dtype=torch.float64), 0, 0
     with progress("prompts", store.num_samples) as advance:
         for pooled, present in _images(config, data, store, str(above["fingerprint"])):

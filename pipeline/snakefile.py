@@ -113,7 +113,8 @@ def stage_files(config: Config) -> dict[str, tuple[list[str], str]]:
     """Of each stage the files that it stands on and the one that it writes last; by name, from the ground up."""
     last = {}
     for name, stage in STAGES.items():
-        is_possible = stage.in_cache or stage.recipe in ("", config.recipe)  # figures are drawn of one recipe
+        # The others' labels can be made beside those of this recipe; figures are drawn of one recipe.
+        is_possible = stage.is_in(config) and (stage.in_cache or stage.recipe in ("", config.recipe))
         if stage.last and is_possible:
             folder = config.manifest_folder if stage.in_cache else config.run_path / name
             last[name] = (folder / stage.last).as_posix()

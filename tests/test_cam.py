@@ -102,7 +102,9 @@ def test_thresholds_by_hand():
 
 @pytest.fixture(scope="module")
 def teacher():
-    return Teacher.load("local-dir:config/demo_teacher", None, image_size=None)
+    loaded = Teacher.load("local-dir:config/demo_teacher", None, image_size=None)
+    loaded.model.visual.output_tokens = True  # of open_clip's own forward, which tests compare with
+    return loaded
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ MAX_NEGATIVES = 1_000_000  # 2 GB of CLS tokens, four views of all COCO images a
 MAX_PICTURES = 10_000  # in one HTML page
 MAX_LISTED = 1000  # numbers in a list of a setting
 MAX_NAME = 200  # bytes: file systems take 255, and variants, stages and partial files add to a run's name
+SECOND_MODEL = "timm:vit_base_patch14_dinov2"
 MIN_STRIDE = 0.01  # of a window: 10,000 overlapping views of every pixel
 
 
@@ -94,12 +96,18 @@ class Data(Section):
 
 
 class TeacherSection(Section):
-    """The frozen CLIP. `model` and `pretrained` are open_clip's; `local-dir:` models bring their weights."""
+    """The frozen CLIP (docs/teachers.md). `local-dir:` and `hf-hub:` models bring their weights."""
 
     model: str = content("ViT-B-16-quickgelu", description="an open_clip model, local-dir:folder or hf-hub:repo")
-    pretrained: str | None = content("openai", description="an open_clip tag or a checkpoint file")
+    pretrained: str | None = content("openai", description="an open_clip tag, a checkpoint file or its folder")
     quick_gelu: bool | None = content(None, description="must be stated for a checkpoint file, which can't tell")
     image_size: int = content(512, ge=16, le=MAX_SIDE, description="side of a view in pixels (paper: 512)")
+    dense: Literal["paper", "value", "qq", "naclip"] = content(
+        "paper", description="what dense tokens are: the last block as it is, or recomputed (open_clip's own ViTs)"
+    )
+    output_stride: int | None = content(
+        None, ge=4, le=32, description="pixels of a token of timm's CNNs, dilated; null: their own, mostly 32"
+    )
     precision: Literal["fp32", "bf16", "fp16"] = content("fp32", description="of the whole model")
     batch: int = content(
         8, ge=1, le=MAX_BATCH, description="views per forward, padded to this size so that rows don't depend on it"
@@ -151,6 +159,14 @@ class Cluster(Section):
     threshold: float = content(0.8, gt=0, lt=1, description="lambda of Algorithm 1 (section 4.2)")
     backend: Literal["faiss", "torch"] = content("faiss", description="torch: a whole shard at once, for GPUs")
     device: str = aside("auto", description="auto takes a GPU when there is one")
+    teacher: str | None = content(
+        None,
+        description="a second model whose tokens are clustered in place of the teacher's: timm:<name>, a model of timm "
+        "such as DINOv2; null: the teacher's own",
+    )
+    teacher_weights: str | None = content(
+        None, description="its checkpoint, a file or its folder; null: timm downloads what it has under the name"
+    )
     named_above: float | None = content(
         None,
         ge=0,
@@ -162,6 +178,14 @@ class Cluster(Section):
         None, description="null: cosine, spherical K-means (settled); euclidean: plain means, in torch"
     )
     debug: bool = content(False, description="keep centroids and the map before fusion too")
+
+    @model_validator(mode="after")
+    def _second_model(self) -> Cluster:
+        if self.teacher is not None and not re.fullmatch(r"timm:\S+", self.teacher):
+            raise ValueError(f"teacher {self.teacher!r}: want timm:<name>, a model of timm such as {SECOND_MODEL}")
+        if self.teacher is None and self.teacher_weights is not None:
+            raise ValueError(f"teacher_weights are those of cluster.teacher, which is null: name it, {SECOND_MODEL}")
+        return self
 
 
 class Cams(Section):

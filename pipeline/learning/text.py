@@ -23,7 +23,7 @@ def text_teacher(checkpoint: Checkpoint) -> Any:
     from pipeline.models.teacher import Teacher
 
     section = checkpoint.config.teacher
-    return Teacher.load(section.model, section.pretrained, image_size=section.image_size, quick_gelu=section.quick_gelu)
+    return Teacher.of(section, image_size=section.image_size, device="cpu")
 
 
 def text_of_names(

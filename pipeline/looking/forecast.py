@@ -16,6 +16,7 @@ import numpy as np
 
 from cache.schema import ARRAYS, FIXED, SHARD, spec_of
 from pipeline.config import Config, Train
+from pipeline.models.second import SecondShape
 from pipeline.models.student import StudentCost
 from pipeline.models.teacher import TeacherShape
 from pipeline.running.table import STAGES, in_cache
@@ -52,17 +53,33 @@ class Forecast:
         return sum(counted) / (self.num_images * self.num_views)
 
 
-def forecast(config: Config, shape: TeacherShape, num_images: int, num_classes: int, tokens: str) -> Forecast:
-    """The cache of `num_images` with dense tokens kept as `tokens` says. Raises: ConfigError (cluster.sizes)."""
+def forecast(
+    config: Config,
+    shape: TeacherShape,
+    num_images: int,
+    num_classes: int,
+    tokens: str,
+    second: SecondShape | None = None,
+) -> Forecast:
+    """The cache of `num_images` with dense tokens kept as `tokens` says. Raises: ConfigError (cluster.sizes).
+
+    `second`: of cluster.teacher.
+    """
+    config = config.model_copy(update={"cache": config.cache.model_copy(update={"tokens": tokens})})
     side = side_of(config, shape)
     sizes = {"N": num_images, "V": config.views.num, "C": shape.channels, "h": side, "w": side}
     sizes |= {"K": num_classes, "K_c": num_centres(config.cluster, side)}
+    sizes |= {} if second is None else {"C_c": second.channels}
     storage = STORAGE[tokens]
     names = ["view", "cls", "status", *(storage.arrays if storage.is_kept else ())]
-    names += [name for stage in in_cache(config) if STAGES[stage].work for name in STAGES[stage].arrays_of(config)]
+    written = [stage for stage in in_cache(config) if STAGES[stage].work]
+    names += [name for stage in written for name in STAGES[stage].arrays_of(config)]
     # Of arrays over the sample axis; what CAMs take depends on the images.
     known = [n for n in names if ARRAYS[n].is_sharded and {*ARRAYS[n].axes} <= {*sizes, *FIXED}]
-    arrays = {name: array_bytes(name, sizes, storage.dtypes.get(name)) for name in known}
+    dtypes = storage.dtypes | {
+        name: dtype for s in written for name, dtype in STAGES[s].loaded().dtypes(config).items()
+    }
+    arrays = {name: array_bytes(name, sizes, dtypes.get(name)) for name in known}
     text = 4.0 * num_classes * shape.channels
     other = text + num_images * (RECORD_BYTES_PER_IMAGE + ID_BYTES)
     return Forecast(num_images, config.views.num, arrays, other)
@@ -94,7 +111,9 @@ def num_forwards(num_images: int, num_views: int, batch: int) -> int:
 
 
 def flops_of_a_view(shape: TeacherShape, side: int) -> float:
-    """Of a ViT's forward, multiply-adds counted as two: 12 d^2 a token and layer, and attention's 2 L d twice."""
+    """Of a forward, multiply-adds counted as two; a ViT's: 12 d^2 a token and layer, and attention's 2 L d twice."""
+    if not shape.layers:
+        return shape.flops
     tokens = side * side + 1
     return shape.layers * 2 * (12 * shape.width**2 * tokens + 2 * tokens**2 * shape.width)
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate, normalize
 
-from pipeline.models.teacher import Teacher
+from pipeline.models.teacher import CAN_EXPLAIN, Teacher, TeacherError
+from pipeline.models.towers import projections
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,10 @@ def explain(
     foreground holds the features of each image's own classes, `present` says which of the K places are used;
     background features compete in every image's softmax. A class that isn't present has gradient 0.
     Shapes: images (B, 3, H, W) uint8 RGB, sides multiples of the patch; foreground (B, K, C) and background (N, C)
-    unit norm, present (B, K) bool. Raises: ValueError for sides that are no multiple of the patch.
+    unit norm, present (B, K) bool. Raises: TeacherError (`required`), ValueError for sides that are no
+    multiple of the patch.
     """
+    required(teacher)
     height, width = images.shape[2:]
     if height % teacher.patch or width % teacher.patch:
         raise ValueError(f"images of {height} x {width}: want multiples of the patch, {teacher.patch}.")
@@ -71,17 +74,29 @@ def explain(
     return Explained(activations[:, 1:].float(), gradients[:, :, 1:].float(), attention, scores.detach())
 
 
+def required(teacher: Teacher) -> Teacher:
+    """The teacher, if it can be asked why. Raises: TeacherError that names those that can."""
+    refuse_unexplained(teacher.description.name, teacher.can_explain)
+    return teacher
+
+
+def refuse_unexplained(model: str, can_explain: bool) -> None:
+    """Raises: TeacherError for an image tower of which no CAMs can be made."""
+    if not can_explain:
+        raise TeacherError(
+            f"teacher.model {model!r}: CAMs need attention and gradients of the last blocks, which this image tower "
+            f"doesn't give. These do: {CAN_EXPLAIN}."
+        )
+
+
 def attended(attn: Any, entering: Tensor) -> tuple[Tensor, Tensor]:
     """A block's attention, written out so that its weights are seen.
 
     Shapes: entering (B, 1 + L, D) -> mixed (B, 1 + L, D), weights (B, L, L) float32, heads averaged, patches only.
     """
-    batch, length, width = entering.shape
-    joint = torch.nn.functional.linear(entering, attn.in_proj_weight, attn.in_proj_bias)
-    query, key, value = joint.view(batch, length, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
-    # (B, heads, 1 + L, 1 + L)
+    query, key, value = projections(attn, entering)
     weights = (query * query.shape[-1] ** -0.5 @ key.transpose(-2, -1)).softmax(-1)
-    mixed = (weights @ value).transpose(1, 2).reshape(batch, length, width)
+    mixed = (weights @ value).transpose(1, 2).reshape(entering.shape)
     return attn.out_proj(mixed), weights.mean(1, dtype=torch.float32)[:, 1:, 1:].detach()
 
 
@@ -93,10 +108,7 @@ def _finished(block: Any, tokens: Tensor, mixed: Tensor) -> Tensor:
 
 def _embedded(teacher: Teacher, images: Tensor) -> Tensor:
     """What enters the first block: (B, 3, H, W) uint8 -> (B, 1 + L, D)."""
-    visual, device = teacher.model.visual, teacher.device
-    mean = torch.tensor(teacher.mean, device=device).view(1, 3, 1, 1)
-    std = torch.tensor(teacher.std, device=device).view(1, 3, 1, 1)
-    pixels = ((images.to(device).float() / 255 - mean) / std).to(teacher.dtype)
+    visual, pixels = teacher.model.visual, teacher.normalised(images)
     patches = visual.conv1(pixels)  # (B, D, h, w)
     side = int((len(visual.positional_embedding) - 1) ** 0.5)
     of_cls, of_patches = visual.positional_embedding.float().split([1, side * side])

@@ -8,10 +8,13 @@ parameters and buffers.
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 import math
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -43,33 +46,102 @@ DTYPES = {
 MOST_PICKLED = 64 * 2**20
 DEEPEST = 100
 LISTED = 8  # keys that an error names
+INDEX = ".index.json"  # of a checkpoint in several files: which of them holds which tensor
+# What a folder of the hub is read from, the first that it has: open_clip's own files before transformers'.
+PREFERRED = (
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.safetensors",
+    f"open_clip_model.safetensors{INDEX}",
+    "open_clip_pytorch_model.bin",
+    "open_clip_pytorch_model.pth",
+    "open_clip_pytorch_model.pt",
+    "model.safetensors",
+    f"model.safetensors{INDEX}",
+    "pytorch_model.bin",
+    f"pytorch_model.bin{INDEX}",
+)
+ENDINGS = (".safetensors", ".bin", ".pt", ".pth")
 
 
 class WeightsError(UserError):
     """A file that holds no state dict that can be read without running what it brings."""
 
 
+def weights_in(folder: Path) -> Path | None:
+    """The checkpoint of a folder: PREFERRED, else the first by kind and name; None where there is none."""
+    for name in PREFERRED:
+        if (folder / name).is_file():
+            return folder / name
+    return next((path for ending in ENDINGS for path in sorted(folder.glob(f"*{ending}"))), None)
+
+
+def files_of(path: Path) -> list[Path]:
+    """The files that a checkpoint is read from: itself, or its index and the parts that this names.
+
+    Raises: WeightsError for an index that can't be read, or names files outside of its folder.
+    """
+    return [path] if not path.name.endswith(INDEX) else [path, *dict.fromkeys(_parts(path).values())]
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def read_state(path: Path) -> dict[str, Tensor]:
-    """The state dict in a file, wrappers and the prefixes of wrapped models taken off.
+    """The state dict in a file or in the parts that an index names, wrappers and their prefixes taken off.
 
     Raises: WeightsError with what was found there, without the file's name.
     """
+    if not path.name.endswith(INDEX):
+        return unprefixed(_tensors(path))
+    where = _parts(path)
+    state: dict[str, Tensor] = {}
+    for part in dict.fromkeys(where.values()):
+        if not part.is_file():
+            raise WeightsError(f"lists {part.name}, which is missing beside it. Download it, too.")
+        try:
+            state |= _tensors(part)
+        except WeightsError as error:
+            raise WeightsError(f"its part {part.name}: {error}") from None
+    if missing := [name for name in where if name not in state]:
+        raise WeightsError(f"{missing[0]!r} is not in {where[missing[0]].name}, where its index has it.")
+    return unprefixed(state)
+
+
+def _parts(index: Path) -> dict[str, Path]:
+    """The file of each tensor, by its name."""
+    try:
+        where = json.loads(index.read_text())["weight_map"]
+        parts = {str(name): str(part) for name, part in where.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise WeightsError("no index of a checkpoint in parts: want a JSON file with a weight_map.") from None
+    if foreign := [part for part in parts.values() if Path(part).name != part or not part.endswith(ENDINGS)]:
+        raise WeightsError(f"names {foreign[0]!r:.100}, and the parts of a checkpoint lie beside their index.")
+    return {name: index.parent / part for name, part in parts.items()}
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of one file."""
     try:
         if path.suffix == ".safetensors":
-            return unprefixed(load_file(path))
+            return load_file(path)
         if is_torchscript(path):
-            return unprefixed(torchscript_state(path))
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+            return torchscript_state(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # on a pickle's protocol: it works or it doesn't
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
     except WeightsError:
         raise
     except Exception as error:  # torch, pickle, zip and safetensors each raise their own
         raise WeightsError(f"not a checkpoint that can be read: {_said(path, error)}") from None
-    return unprefixed(unwrapped(loaded))
+    return unwrapped(loaded)
 
 
 def _said(path: Path, error: Exception) -> str:
     """What is wrong with a file, in a line; torch answers with a page, and advises to load it unsafely."""
-    text = " ".join(str(error).split())
+    text = " ".join(re.sub(r"\x1b\[[\d;]*m", "", str(error)).split())  # torch prints in bold
     with path.open("rb") as file:
         head = file.read(16)
     if not head:
@@ -80,6 +152,12 @@ def _said(path: Path, error: Exception) -> str:
         return (
             f"beside tensors it holds {foreign[1]}, and loading such objects can run code. Where you trust the file, "
             "save its tensors alone: torch.save(torch.load(file, weights_only=False)['state_dict'], 'tensors.pt')."
+        )
+    if isinstance(error, pickle.UnpicklingError) and head.startswith((b"PK", b"\x80")):
+        what = re.search(r"WeightsUnpickler error: (.*?)(?: Check the documentation|$)", text)
+        return (
+            f"torch's safe loader can't read it ({what[1][:100] if what else type(error).__name__}). Where you trust "
+            "the file, save its tensors anew: torch.save(torch.load(file, weights_only=False), 'tensors.pt')."
         )
     if isinstance(error, pickle.UnpicklingError):
         return f"it begins with {head!r}, as no checkpoint does. Download it again."

@@ -93,6 +93,10 @@ class ShardStage(ABC):
         """The arrays that it writes under this config."""
         return STAGES[self.name].arrays
 
+    def dtypes(self, config: Config) -> dict[str, str]:
+        """Of those that aren't of class ids and may have several."""
+        return {}
+
     def sizes(self, run: Run, store: Store) -> dict[str, int] | None:
         """Of the axes that are new; None where the arrays are there already."""
         return {}
@@ -150,7 +154,8 @@ def run_stage(name: str, config: Config, *, workers: int = 0, scheduler: str | N
         store = Store.open(config.cache_path)
         arrays = stage.arrays(config)
         if (sizes := stage.sizes(run, store)) is not None:
-            dtypes = {array: cached_dtype(len(data.classes)).name for array in arrays if array in OF_CLASSES}
+            of_classes = {array: cached_dtype(len(data.classes)).name for array in arrays if array in OF_CLASSES}
+            dtypes = of_classes | stage.dtypes(config)
             store.add_arrays(arrays, sizes, replace=True, dtypes=dtypes)
         if line := stage.announced(config):
             say(line)

@@ -21,7 +21,9 @@ from cache.schema import ARRAYS, ArraySpec
 from pipeline.config import OPTIONS, Config, aside_keys, defaults, digest, settings_apart_from_defaults
 
 STREAM = "stream"  # of cache.tokens: extraction clusters, and keeps no tokens
+POOLED = "pooled"  # of it: their mean alone is kept
 LABELS = "labels"  # in place of a stage's name: the one that makes the labels of the run's recipe
+TOKENS = "tokens"  # in place of a stage's name: the one that makes the tokens that are clustered
 
 ASKED = {"asked?": dict, "arrays?": [str]}
 PSEUDO = {
@@ -47,12 +49,23 @@ def _nothing(config: Config) -> tuple[str, ...]:
     return ()
 
 
+def _always(config: Config) -> bool:
+    return True
+
+
+def has_second_model(config: Config) -> bool:
+    """Whether clustering has a model of its own whose tokens are kept; streamed ones are extraction's work."""
+    is_asked = config.recipe == "clip_teacher" and config.cluster.teacher is not None
+    return is_asked and config.cache.tokens not in (STREAM, POOLED)
+
+
 @dataclass(frozen=True)
 class Stage:
     """One stage.
 
-    sections: of the config, whose content keys enter its fingerprint.
-    upstream: the stage that it stands on; LABELS is `cluster` or `cams`, by recipe.
+    sections: of the config, whose content keys enter its fingerprint; or single keys of one, "section.key".
+    upstream: the stage that it stands on; LABELS is `cluster` or `cams`, by recipe, TOKENS `encode` or `extract`.
+    is_in: whether runs of a config have it.
     reads: of the data set beside the training images: "labels", "test".
     also: stages whose sections and `reads` count as well under a config.
     part_of: the stage that makes this one and keeps its manifest.
@@ -71,6 +84,7 @@ class Stage:
     upstream: str | None
     reads: tuple[str, ...] = ()
     also: Callable[[Config], tuple[str, ...]] = _nothing
+    is_in: Callable[[Config], bool] = _always
     part_of: str = ""
     recipe: str = ""
     work: str = ""
@@ -125,9 +139,19 @@ _ENTRIES = (
     # Renewed alone when class names or templates change.
     Stage("text", ("text",), "extract", part_of="extract"),
     Stage(
+        "encode",
+        ("cluster.teacher", "cluster.teacher_weights"),
+        "extract",
+        is_in=has_second_model,
+        work="pipeline.encode:Encoding",
+        help="Run cluster.teacher, a second model for clustering alone, over the views that extract has drawn.",
+        in_cache=True,
+        says={"summary?": {"views": int}},
+    ),
+    Stage(
         "cluster",
         ("data", "cluster"),
-        "extract",
+        TOKENS,
         reads=("labels",),
         also=lambda config: ("cams",) if config.cluster.named_above is not None else (),
         recipe="clip_teacher",
@@ -168,6 +192,11 @@ def labels_stage(config: Config) -> str:
     return next(name for name in IN_CACHE if STAGES[name].recipe == config.recipe)
 
 
+def is_of(config: Config, name: str) -> bool:
+    """Whether a run of this config has the stage."""
+    return STAGES[name].recipe in ("", config.recipe) and STAGES[name].is_in(config)
+
+
 def parts_of(name: str) -> tuple[str, ...]:
     """The stages that one makes and keeps the manifest of."""
     return tuple(part.name for part in STAGES.values() if part.part_of == name)
@@ -177,7 +206,7 @@ def in_cache(config: Config) -> tuple[str, ...]:
     """The stages of the cache that a run of this recipe has: others' labels, and what stands on these, apart."""
     found = list[str]()
     for name in IN_CACHE:  # in the order of the table: from the ground up
-        if STAGES[name].recipe in ("", config.recipe) and above(config, name) in (None, *found):
+        if is_of(config, name) and above(config, name) in (None, *found):
             found.append(name)
     return tuple(found)
 
@@ -185,6 +214,8 @@ def in_cache(config: Config) -> tuple[str, ...]:
 def above(config: Config, name: str) -> str | None:
     """The stage that one stands on."""
     upstream = STAGES[name].upstream
+    if upstream == TOKENS:
+        return "encode" if has_second_model(config) else "extract"
     return labels_stage(config) if upstream == LABELS else upstream
 
 
@@ -199,7 +230,8 @@ def below(name: str) -> tuple[str, ...]:
     found = [name]
     for other in IN_CACHE:
         upstream = STAGES[other].upstream
-        if upstream in found or (upstream == LABELS and any(STAGES[made].recipe for made in found)):
+        is_on_labels = upstream == LABELS and any(STAGES[made].recipe for made in found)
+        if upstream in found or is_on_labels or (upstream == TOKENS and {"extract", "encode"} & {*found}):
             found.append(other)
     return tuple(found)
 
@@ -223,7 +255,7 @@ def asked(config: Config, stage: str, *, apart_from: str = "") -> dict[str, Any]
     return {
         key: value
         for key, value in settings_apart_from_defaults(config).items()
-        if key.partition(".")[0] in sections and key not in hidden
+        if {key, key.partition(".")[0]} & sections and key not in hidden
     }
 
 

@@ -21,9 +21,10 @@ from torch import Tensor
 
 from cache.schema import spec_of
 from cache.verify import OK
-from pipeline.config import TeacherSection
+from pipeline.config import Cluster, Config, TeacherSection
 from pipeline.data.base import BadImage, DataSet, Sample
-from pipeline.models.teacher import Teacher, TeacherError
+from pipeline.models.second import second_encoder
+from pipeline.models.teacher import Encoder, Teacher, TeacherError
 from pipeline.ops.quantise import quantised
 from pipeline.ops.views import draw_views, replay_image
 from pipeline.running.devices import device_of
@@ -32,6 +33,7 @@ from pipeline.running.table import STREAM
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 DECODE_THREADS = min(max(CORES, 2), 16)  # 16 feed an H100, 5 an A100 (docs/scale.md)
+VERSIONS = ("open_clip", "timm", "torch")  # of a model's provenance: said, and no reason to run it again
 BAD_IMAGE = 1  # code of a row without a usable image in `status`
 
 
@@ -70,20 +72,29 @@ STORAGE = {
 @functools.lru_cache(maxsize=1)
 def teacher_of(section: TeacherSection) -> Teacher:
     """The run's teacher, loaded once a process."""
-    return Teacher.load(
-        section.model,
-        section.pretrained,
-        image_size=section.image_size,
-        quick_gelu=section.quick_gelu,
-        precision=section.precision,
-        device=str(device_of("teacher.device", section.device)),
-    )
+    device = str(device_of("teacher.device", section.device))
+    return Teacher.of(section, image_size=section.image_size, device=device, precision=section.precision)
 
 
-def axis_sizes(teacher: Teacher, num_views: int) -> dict[str, int]:
+def second_of(config: Config, side: int) -> Encoder:
+    """The model of cluster.teacher for side x side tokens, loaded once a process. Raises: TeacherError."""
+    return _second(config.cluster, config.teacher, side)
+
+
+@functools.lru_cache(maxsize=1)
+def _second(section: Cluster, teacher: TeacherSection, side: int) -> Encoder:
+    device = str(device_of("teacher.device", teacher.device))
+    return second_encoder(section, side, precision=teacher.precision, device=device)
+
+
+def said_of(model: Encoder) -> dict[str, Any]:
+    """What a cache says of a model whose tokens it holds."""
+    return {key: value for key, value in model.provenance.items() if key not in VERSIONS}
+
+
+def axis_sizes(teacher: Encoder, num_views: int) -> dict[str, int]:
     """Lengths of the axes that the teacher and the views fix."""
-    side = teacher.image_size // teacher.patch
-    return {"V": num_views, "C": teacher.channels, "h": side, "w": side}
+    return {"V": num_views, "C": teacher.channels, "h": teacher.side, "w": teacher.side}
 
 
 def shard_blocks(
@@ -145,6 +156,61 @@ def shard_blocks(
     return blocks, bad
 
 
+def second_blocks(
+    data: DataSet,
+    model: Encoder,
+    samples: Sequence[Sample],
+    boxes: np.ndarray,
+    usable: np.ndarray,
+    *,
+    batch: int,
+    tokens: str,
+    tick: Any = None,
+) -> dict[str, np.ndarray]:
+    """A second model's dense tokens of the views that the teacher has seen, kept as `tokens` says, a key of STORAGE.
+
+    Shapes: boxes (n, V, 4), usable (n,) bool -> tokens (n, V, h, w, C_c); rows that aren't usable keep the fill values.
+    Raises: BadImage for an image that can't be read any more, TeacherError for values that aren't finite.
+    """
+    storage, blocks, mean = STORAGE[tokens], dict[str, np.ndarray](), mean_colour(model.mean)
+    sizes = {"N": len(samples), "V": boxes.shape[1], "C": model.channels, "h": model.side, "w": model.side}
+    for name in storage.arrays:
+        spec = spec_of(name, storage.dtypes.get(name))
+        blocks[name] = np.full(spec.shape(sizes), spec.fill, spec.dtype)
+    waiting: list[tuple[int, int, Tensor]] = []
+
+    def flush() -> None:
+        encoded = _encode_padded(model, [image for _, _, image in waiting], batch, storage)
+        for name, block in blocks.items():
+            for (row, view, _), value in zip(waiting, encoded[name], strict=True):
+                block[row, view] = value
+        waiting.clear()
+
+    def load(row: int) -> list[Tensor]:
+        image = data.image(samples[row])
+        return [replay_image(image, box, model.image_size, mean) for box in boxes[row]]
+
+    with ThreadPoolExecutor(DECODE_THREADS) as pool:
+        rows = [int(row) for row in np.flatnonzero(usable)]
+        for row, images in zip(rows, pool.map(load, rows), strict=True):
+            for view, image in enumerate(images):
+                waiting.append((row, view, image))
+                if len(waiting) == batch:
+                    flush()
+            if tick:
+                tick(1)
+    if waiting:
+        flush()
+    if tick:
+        tick(int((~usable).sum()))
+    if not all(np.isfinite(block[usable]).all() for block in blocks.values()):
+        raise TeacherError(
+            f"cluster.teacher {model.provenance['model']!r} gave values that are not finite in float16 for images "
+            f"{samples[0].id} to {samples[-1].id}: try teacher.precision fp32."
+        )
+    return blocks
+
+
 def _load_views(
     data: DataSet, num_views: int, size: int, mean: np.ndarray, sample: Sample
 ) -> tuple[np.ndarray, list[torch.Tensor]] | str:
@@ -160,7 +226,7 @@ def _load_views(
     return boxes, [replay_image(image, box, size, mean) for box in boxes]
 
 
-def _encode_padded(teacher: Teacher, views: list[Tensor], batch: int, storage: Storage) -> dict[str, np.ndarray]:
+def _encode_padded(teacher: Encoder, views: list[Tensor], batch: int, storage: Storage) -> dict[str, np.ndarray]:
     """What is kept of the teacher's outputs for b <= batch views: arrays (b, ...) by name."""
     images, missing = torch.stack(views), batch - len(views)
     if missing:

@@ -15,7 +15,7 @@ from torch.nn.functional import interpolate
 
 from pipeline.config import Cams, ConfigError, TeacherSection
 from pipeline.data.words import background_names
-from pipeline.models.explain import explain
+from pipeline.models.explain import explain, required
 from pipeline.models.teacher import Teacher
 from pipeline.ops.cam import activation_maps, affinity, box_masks, refined
 from pipeline.ops.masks import fitted_size
@@ -59,19 +59,13 @@ def fitted(image: np.ndarray, section: Cams, patch: int) -> Tensor:
 
 @functools.lru_cache(maxsize=1)
 def _loaded(section: TeacherSection, device: str, precision: str) -> Teacher:
-    return Teacher.load(
-        section.model,
-        section.pretrained,
-        image_size=None,  # its own: every image has its own positions, interpolated once
-        quick_gelu=section.quick_gelu,
-        precision=precision,
-        device=str(device_of("cams.device", device)),
-    )
+    # At its own size: every image has its own positions, interpolated once.
+    return Teacher.of(section, image_size=None, device=str(device_of("cams.device", device)), precision=precision)
 
 
 def explained_teacher(section: TeacherSection, cams: Cams) -> Teacher:
-    """The run's teacher at its own size, loaded once a process."""
-    return _loaded(section, cams.device, cams.precision)
+    """The run's teacher at its own size, loaded once a process. Raises: TeacherError if CAMs can't be made."""
+    return required(_loaded(section, cams.device, cams.precision))
 
 
 def text_features(section: TeacherSection, cams: Cams, words: tuple[str, ...]) -> tuple[Tensor, Tensor]:

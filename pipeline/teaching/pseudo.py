@@ -28,8 +28,8 @@ QUARANTINED = 255  # pseudo label of every token of an image without tokens: pad
 
 
 def written_arrays(section: Cluster) -> tuple[str, ...]:
-    """The arrays that clustering makes."""
-    debug = ("centroids", "pseudo_raw") if section.debug else ()
+    """The arrays that clustering makes. Centroids are in the teacher's space, where a second model has none."""
+    debug = ("centroids", "pseudo_raw")[section.teacher is not None :] if section.debug else ()
     return ("pseudo", *debug, *(("named",) if section.named_above is not None else ()))
 
 
@@ -54,8 +54,9 @@ def cluster_tokens(
     pseudo = np.full((num, num_views, side, side), QUARANTINED, np.uint8)
     blocks: dict[str, np.ndarray] = {"pseudo": pseudo}
     if section.debug:
-        blocks["centroids"] = np.full((num, num_views, sizes, channels), np.nan, np.float16)
         blocks["pseudo_raw"] = pseudo.copy()
+        if section.teacher is None:
+            blocks["centroids"] = np.full((num, num_views, sizes, channels), np.nan, np.float16)
     stats = new_stats(sizes)
     for row, sample in enumerate(samples):
         if usable[row]:
@@ -65,6 +66,7 @@ def cluster_tokens(
             pseudo[row] = maps.numpy()
             if section.debug:
                 blocks["pseudo_raw"][row] = before.numpy()
+            if "centroids" in blocks:
                 blocks["centroids"][row, :, : means.shape[1]] = means.to(torch.float16).numpy()
             add_stats(stats, maps, state, truth)
         if tick:

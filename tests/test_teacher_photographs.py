@@ -1,0 +1,91 @@
+"""Teachers that are no ViT of open_clip's, from photographs to scores: extract, cluster, train, eval; and no CAMs."""
+
+import json
+
+import numpy as np
+import pytest
+
+from cache.store import Store
+from tests.conftest import ROOT, SHARED, is_one_line_error
+from tests.test_teacher_towers import folder_of, timm_
+
+pytestmark = pytest.mark.shared_data
+
+# name -> image tower, joint space, the config's further settings, tokens a side of a view of 96 pixels
+TEACHERS = {
+    "convnext": (timm_("test_convnext", 96), 32, ["teacher.output_stride=16"], 6),
+    "siglip": (timm_("vit_base_patch16_siglip_224", 224, pool="map", proj="none"), 768, [], 6),
+    "averaged": (timm_("resnet10t", 96), 32, ["teacher.output_stride=8"], 12),
+    "efficientnet": (timm_("tf_efficientnet_lite0", 96), 32, ["teacher.output_stride=16"], 6),
+    "qq": (
+        {"image_size": 48, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8},
+        32,
+        ["teacher.dense=qq"],
+        12,
+    ),
+}
+
+
+def words(runs, teacher, *settings):
+    chosen = [
+        f"runs={runs}",
+        f"data.root={SHARED}/voc_photos",
+        "data.limit=12",
+        f"teacher.model={teacher}",
+        "teacher.pretrained=null",
+        "teacher.image_size=96",
+        "teacher.batch=12",
+        "views.num=2",
+        "student.encoder=tu-resnet10t",
+        "student.encoder_weights=null",
+        "student.options={decoder_segmentation_channels: 32}",
+        "train.iterations=3",
+        "train.batch=4",
+        "train.precision=fp32",
+        "train.workers=0",
+        "cluster.sizes=[3]",
+        "eval.pictures=0",
+        *settings,
+    ]
+    return ["--config", ROOT / "config" / "voc.yaml", *(w for setting in chosen for w in ("--set", setting))]
+
+
+@pytest.mark.parametrize("kind", TEACHERS)
+def test_from_photographs_to_scores(tmp_path, run_cli, kind):
+    vision, dim, settings, side = TEACHERS[kind]
+    asked = words(tmp_path / "runs", folder_of(tmp_path / "t", vision, dim), *settings)
+    assert f"{side} x {side} tokens of {dim}" in run_cli("doctor", *asked).stderr
+    for stage in ("extract", "cluster", "train", "eval"):
+        done = run_cli(stage, *asked)
+        assert done.returncode == 0, done.stderr
+    run = tmp_path / "runs" / "voc"
+    store = Store.open(run / "cache")
+    tokens = store.read_rows("tokens", np.arange(12)).astype(np.float32)
+    assert tokens.shape == (12, 2, side, side, dim)
+    assert np.isfinite(tokens).all()
+    if kind in ("averaged", "efficientnet"):
+        pooled = store.read_rows("cls", np.arange(12)).astype(np.float32)
+        assert np.abs(tokens.mean((2, 3)) - pooled).max() < 2e-3 * np.abs(tokens).max()  # float16
+    assert store.attributes["teacher"]["patch"] == 96 // side
+    metrics = json.loads((run / "eval" / "metrics.json").read_text())
+    assert metrics["num_images"] == 12
+    done = run_cli("extract", *asked)
+    assert "nothing to do" in done.stderr
+    if kind == "qq":  # part of the fingerprint
+        assert "q" in store.attributes["teacher"]["dense"]
+        done = run_cli("extract", *words(tmp_path / "runs", f"local-dir:{tmp_path}/t"))
+        assert is_one_line_error(done, "teacher.dense was 'qq' and is 'paper'")
+
+
+def test_a_teacher_without_cams_says_which_have(tmp_path, run_cli):
+    name = folder_of(tmp_path / "t", timm_("test_convnext", 96), 32)
+    settings = ["recipe=clip_es", "data.background=true", "data.tags=masks", "data.split=null", "cache.tokens=pooled"]
+    asked = words(tmp_path / "runs", name, *settings)
+    done = run_cli("doctor", *asked)
+    assert done.returncode == 2
+    assert "no CAMs: recipe clip_es makes CAMs" in done.stdout
+    assert run_cli("extract", *asked).returncode == 0
+    photograph = next((SHARED / "voc_photos" / "JPEGImages").iterdir())
+    for more in ([], ["--text", "a dog", "--image", photograph, "--out", tmp_path / "dog.png"]):
+        done = run_cli("cams", *asked, *more)
+        assert is_one_line_error(done, "CAMs need attention and gradients", "These do: open_clip's own ViTs")

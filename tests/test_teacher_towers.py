@@ -1,0 +1,244 @@
+"""Every kind of image tower: its global token is open_clip's, its dense tokens are what its head makes of a place."""
+
+import json
+
+import open_clip
+import pytest
+import torch
+from torch.nn.functional import linear, softmax
+
+from pipeline.models.clip import describe, seen_by
+from pipeline.models.teacher import Teacher, TeacherError, shape_of
+from pipeline.models.towers import tower_of
+
+TEXT = {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
+VIT = {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8}
+POOLED = {"attentional_pool": True, "attn_pooler_queries": 4, "attn_pooler_heads": 2}
+
+
+def timm_(name, image_size=64, pool="avg", proj="linear"):
+    return {"timm_model_name": name, "timm_pool": pool, "timm_proj": proj, "image_size": image_size}
+
+
+TOWERS = {
+    "tok": VIT,
+    "tok, norm after": VIT | {"final_ln_after_pool": True},
+    "avg": VIT | {"pool_type": "avg"},
+    "avg, norm after": VIT | {"pool_type": "avg", "final_ln_after_pool": True, "no_ln_pre": True},
+    "none": VIT | {"pool_type": "none"},
+    "layer scale": VIT | {"ls_init_value": 0.5},
+    "attention pooling": VIT | POOLED,
+    "ResNet": {"image_size": 64, "layers": [1, 1, 1, 1], "width": 8, "head_width": 16},
+    "convnext": timm_("test_convnext"),
+    "convnext, mlp": timm_("test_convnext", proj="mlp"),
+    "resnet": timm_("resnet10t"),
+    "resnet, attention": timm_("resnet10t", pool="rot_attn", proj=""),
+    "efficientnet": timm_("test_efficientnet"),
+    "fastvit": timm_("fastvit_t8", proj=None),
+    "vit": timm_("test_vit", 160, pool="token", proj=None),
+    "vit, relpos": timm_("test_vit_relpos", 160, pool="avg"),
+    "siglip": timm_("vit_base_patch16_siglip_224", 224, pool="map", proj="none"),
+    "eva": timm_("eva02_tiny_patch14_224", 224, pool="token", proj=None),
+    "swin": timm_("swin_tiny_patch4_window7_224", 224, proj=None),
+}
+# Where nothing but a linear map follows an average.
+AVERAGED = ("avg", "resnet", "efficientnet", "fastvit", "swin")
+
+
+def folder_of(folder, vision, embed_dim=16, **more):
+    """A folder with a random model, as the hub has them; returns its name."""
+    config = {"embed_dim": embed_dim, "vision_cfg": dict(vision), "text_cfg": TEXT, "custom_text": True, **more}
+    folder.mkdir()
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
+    torch.manual_seed(0)
+    model = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
+    for value in model.visual.parameters():  # BatchNorm and LayerNorm otherwise begin as nothing
+        if value.ndim == 1:
+            torch.nn.init.normal_(value, 0.5, 0.3)
+    torch.save(model.state_dict(), folder / "open_clip_pytorch_model.bin")
+    return f"local-dir:{folder}"
+
+
+def images_of(size, num=2):
+    return torch.randint(0, 256, (num, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("kind", TOWERS)
+def test_a_tower_s_global_token_is_open_clip_s_and_its_tokens_lie_in_the_same_space(tmp_path, kind):
+    vision = TOWERS[kind]
+    dim = 768 if kind == "siglip" else 16
+    name = folder_of(tmp_path / "t", vision, dim)
+    teacher = Teacher.load(name, image_size=None)
+    images = images_of(vision["image_size"])
+    pooled, tokens = teacher.encode(images)
+    own = open_clip.create_model(name).eval()
+    with torch.inference_mode():
+        wanted = own.encode_image(teacher.normalised(images))
+    assert torch.allclose(pooled, wanted[:, 0] if kind == "none" else wanted, atol=1e-5)
+    assert tokens.shape == (2, teacher.side, teacher.side, teacher.channels) == (2, *tokens.shape[1:3], dim)
+    assert tokens.flatten(1, 2).var(1).min() > 0  # places differ
+    if kind in AVERAGED:
+        assert torch.allclose(tokens.mean((1, 2)), pooled, atol=1e-5)
+    assert teacher.can_explain == (
+        vision is VIT or ("layers" in vision and kind not in ("ResNet", "attention pooling"))
+    )
+    shape = shape_of(name, None)
+    assert (shape.patch, shape.channels, shape.can_explain) == (teacher.patch, dim, teacher.can_explain)
+    assert shape.flops > 0
+
+
+def test_attention_pooling_over_one_place_is_its_value(tmp_path):
+    """SigLIP's: the literal pool of a single token; ResNet's: the literal values without positions."""
+    teacher = Teacher.load(folder_of(tmp_path / "s", TOWERS["siglip"], 768), image_size=64)  # interpolated
+    pixels = teacher.normalised(images_of(64, 1))
+    trunk = teacher.model.visual.trunk
+    with torch.inference_mode():
+        features = trunk.forward_features(pixels)
+        wanted = torch.stack([trunk.attn_pool(features[:, i : i + 1])[0] for i in range(16)])
+        assert torch.allclose(teacher.tower(pixels)[1].flatten(0, 2), wanted, atol=1e-5)
+    teacher = Teacher.load(folder_of(tmp_path / "r", TOWERS["ResNet"]), image_size=96)
+    assert len(teacher.model.visual.attnpool.positional_embedding) == 1 + 3 * 3
+    with torch.inference_mode():
+        pixels = teacher.normalised(images_of(96, 1))
+        visual = teacher.model.visual
+        features = visual.forward_intermediates(pixels)["image_intermediates"][-1]
+        pool = visual.attnpool
+        place = linear(linear(features[0, :, 1, 2], pool.v_proj.weight, pool.v_proj.bias), pool.c_proj.weight)
+        assert torch.allclose(teacher.tower(pixels)[1][0, 1, 2], place + pool.c_proj.bias, atol=1e-5)
+
+
+def test_attention_pooling_of_a_vit_is_the_mean_of_values_where_queries_see_all_alike(tmp_path):
+    """CoCa's: with keys of nothing each query averages, so before the norm the pooled token is the values' mean."""
+    teacher = Teacher.load(folder_of(tmp_path / "c", TOWERS["attention pooling"]), image_size=32)
+    visual = teacher.model.visual
+    visual.attn_pool.attn.k_proj_weight.zero_()
+    visual.attn_pool.attn.in_proj_bias.zero_()
+    visual.ln_post = torch.nn.Identity()
+    pixels = teacher.normalised(images_of(32, 1))
+    with torch.inference_mode():
+        pooled, tokens = teacher.tower(pixels)
+        everything = visual.transformer(visual._embeds(pixels))
+        cls = teacher.tower._projected(teacher.tower._head(everything[:, :1]))[:, 0]
+        assert torch.allclose((tokens.sum((1, 2)) + cls) / 17, pooled, atol=1e-5)
+
+
+@pytest.mark.parametrize("dense", ["value", "qq", "naclip"])
+@pytest.mark.parametrize("kind", ["tok", "avg", "layer scale"])
+def test_recomputed_last_blocks_are_their_papers_formulas(tmp_path, kind, dense):
+    """Written out a head and a token at a time."""
+    name = folder_of(tmp_path / "t", TOWERS[kind])
+    plain, teacher = Teacher.load(name, image_size=32), Teacher.load(name, image_size=32, dense=dense)
+    images = images_of(32, 1)
+    pooled, tokens = teacher.encode(images)
+    assert torch.equal(pooled, plain.encode(images)[0])  # always of the ordinary pass
+    assert teacher.provenance["dense"] != plain.provenance["dense"]
+    with torch.inference_mode():
+        visual = teacher.model.visual
+        x = visual._embeds(teacher.normalised(images))
+        x = visual.transformer.resblocks[0](x)[0]  # (17, 32)
+        block = visual.transformer.resblocks[1]
+        y = block.ln_1(x)
+        q, k, v = (y @ w.T + b for w, b in zip(*(p.chunk(3) for p in (
+            block.attn.in_proj_weight, block.attn.in_proj_bias)), strict=True))  # fmt: skip
+        heads = []
+        for h in range(2):
+            qh, kh, vh = (m[:, 16 * h : 16 * h + 16] for m in (q, k, v))
+            if dense == "value":
+                heads.append(vh)
+                continue
+            scores = (qh @ qh.T if dense == "qq" else kh @ kh.T) / 16**0.5
+            if dense == "naclip":
+                for i in range(16):
+                    for j in range(16):
+                        apart = (i // 4 - j // 4) ** 2 + (i % 4 - j % 4) ** 2
+                        scores[1 + i, 1 + j] += torch.exp(torch.tensor(-apart / (2 * 5**2)))
+            heads.append(softmax(scores, -1) @ vh)
+        out = block.ls_1(torch.cat(heads, 1) @ block.attn.out_proj.weight.T + block.attn.out_proj.bias)
+        if dense == "value":
+            u = x + out
+            out = u + block.ls_2(block.mlp(block.ln_2(u)))
+        wanted = visual.ln_post(out)[1:] @ visual.proj
+    assert torch.allclose(tokens.flatten(0, 2), wanted, atol=1e-5)
+    assert not torch.allclose(tokens, plain.encode(images)[1], atol=1e-3)
+
+
+def test_a_cnn_s_stride_is_an_option_with_the_same_weights(tmp_path):
+    name = folder_of(tmp_path / "t", TOWERS["convnext"])
+    own, fine = (Teacher.load(name, image_size=64, output_stride=stride) for stride in (None, 8))
+    assert (own.patch, fine.patch) == (32, 8)
+    assert fine.encode(images_of(64))[1].shape == (2, 8, 8, 16)
+    assert own.provenance["weights_sha256"] == fine.provenance["weights_sha256"]
+    assert shape_of(name, None, image_size=64, output_stride=8).patch == 8
+
+
+def test_a_tower_without_projection(tmp_path):
+    teacher = Teacher.load(folder_of(tmp_path / "t", VIT), image_size=32)
+    teacher.model.visual.proj = None
+    pooled, tokens = tower_of(teacher.model.visual)(teacher.normalised(images_of(32)))
+    assert (pooled.shape, tokens.shape) == ((2, 32), (2, 4, 4, 32))
+
+
+@pytest.mark.parametrize(
+    ("vision", "options", "words"),
+    [
+        (TOWERS["convnext"], {"dense": "qq"}, "teacher.dense 'qq'.*ConvNeXt.*use paper"),
+        (VIT, {"output_stride": 16}, "teacher.output_stride is an option of timm's CNNs"),
+        (TOWERS["vit"], {"output_stride": 16}, "output_stride 16, which is not for every tower"),
+        (TOWERS["fastvit"], {"output_stride": 16}, "output_stride 16, which is not for every tower"),
+        (TOWERS["convnext"], {"image_size": 80}, "image_size 80 is no multiple of the patch of .*, 32"),
+        (timm_("resnet10t", pool="abs_attn", proj=""), {}, None),
+        (timm_("test_byobnet", proj="linear"), {}, None),
+        (timm_("levit_128s", 224, pool="avg"), {}, "no dense tokens that are sound.*These have: open_clip's own ViTs"),
+        (timm_("crossvit_tiny_240", 240, pool="token", proj=None), {}, "no dense tokens that are sound.*These have"),
+        (timm_("nosuch"), {}, "nosuch"),
+        (VIT | {"qk_norm": True}, {"dense": "value"}, "another: use paper"),
+        (VIT | {"qk_norm": True}, {}, None),
+    ],
+)
+def test_what_a_tower_can_not_is_one_line(tmp_path, vision, options, words):
+    (tmp_path / "open_clip_config.json").write_text(
+        json.dumps({"embed_dim": 16, "vision_cfg": vision, "text_cfg": TEXT})
+    )
+    size = options.get("image_size", vision["image_size"])
+
+    def looked():
+        found = describe(f"local-dir:{tmp_path}", None, options.get("output_stride"))
+        seen = seen_by(found, size, options.get("dense", "paper"))
+        if size % seen.patch:
+            Teacher.load(f"local-dir:{tmp_path}", image_size=size)
+        return seen
+
+    if words is None:
+        assert looked().channels == 16
+        return
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(TeacherError, match=words) as error:
+        looked()
+    assert "\n" not in str(error.value)
+
+
+def test_images_are_normalised_as_the_weights_were_trained():
+    """A tag says so; a file can't, and takes what all tags of its model share."""
+    assert describe("ViT-B-16-SigLIP", "webli", None).mean == (0.5, 0.5, 0.5)
+    assert describe("ViT-B-16-SigLIP", "w.pt", None).std == (0.5, 0.5, 0.5)
+    assert describe("MobileCLIP-S1", "w.pt", None).mean == (0.0, 0.0, 0.0)
+    assert describe("ViT-B-16-quickgelu", "w.pt", None).mean == (0.48145466, 0.4578275, 0.40821073)
+
+
+def test_towers_of_published_models():
+    """Without their weights, at a size that isn't their own."""
+    wanted = {
+        "RN50": (32, 1024),
+        "convnext_base_w": (32, 640),
+        "EVA02-B-16": (16, 512),
+        "MobileCLIP-S1": (32, 512),
+        "MobileCLIP-B": (16, 512),
+        "ViT-B-16-SigLIP2-256": (16, 768),
+        "ViT-SO400M-14-SigLIP-384": (14, 1152),
+        "PE-Core-T-16-384": (16, 512),
+        "ViTamin-S": (16, 384),
+        "coca_ViT-B-32": (32, 512),
+    }
+    for name, (patch, channels) in wanted.items():
+        seen = seen_by(describe(name, None, None), 448, "paper")
+        assert (seen.patch, seen.channels) == (patch, channels), name

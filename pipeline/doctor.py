@@ -269,7 +269,7 @@ def _say_training(config: Config, shape: TeacherShape, side: int, num_classes: i
     pixels = side * shape.patch
     cost = cost_of(config.student, channels, pixels, config.train.batch // (config.train.processes or 1))
     say(
-        f"student: {config.student.arch} on {config.student.encoder}, {cost.parameters / 1e6:.1f} M parameters, "
+        f"student: {config.student.title}, {cost.parameters / 1e6:.1f} M parameters, "
         f"{2 * cost.multiply_adds / 1e9:.3g} GFLOP an image of {pixels} x {pixels} (a multiply-add is two)"
     )
     flops = flops_of_training(cost, config.train)

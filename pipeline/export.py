@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from cache.files import whole_file, write_atomic
 from pipeline.config import UserError
 from pipeline.learning.checkpoint import Checkpoint, load_student, student_file
-from pipeline.models.student import DenseStudent
+from pipeline.models.dense import DenseStudent
 from pipeline.running.console import say
 
 STRIDE = 32  # of the deepest encoder stage: sides are multiples of it
@@ -71,8 +71,8 @@ def export(run: Path, out: Path, size: int | None = None) -> tuple[Path, Path]:
     except Exception as error:  # exporter and runtime raise whatever the student's layers make them raise
         what = " ".join(str(error).split())[:200]
         todo = "Fix the sides with --size." if size is None else "Export another student."
-        section = checkpoint.config.student
-        raise UserError(f"{section.arch} on {section.encoder!r} can't be written as ONNX: {what}. {todo}") from None
+        title = checkpoint.config.student.title
+        raise UserError(f"{title} can't be written as ONNX: {what}. {todo}") from None
     write_atomic(out, content)
     table = out.with_suffix(".text.npy")
     with whole_file(table) as file:

@@ -225,7 +225,7 @@ def test_what_a_config_asks_leaves_defaults_out():
     from pipeline.running.table import asked, config_fingerprint, difference
 
     plain = Config()
-    assert asked(plain, "train") == {}
+    assert asked(plain, "train") == {"student.encoder": plain.student.encoder}  # see the next test
     same = from_mapping({"train": {"lr": plain.train.lr}, "data": {"limit": None}})
     other = from_mapping({"train": {"lr": 0.5}})
     assert config_fingerprint(same, "train") == config_fingerprint(plain, "train")
@@ -233,10 +233,24 @@ def test_what_a_config_asks_leaves_defaults_out():
     assert difference(asked(plain, "train"), asked(other, "train")) == "train.lr was 6e-05 and is 0.5"
 
 
+def test_a_default_that_has_changed_leaves_finished_trainings_what_they_are():
+    """student.encoder was mit_b0 by default: written out, left out before, or kept, it is the same still."""
+    from pipeline.running.table import asked, config_fingerprint, difference
+
+    new, old = Config(), from_mapping({"student": {"encoder": "mit_b0"}})
+    assert new.student.encoder == "tu-pvt_v2_b0"
+    assert asked(old, "train") == {}
+    assert from_mapping(kept(old)) == old
+    said = difference(asked(old, "train"), asked(new, "train"))
+    assert said == "student.encoder was 'mit_b0' and is 'tu-pvt_v2_b0'"
+    assert config_fingerprint(old, "train") == "7f30b0e29b86c64b"
+    assert config_fingerprint(new, "train") != config_fingerprint(old, "train")
+
+
 def test_defaults_are_pinned():
-    """A default that changes changes what finished runs mean: raise identity.MEANING, then this."""
+    """A default that changes changes what finished runs mean: name the old one as `first`, then this."""
     from pipeline.config import aside_keys, defaults, digest
     from pipeline.running.table import MEANING
 
     content = {key: value for key, value in defaults().items() if key not in aside_keys()}
-    assert (MEANING, digest(content)) == (3, "9f12de6649861a92")
+    assert (MEANING, digest(content)) == (3, "69739c9d4329dbfe")

@@ -31,8 +31,10 @@ def settings_apart_from_defaults(config: Config) -> dict[str, Any]:
 
 @functools.cache
 def defaults() -> dict[str, Any]:
-    """Dotted key -> default value of every key."""
-    return leaves(as_mapping(Config()))
+    """Dotted key -> default value of every key; where it has changed between versions the first one, see `content`."""
+    extras = {key: field.json_schema_extra for key, field in fields(Config)}
+    firsts = {key: extra["first"] for key, extra in extras.items() if isinstance(extra, dict) and "first" in extra}
+    return leaves(as_mapping(Config())) | firsts
 
 
 @functools.cache

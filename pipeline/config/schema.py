@@ -213,18 +213,41 @@ class Cams(Section):
 
 
 class Student(Section):
-    """Any segmentation_models_pytorch decoder over any timm encoder; C dense channels at stride 4."""
+    """The segmenter that is taught: any net that gives C dense channels; those of smp over any encoder of timm."""
 
-    arch: str = content("Segformer", description="a decoder of segmentation_models_pytorch")
-    encoder: str = content("mit_b0", description="an encoder of it; tu-<name> is timm's <name>")
-    encoder_weights: str | None = content("imagenet", description="null trains from scratch")
-    weights: str | None = content(None, description="a local file of encoder weights instead")
-    options: dict[str, Any] = content(default_factory=dict, description="more arguments of the decoder")
+    arch: str = content(
+        "Segformer",
+        description="a decoder of segmentation_models_pytorch, SegNeXt or DeepLabV2; `torchvision:<name>`; "
+        "`hf:<folder or name>`; or a net of your own, `<module>:<Class>` (docs/extending.md)",
+    )
+    encoder: str = content(
+        "tu-pvt_v2_b0",
+        first="mit_b0",
+        description="of decoders: an encoder of segmentation_models_pytorch; `tu-<name>` is timm's",
+    )
+    encoder_weights: str | None = content(
+        "imagenet", description="null trains from scratch; otherwise the published ones of the encoder, or of hf:'s net"
+    )
+    weights: str | None = content(None, description="a local file of weights instead, as they are published")
+    options: dict[str, Any] = content(
+        default_factory=dict,
+        description="more arguments of the decoder, or of the net; of hf:, keys of its config.json",
+    )
+    encoder_parts: tuple[str, ...] | None = content(
+        None,
+        description="the net's parts (dotted names of modules) that learn at train.lr, without train.head_lr_factor; "
+        "null: its encoder or backbone",
+    )
     mean: tuple[float, float, float] = content((0.485, 0.456, 0.406), description="ImageNet, timm's default")
     std: tuple[float, float, float] = content((0.229, 0.224, 0.225), description="ImageNet, timm's default")
     classifier: Literal["text", "learned"] = content(
         "text", description="what dense features are multiplied with: text features, or weights (closed set)"
     )
+
+    @property
+    def title(self) -> str:
+        """What it is called in a sentence: a decoder on its encoder, or the net."""
+        return self.arch if ":" in self.arch else f"{self.arch} on {self.encoder}"
 
 
 class LossWeights(Section):

@@ -39,9 +39,14 @@ class Section(BaseModel):
         return value
 
 
-def content(default: Any = PydanticUndefined, **options: Any) -> Any:
-    """A key that says what a stage makes: it enters the stage's fingerprint, unless it is at its default."""
-    return Field(default, json_schema_extra={"is_content": True}, **options)
+def content(default: Any = PydanticUndefined, *, first: Any = PydanticUndefined, **options: Any) -> Any:
+    """A key that says what a stage makes: it enters the stage's fingerprint, unless it is at its default.
+
+    `first`: the default of earlier versions, where it was another. That one enters no fingerprint then, and the new
+    one does: work that was finished with either stays what it is.
+    """
+    past = {} if first is PydanticUndefined else {"first": first}
+    return Field(default, json_schema_extra={"is_content": True, **past}, **options)
 
 
 def aside(default: Any = PydanticUndefined, **options: Any) -> Any:

@@ -28,9 +28,11 @@ from cache.files import remove, sync_folder, whole_file, write_atomic, write_tex
 from cache.ledger import read_manifest
 from cache.records import misfit, parsed
 from pipeline.config import Config, UserError, from_mapping, kept
-from pipeline.models.student import DenseStudent, build_student
+from pipeline.models.dense import DenseStudent
+from pipeline.models.student import build_student
 from pipeline.running.console import say
 
+ORIGIN = "origin"  # key of a student's metadata: what its net is built from beside the config, if anything
 TEXT = "text"  # name of the text table among the student's tensors
 LAST, BEST = "student.safetensors", "student.best.safetensors"  # of a train folder
 OWNER = ".training"  # in a train folder: the fingerprint of the training whose its students and curve are
@@ -77,6 +79,8 @@ def save_student(path: Path, student: nn.Module, checkpoint: Checkpoint) -> None
         "revision": json.dumps(checkpoint.revision),
         "manifest": json.dumps(checkpoint.manifest),
     }
+    if isinstance(student, DenseStudent) and student.origin:
+        metadata[ORIGIN] = json.dumps(student.origin)
     tensors[TEXT] = checkpoint.text.contiguous()
     metadata[CONTENT] = content_digest(metadata, tensors)
     # Not save_file: that writes 0600 whatever the umask, and a full disk ends it in an error without a path.
@@ -184,11 +188,19 @@ def latest_checkpoint(folder: Path, identity: str) -> Path | None:
 
 
 def load_checkpoint(path: Path, student: nn.Module) -> dict[str, Any]:
-    """Restores the student in place; returns the state that was saved, with its iteration."""
+    """Restores the student in place; returns the state that was saved, with its iteration.
+
+    Raises: CheckpointError when the weights don't fit, since the net has changed.
+    """
     with safe_open(path / "student.safetensors", "pt") as file:
-        student.load_state_dict(
-            {k.removeprefix("student."): file.get_tensor(k) for k in file.keys() if k.startswith("student.")}  # noqa: SIM118
-        )
+        origin = json.loads((file.metadata() or {}).get(ORIGIN, "{}"))
+        tensors = {k.removeprefix("student."): file.get_tensor(k) for k in file.keys() if k.startswith("student.")}  # noqa: SIM118
+    if isinstance(student, DenseStudent) and origin != student.origin:
+        say(f"train: {path}: the code, the package or the config that its net is built from has changed since")
+    try:
+        student.load_state_dict(tensors)
+    except RuntimeError as error:  # torch lists names and shapes that are missing, or too many
+        raise CheckpointError(f"{path}: its weights don't fit the student: {_line(error)}") from None
     return dict(torch.load(path / "state.pt", map_location="cpu", weights_only=True))
 
 
@@ -236,6 +248,7 @@ def load_student(path: Path) -> tuple[DenseStudent, Checkpoint]:
         )
     try:
         raw, classes, unseen = (json.loads(metadata[key]) for key in ("config", "classes", "unseen"))
+        origin = dict(json.loads(metadata.get(ORIGIN, "{}")))
         cache, revision = (json.loads(metadata.get(key, "null")) for key in ("cache", "revision"))
         config, text = from_mapping(raw, where=str(path)), tensors.pop(TEXT)
     except (KeyError, ValueError, AttributeError, TypeError) as error:
@@ -248,11 +261,14 @@ def load_student(path: Path) -> tuple[DenseStudent, Checkpoint]:
     if not is_named or text.ndim != 2 or len(text) != len(classes) or not {*unseen} <= {*classes}:
         raise CheckpointError(f"{path}: its class names and its table of text features don't belong together.")
     side = config.teacher.image_size
-    student = build_student(config.student, text.shape[1], side=side, pretrained=False)
+    student = build_student(config.student, text.shape[1], side=side, pretrained=False, origin=origin)
+    for note in student.notes:
+        say(f"{path}: {note}")
     try:
         student.load_state_dict({name.removeprefix("student."): value for name, value in tensors.items()})
     except RuntimeError as error:  # torch lists names and shapes that are missing, or too many
-        raise CheckpointError(f"{path}: its weights don't fit {config.student.arch}: {_line(error)}") from None
+        made = f" (saved with transformers {origin['transformers']})" if "transformers" in origin else ""
+        raise CheckpointError(f"{path}: its weights don't fit {config.student.arch}{made}: {_line(error)}") from None
     identity = str(metadata.get("fingerprint", ""))
     checkpoint = Checkpoint(config, identity, tuple(classes), tuple(unseen), text, cache=cache, revision=revision)
     return student.eval(), checkpoint

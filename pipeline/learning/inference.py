@@ -15,7 +15,7 @@ from torch.nn.functional import interpolate
 
 from pipeline.config import Eval
 from pipeline.data.base import BadImage
-from pipeline.models.student import DIVISOR, DenseStudent, StudentError, refused
+from pipeline.models.dense import DIVISOR, DenseStudent, StudentError, refused
 from pipeline.ops.enlarge import best_enlarged
 from pipeline.ops.views import replay_image
 

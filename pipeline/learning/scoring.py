@@ -18,7 +18,7 @@ from pipeline.config import Eval
 from pipeline.data.base import BadImage, DataError, DataSet, Sample
 from pipeline.learning.inference import Best, best_by_group, best_classes, class_logits, predicted, squashed
 from pipeline.learning.loading import made_ahead
-from pipeline.models.student import DenseStudent
+from pipeline.models.dense import DenseStudent
 from pipeline.ops import metrics
 from pipeline.ops.labels import IGNORE, LABEL
 from pipeline.running.checked import check_masks

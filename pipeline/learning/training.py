@@ -91,6 +91,9 @@ def new_run(config: Config, accelerator: Accelerator, identity: str, cache: str 
     if config.student.classifier == "learned":  # a channel a class: its table is the identity, for eval and export too
         channels, text = len(data.classes), torch.eye(len(data.classes))
     student = build_student(config.student, channels, side=views.size)
+    if accelerator.is_main_process:
+        for note in student.notes:
+            say(f"train: {note}")
     check_batch(student, config.student, section.batch // accelerator.num_processes, views.size)
     vla = section.vla if config.recipe == "clip_teacher" else "original"
     seen = torch.tensor(views.taught_ids)

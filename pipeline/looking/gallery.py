@@ -22,7 +22,7 @@ from pipeline.data.base import BadImage, DataError, DataSet, Sample
 from pipeline.learning.checkpoint import Checkpoint
 from pipeline.learning.inference import best_by_group, class_logits, predicted
 from pipeline.looking.panels import Panel, Strip, class_panel, error_panel, photo
-from pipeline.models.student import DenseStudent
+from pipeline.models.dense import DenseStudent
 from pipeline.ops import metrics
 from pipeline.ops.labels import IGNORE, LABEL
 

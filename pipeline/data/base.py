@@ -132,7 +132,7 @@ class DataSet(ABC):
                 f"{self.name}: {len(self.classes)} classes; want 1 to {MOST_CLASSES}, ids being 16 bits with a sign."
             )
         check_names(f"{self.name}: classes", self.classes, self.classes)
-        _refuse_alike(f"{self.name}: classes", self.classes)
+        refuse_alike(f"{self.name}: classes", self.classes)
         self.unseen = check_names(f"{self.name}: unseen", unseen, self.classes)
         if len(self.unseen) == len(self.classes):
             raise DataError(f"{self.name}: all {len(self.classes)} classes are unseen; training needs a seen one.")
@@ -226,7 +226,7 @@ def key_of(word: str) -> str:
     return " ".join(plain.split()).lower()
 
 
-def _refuse_alike(where: str, names: Sequence[str]) -> None:
+def refuse_alike(where: str, names: Sequence[str]) -> None:
     """Two names with one text feature can't be told apart by it."""
     first: dict[str, str] = {}
     for name in names:

@@ -116,7 +116,7 @@ def test_a_share_is_held_out_by_name(tmp_path, prepare):
     content = coco_json(names=[f"{i:02}" for i in range(20)])
     for image in content["images"]:
         photo(tmp_path / "photos" / image["file_name"])
-        content["annotations"].append(thing(100 + image["id"], image["id"], 7, [square(0, 0, 8, 1)]))
+        content["annotations"].append(thing(100 + image["id"], image["id"], 7, [square(0, 0, 8, 2)]))
         content["annotations"].append(thing(300 + image["id"], image["id"], 3, [square(0, 4, 8, 5)]))
     (tmp_path / "annotations.json").write_text(json.dumps(content))
     prepare(*of_coco(tmp_path), "--test", 0.3)

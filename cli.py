@@ -347,17 +347,78 @@ def verify(config: ConfigOption = DEFAULT, set_: SetOption = []) -> None:  # noq
 
 @app.command(rich_help_panel=DATA)
 def prepare(
-    kind: Annotated[str, typer.Argument(help="voc, context, context459, coco14: what published annotations are of")],
-    root: Annotated[Path, typer.Option("--root", help="the data set's folder, the data.root of a config")],
+    kind: Annotated[
+        str, typer.Argument(help="voc, context, context459, coco14, ade847: as published; folder: a tool's export")
+    ],
+    root: Annotated[
+        Path | None,
+        typer.Option("--root", help="the data set's folder, the data.root of a config; of folder: beside the export"),
+    ] = None,
     source: Annotated[
         Path | None,
         typer.Option("--source", help="voc: SBD's folder; context: the JSON, or the folder of .mat (of context459)"),
     ] = None,
+    coco: Annotated[Path | None, typer.Option("--coco", help="folder: instances as COCO's JSON")] = None,
+    colours: Annotated[
+        Path | None, typer.Option("--colours", help="folder: a map of masks' colours, YAML or CVAT's labelmap.txt")
+    ] = None,
+    binary: Annotated[
+        str | None, typer.Option("--binary", help="folder: masks of 0 and 255, which is this class")
+    ] = None,
+    label_studio: Annotated[
+        Path | None, typer.Option("--label-studio", help="folder: Label Studio's brush PNGs, beside --tasks")
+    ] = None,
+    supervisely: Annotated[Path | None, typer.Option("--supervisely", help="folder: a project of Supervisely")] = None,
+    roboflow: Annotated[Path | None, typer.Option("--roboflow", help="folder: an export of Roboflow")] = None,
+    images: Annotated[Path | None, typer.Option("--images", help="the folder of the images, which stay there")] = None,
+    masks: Annotated[Path | None, typer.Option("--masks", help="the folder of the masks")] = None,
+    mask_suffix: Annotated[str, typer.Option("--mask-suffix", help="what masks' names have before their ending")] = "",
+    tasks: Annotated[Path | None, typer.Option("--tasks", help="Label Studio's export as JSON")] = None,
+    part: Annotated[str, typer.Option("--part", help="train or test: what the images are for")] = "train",
+    test: Annotated[float, typer.Option("--test", help="hold out this share of the images for testing")] = 0.0,
+    background: Annotated[
+        bool, typer.Option("--background", help="what nothing is drawn on is a class, background, not unlabelled")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace what another export has made there")] = False,
 ) -> None:
-    """Convert published annotations to indexed masks and lists. Resumes by itself."""
+    """Convert published annotations, or a labelling tool's export, to indexed masks and lists. Resumes by itself."""
     from pipeline import prepare as stage
+    from pipeline.data.asked import Asked
 
-    stage.prepare(kind, root, source)
+    asked = Asked(
+        coco,
+        colours,
+        binary,
+        label_studio,
+        supervisely,
+        roboflow,
+        images,
+        masks,
+        tasks,
+        mask_suffix,
+        part,
+        test,
+        background,
+    )
+    if kind != "folder":
+        if asked != Asked() or overwrite:
+            raise stage.DataError(
+                f"prepare {kind}: takes --root and --source; the other options are those of `folder`."
+            )
+        stage.prepare(kind, root, source)
+        return
+    if source:
+        raise stage.DataError(
+            "prepare folder: --source is nothing for it; name the export by its format, as by --coco."
+        )
+    path = stage.prepare_folder(asked, root, overwrite=overwrite)
+    from pipeline.doctor import examine_folder
+
+    complaints = examine_folder(path)
+    for complaint in complaints:
+        _echo(str(complaint))
+    if complaints:
+        raise typer.Exit(2)
 
 
 @app.command(rich_help_panel=DATA)

@@ -10,16 +10,17 @@ from __future__ import annotations
 
 import platform
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 from rich.table import Table
 
-from pipeline.config import Config, ConfigError
+from pipeline.config import Config, ConfigError, Data
 from pipeline.data.base import PARTS, DataError, DataSet, data_of
 from pipeline.data.classes import PUBLISHED_COUNTS
+from pipeline.data.description import read_description
 from pipeline.data.survey import Complaint, Seen, complaints, count_complaint, look, no_labels
 from pipeline.looking.facts import human_bytes
 from pipeline.looking.forecast import (
@@ -84,6 +85,21 @@ def doctor(config: Config, *, dry: bool = False, most: int = SAMPLE) -> list[Com
     if data:
         if not config.reads_tags:
             found += filter(None, [no_labels(data, seen) for seen in parts])
+        found += complaints(data, parts, config.cache.max_bad)
+    return found
+
+
+def examine_folder(path: Path, most: int = SAMPLE) -> list[Complaint]:
+    """What a dataset.yaml's parts hold is said, what is wrong with them is returned; no machine, no costs.
+
+    A part that isn't described is no fault: it may come later.
+    """
+    config = Config(data=Data.model_validate({"kind": "folder", "root": str(path)}))
+    found: list[Complaint] = []
+    described = read_description(path)
+    data, parts = _looked_at(config, found, most, [part for part in PARTS if described.get(part)])
+    if data:
+        found += filter(None, [no_labels(data, seen) for seen in parts])
         found += complaints(data, parts, config.cache.max_bad)
     return found
 
@@ -165,7 +181,9 @@ def _student_weights(config: Config, dry: bool) -> list[Complaint]:
     return [Complaint("no weights", f"student.weights {path}: no such file.", todo)]
 
 
-def _looked_at(config: Config, found: list[Complaint], most: int) -> tuple[DataSet | None, list[Seen]]:
+def _looked_at(
+    config: Config, found: list[Complaint], most: int, names: Sequence[str] = PARTS
+) -> tuple[DataSet | None, list[Seen]]:
     """The data set, and what a sample of each part holds; what can't be opened or listed goes into `found`."""
     try:
         data = data_of(config.data)
@@ -173,7 +191,7 @@ def _looked_at(config: Config, found: list[Complaint], most: int) -> tuple[DataS
         found.append(Complaint("no data set", str(error), "Without it: --dry."))
         return None, []
     parts: list[Seen] = []
-    for part in PARTS:
+    for part in names:
         try:
             seen = look(data, part, most)
         except DataError as error:

@@ -4,6 +4,8 @@
     python cli.py prepare context    --root VOCdevkit/VOC2010 --source trainval_merged.json  (or the folder of .mat)
     python cli.py prepare context459 --root VOCdevkit/VOC2010 --source trainval              (the folder of .mat)
     python cli.py prepare coco14     --root coco14                       (its annotations/instances_*2014.json)
+    python cli.py prepare ade847     --root ADE20K_2021_17_01            (the full ADE20K's own files)
+    python cli.py prepare folder     --coco annotations.json --images photos         (a tool's export: docs/data.md)
 
 A mask appears whole or not at all, and those that are there stay: a killed conversion goes on where it was. The lists
 are written last, so a list is only there when its masks are.
@@ -24,13 +26,17 @@ import numpy as np
 from PIL import Image
 
 from cache.files import write_atomic
+from pipeline.data.asked import Asked, read
 from pipeline.data.base import MAX_PIXELS, DataError, unknown
 from pipeline.data.classes import COCO_CLASSES
+from pipeline.data.coco import ROBOFLOW
 from pipeline.data.convert import coco_mask, context_map, context_mask, context_mask_of_runs, context_names, sbd_mask
 from pipeline.data.files import files_by_id, folder_of, read_ids, refuse_missing
 from pipeline.running.console import progress, say
+from pipeline.running.described import write_data_set
 
 PARTS = ("train", "val")
+MEGABYTE = 10**6
 CONTEXT_LISTS, LABELS = Path("ImageSets", "SegmentationContext"), "labels.txt"
 
 
@@ -42,7 +48,7 @@ class Conversion:
     lists: Mapping[Path, Sequence[str]] = field(default_factory=dict)
 
 
-def prepare(kind: str, root: Path, source: Path | None = None) -> Conversion:
+def prepare(kind: str, root: Path | None, source: Path | None = None) -> Conversion:
     """Converts what isn't converted yet, with a progress bar; returns what there was to do.
 
     Raises: DataError for an unknown kind, a missing folder or file, a mask that can't be read.
@@ -52,6 +58,8 @@ def prepare(kind: str, root: Path, source: Path | None = None) -> Conversion:
         return Conversion({})
     if kind not in CONVERSIONS:
         raise unknown("prepare: no conversion for", kind, [*CONVERSIONS, *AS_PUBLISHED])
+    if root is None:
+        raise DataError(f"prepare {kind}: --root is missing: the data set's folder.")
     conversion = CONVERSIONS[kind](folder_of(root, "--root must be the data set's folder."), source)
     todo = {path: make for path, make in conversion.masks.items() if not path.is_file()}
     with progress(kind, len(conversion.masks), done=len(conversion.masks) - len(todo)) as advance:
@@ -67,6 +75,21 @@ def prepare(kind: str, root: Path, source: Path | None = None) -> Conversion:
         _write_list(path, ids)
     say(f"{kind}: {len(todo)} masks made, {len(conversion.masks) - len(todo)} were there")
     return conversion
+
+
+def prepare_folder(asked: Asked, root: Path | None = None, *, overwrite: bool = False) -> Path:
+    """What a labelling tool exports as masks, lists and a dataset.yaml in `root`, whose path is returned.
+
+    Raises: DataError for what isn't of its format, doesn't fit together, or is there and says something else.
+    """
+    root = root or asked.root()
+    jsons = [asked.coco] if asked.coco else sorted(asked.roboflow.rglob(ROBOFLOW)) if asked.roboflow else []
+    size = sum(path.stat().st_size for path in jsons if path.is_file())
+    if size < MEGABYTE:
+        return write_data_set(read(asked), root, overwrite=overwrite)
+    with progress("reading", size // MEGABYTE, unit="MB") as advance:
+        found = read(asked, lambda num: advance(num / MEGABYTE))
+    return write_data_set(found, root, overwrite=overwrite)
 
 
 def _png(mask: np.ndarray) -> bytes:
@@ -212,6 +235,5 @@ AS_PUBLISHED = {
     "cityscapes": "masks are read as published (labelIds) or as labelTrainIds.",
     "camvid": "its masks are read as SegNet's authors published them.",
     "ade20k": "its masks are read as published.",
-    "folder": "dataset.yaml says what its masks mean.",
     "demo": "it is made in memory.",
 }

@@ -142,7 +142,8 @@ def test_label_errors_say_what_to_do(tmp_path, value, changes, message):
         ({"train": ...}, "neither train nor test is described"),
         ({"train": "photos"}, "train is 'photos'; want a mapping"),
         ({"train": {"masks": "masks/*.png"}}, "train.images is missing"),
-        ({"train": {"images": ["a"]}}, r"train.images is \['a'\]; want text"),
+        ({"train": {"images": ["a", 1]}}, r"train.images is \['a', 1\]; want text, or a list of them"),
+        ({"train": TRAIN | {"list": ["a"]}}, r"train.list is \['a'\]; want text\."),
         ({"train": TRAIN | {"mask": "x"}}, "unknown key in train: 'mask'; the nearest valid one is 'masks'"),
     ],
 )

@@ -79,7 +79,10 @@ class Data(Section):
     """Which data set; the options beside `kind` are the data set's own (see pipeline/data)."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
-    kind: str = content("demo", description="the data set; its own options are below")
+    kind: str = content(
+        "demo",
+        description="the data set; its own options are below. Or module:Class of your own, its options in data.options",
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -132,7 +132,7 @@ class DataSet(ABC):
                 f"{self.name}: {len(self.classes)} classes; want 1 to {MOST_CLASSES}, ids being 16 bits with a sign."
             )
         check_names(f"{self.name}: classes", self.classes, self.classes)
-        _refuse_alike(f"{self.name}: classes", self.classes)
+        refuse_alike(f"{self.name}: classes", self.classes)
         self.unseen = check_names(f"{self.name}: unseen", unseen, self.classes)
         if len(self.unseen) == len(self.classes):
             raise DataError(f"{self.name}: all {len(self.classes)} classes are unseen; training needs a seen one.")
@@ -226,7 +226,7 @@ def key_of(word: str) -> str:
     return " ".join(plain.split()).lower()
 
 
-def _refuse_alike(where: str, names: Sequence[str]) -> None:
+def refuse_alike(where: str, names: Sequence[str]) -> None:
     """Two names with one text feature can't be told apart by it."""
     first: dict[str, str] = {}
     for name in names:
@@ -338,13 +338,18 @@ KINDS = {
     "camvid": ("pipeline.data.street", "CamVid"),
     "ade20k": ("pipeline.data.ade20k", "Ade20k"),
 }
+OWN = ("pipeline.data.own", "own_data_set")  # of a kind that is none of these, but the place of a class
 
 
 def open_data_set(kind: str, **options: Any) -> DataSet:
-    """The data set of a kind; the options are its constructor's, `data.<option>` in a config.
+    """The data set of a kind, or of one's own class, `module:Class`; the options are its constructor's, `data.<option>`
+    in a config.
 
     Raises: DataError for an unknown kind or option (naming the nearest), a missing option, or bad data.
     """
+    if ":" in kind:
+        own: DataSet = getattr(importlib.import_module(OWN[0]), OWN[1])(kind, options)
+        return own
     if kind not in KINDS:
         raise unknown("data.kind: unknown kind", kind, KINDS)
     module, name = KINDS[kind]

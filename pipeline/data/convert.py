@@ -96,11 +96,13 @@ def coco_mask(size: tuple[int, int], objects: Sequence[Mapping[str, Any]]) -> np
     return mask
 
 
-def mask_of_polygons(polygons: Sequence[Sequence[float]], size: tuple[int, int]) -> np.ndarray:
+def mask_of_polygons(
+    polygons: Sequence[Sequence[float]], size: tuple[int, int], *, is_edge_inside: bool = True
+) -> np.ndarray:
     """(H, W) bool: the pixels inside any of the polygons, each x0, y0, x1, y1, ..."""
     canvas = Image.new("1", (size[1], size[0]))
     for polygon in polygons:
-        ImageDraw.Draw(canvas).polygon(list(polygon), fill=1, outline=1)
+        ImageDraw.Draw(canvas).polygon(list(polygon), fill=1, outline=int(is_edge_inside))
     return np.array(canvas)
 
 

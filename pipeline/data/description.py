@@ -20,6 +20,7 @@ from pipeline.ops.labels import IGNORE, no_class
 _MASKS = ("ignore", "reduce_zero_label", "values", "palette", "read_masks", "exif")
 KEYS = ("name", "classes", "unseen", "seen", *_MASKS, "train", "test", "tags")
 PART_KEYS = ("images", "masks", "mask_suffix", "list")
+PATTERN_KEYS = ("images", "masks")  # which may be lists
 BY_COLOUR, BY_INDEX = "by_colour", "by_index"
 UPRIGHT, AS_STORED = "upright", "as_stored"
 MOST_RAW = 65535  # 16 bits
@@ -59,7 +60,7 @@ def one_of(path: Path, key: str, value: object, known: Sequence[str]) -> str | N
     raise DataError(f"{path}: {key} is {value!r}; want {' or '.join(known)}.")
 
 
-def part_of(path: Path, part: str, described: object) -> dict[str, str]:
+def part_of(path: Path, part: str, described: object) -> dict[str, Any]:
     if not isinstance(described, dict):
         raise DataError(
             f"{path}: {part} is {described!r}; want a mapping such as {{images: 'photos/*.jpg', masks: ...}}."
@@ -67,8 +68,10 @@ def part_of(path: Path, part: str, described: object) -> dict[str, str]:
     for key, value in described.items():
         if key not in PART_KEYS:
             raise unknown(f"{path}: unknown key in {part}:", key, PART_KEYS)
-        if value is not None and not isinstance(value, str):
-            raise DataError(f"{path}: {part}.{key} is {value!r}; want text.")
+        is_list = key in PATTERN_KEYS and isinstance(value, list) and value and all(isinstance(v, str) for v in value)
+        if value is not None and not isinstance(value, str) and not is_list:
+            or_list = ", or a list of them" if key in PATTERN_KEYS else ""
+            raise DataError(f"{path}: {part}.{key} is {value!r}; want text{or_list}.")
     if not described.get("images"):
         raise DataError(f"{path}: {part}.images is missing; give a pattern such as 'photos/*.jpg'.")
     return described

@@ -9,10 +9,11 @@
     tags: tags.yaml               # `id: [apple, pear]`, which classes an image holds; left out: its mask says so
     exif: upright                 # how images with an EXIF orientation are read; as_stored: as their masks were drawn
 
-Globs and lists are relative to the yaml's folder; image and mask are paired by the file name without
-its ending (and without `mask_suffix`), which is the sample's id, in Unicode's composed form (NFC), for
-some systems decompose names when copying. A list names the ids to take, one a line. A training image without a mask
-is unlabelled.
+`images` and `masks` are a glob, a folder, or a list of them; of `masks: train_masks` or `train_masks/*` the ending may
+be any of a picture without loss (png, bmp, tif, ...), in either case. Globs and lists are relative to the yaml's
+folder; image and mask are paired by the file name without its ending (and without `mask_suffix`), which is the
+sample's id, in Unicode's composed form (NFC), for some systems decompose names when copying. A list names the ids to
+take, one a line. A training image without a mask is unlabelled.
 
 What a mask's pixels mean. Raw ids are positions in `classes`; with `reduce_zero_label: true` raw 0 has no label and the
 classes are 1, 2, ... `values: {0: sky, 255: apple, 7: ignore}` says it of single raw ids; a class that it names has no
@@ -33,7 +34,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.data.base import PARTS, BadImage, DataError, MaskFacts, Sample, check_names, opened, read_image
+from pipeline.data.base import FORMATS, PARTS, BadImage, DataError, MaskFacts, Sample, check_names, opened, read_image
 from pipeline.data.classes import BACKGROUND
 from pipeline.data.colours import code_of, known_colours, label_of_code, rgb
 from pipeline.data.description import (
@@ -65,8 +66,12 @@ from pipeline.data.files import (
     refuse_missing,
     values_in,
 )
+from pipeline.data.inputs import ENDINGS, UNREAD
 from pipeline.data.patterns import matching
 from pipeline.ops.labels import IGNORE, LABEL, no_class
+
+# What a mask may end in, where its pattern doesn't say: JPEG's compression changes ids.
+MASK_ENDINGS = tuple(ending for kind, endings in FORMATS.items() for ending in endings if kind != "JPEG")
 
 
 class FolderDataSet(FileDataSet):
@@ -322,10 +327,14 @@ class FolderDataSet(FileDataSet):
             )
         described = self.parts[part]
         where, suffix = f"{self.path}: {part}", described.get("mask_suffix") or ""
-        images = self._matching(where, "images", described["images"], "")
+        images = self._matching(where, "images", described["images"])
         masks = self._matching(where, "masks", described["masks"], suffix) if described.get("masks") else None
         if masks is None and part == "test":
             raise DataError(f"{where}: no masks are given, and evaluation needs them. Add a pattern `masks:`.")
+        if both := set(images.values()) & set((masks or {}).values()):
+            raise DataError(
+                f"{where}: {min(both)} is found as an image and as a mask. Give `images` an ending, or a list."
+            )
         ids = sorted(images)
         if described.get("list"):
             listed = read_ids(self.path.parent / described["list"], f"It is named in {self.path}.")
@@ -361,13 +370,23 @@ class FolderDataSet(FileDataSet):
     def _top(self) -> str:
         return "" if self.path.parent == Path() else str(self.path.parent)
 
-    def _matching(self, where: str, key: str, pattern: str, suffix: str) -> dict[str, str]:
-        """id -> path of what a pattern matches, ids being unique. Plain strings: there may be 100,000 files."""
-        folder, found = self._top(), dict[str, str]()
-        for name in matching(pattern, self.path.parent, f"{where}.{key}: {pattern!r}"):
+    def _matching(self, where: str, key: str, patterns: str | list[str], suffix: str = "") -> dict[str, str]:
+        """id -> path of what a pattern matches, or any of a list, ids being unique."""
+        found: dict[str, str] = {}
+        for pattern in [patterns] if isinstance(patterns, str) else patterns:
+            self._add_matching(found, where, key, pattern, suffix)
+        return found
+
+    def _add_matching(self, found: dict[str, str], where: str, key: str, pattern: str, suffix: str) -> None:
+        """Adds what one pattern matches. Plain strings: there may be 100,000 files."""
+        folder, num = self._top(), 0
+        endings = _endings(key, pattern, is_folder=os.path.isdir(os.path.join(folder, pattern)))
+        wanted = os.path.join(pattern, "*") if os.path.isdir(os.path.join(folder, pattern)) else pattern
+        for name in matching(wanted, self.path.parent, f"{where}.{key}: {pattern!r}"):
             path = os.path.join(folder, name)
-            if not os.path.isfile(path):
+            if not path.lower().endswith(endings) or not os.path.isfile(path):
                 continue
+            num += 1
             stem = os.path.splitext(os.path.basename(path))[0]
             if not stem.endswith(suffix):
                 raise DataError(f"{where}.{key}: {path} does not end in the mask_suffix {suffix!r} before its ending.")
@@ -376,12 +395,18 @@ class FolderDataSet(FileDataSet):
             except UnicodeEncodeError:
                 raise DataError(f"{where}.{key}: {path!a} has bytes in its name that are no text; rename it.") from None
             stem = unicodedata.normalize("NFC", stem.removesuffix(suffix))
-            if stem in found:
+            if found.setdefault(stem, path) != path:
                 raise DataError(f"{where}.{key}: {found[stem]} and {path} have the same id {stem!r}; rename one.")
-            found[stem] = path
-        if not found:
-            braces = " Braces are not read: * and mask_suffix do." if "{" in pattern else ""
+        if not num:
+            braces = " Braces are not read: * and mask_suffix do, and lists." if "{" in pattern else ""
             raise DataError(
                 f"{where}.{key}: no file matches {pattern!r} in {self.path.parent}. Correct the pattern.{braces}"
             )
-        return found
+
+
+def _endings(key: str, pattern: str, *, is_folder: bool) -> tuple[str, ...]:
+    """What files end in that a pattern is taken to mean: any if it has an ending; else masks end as pictures without
+    loss do, whatever lies beside them, and the images of a folder as pictures."""
+    if key == "masks" and (is_folder or not os.path.splitext(pattern)[1]):
+        return MASK_ENDINGS
+    return (*ENDINGS, *UNREAD) if is_folder else ("",)

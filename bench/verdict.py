@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 
 from cache.store import Store
-from pipeline.cluster import summarise, token_reader
+from pipeline.cluster import summarise
 from pipeline.config import Config, from_mapping
 from pipeline.data.base import data_of
 from pipeline.running.manifests import run_config
 from pipeline.running.rows import samples_of
-from pipeline.teaching.pseudo import cluster_tokens
+from pipeline.teaching.pseudo import cluster_tokens, token_reader
 from pipeline.teaching.verdict import signs, verdict
 
 OTHERS = "tokens of another image"

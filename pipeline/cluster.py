@@ -9,12 +9,11 @@ had the tokens; then this stage reads what was written, compares it with the rec
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from cache.errors import damaged
 from cache.ledger import Ledger
@@ -23,7 +22,6 @@ from cache.verify import NOT_NAMED, OK
 from pipeline.config import Config
 from pipeline.data.survey import Seen, never_seen
 from pipeline.ops.labels import to_file
-from pipeline.ops.quantise import dequantised
 from pipeline.ops.views import IGNORED
 from pipeline.running.checked import check_labels
 from pipeline.running.console import say
@@ -32,7 +30,7 @@ from pipeline.running.rows import is_listed
 from pipeline.running.shards import Made, Part, Run, ShardStage, run_stage
 from pipeline.running.table import STREAM, has_second_model
 from pipeline.teaching.names import object_names
-from pipeline.teaching.pseudo import backend_of, cluster_tokens, num_centres, sum_of, written_arrays
+from pipeline.teaching.pseudo import backend_of, cluster_tokens, num_centres, sum_of, token_reader, written_arrays
 from pipeline.teaching.verdict import verdict
 
 
@@ -122,15 +120,6 @@ def _confirmed(part: Part) -> Made:
     if part.tick:
         part.tick(len(part.samples))
     return Made({}, made["stats"], digests)
-
-
-def token_reader(kept: np.ndarray, scale: np.ndarray | None) -> Callable[[int], Tensor]:
-    """Dense tokens of a row of a shard, (V, h, w, C), from how they are kept: float16, or int8 with a scale each."""
-    tokens = torch.from_numpy(kept)
-    if scale is None:
-        return lambda row: tokens[row]
-    scales = torch.from_numpy(scale)
-    return lambda row: dequantised(tokens[row], scales[row])
 
 
 def summarise(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -320,13 +320,14 @@ def load_weights(model: Any, path: Path, quick_gelu: bool | None) -> None:
     for entry in OPENAI_ENTRIES:
         state.pop(entry, None)
     # Positions are interpolated in float32: torch can't in half precision, in which OpenAI's weights come.
-    state = {key: value.float() for key, value in state.items()}
+    state = {key: state[key].float() for key in state}
     try:
         state = _fitted(model, from_transformers(state) if is_transformers(state) else state)
         model.load_state_dict(state, strict=True)
     except Exception as error:  # converters look into whatever a name reminds them of
         raise TeacherError(f"teacher.pretrained {str(path)!r} does not fit the model: {_line(error)}") from None
-    wrong = [name for name, value in model.state_dict().items() if not value.isfinite().all()]
+    own = model.state_dict()
+    wrong = [name for name in own if not own[name].isfinite().all()]
     if wrong:
         raise TeacherError(
             f"teacher.pretrained {str(path)!r}: {wrong[0]} holds numbers that are not finite "

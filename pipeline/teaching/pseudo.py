@@ -22,6 +22,7 @@ from pipeline.config import Cluster, ConfigError
 from pipeline.data.base import DataSet, Sample
 from pipeline.ops import fusion, kmeans, views
 from pipeline.ops.labels import IGNORE, MOST_CLASSES
+from pipeline.ops.quantise import dequantised
 from pipeline.running.devices import device_of
 
 QUARANTINED = 255  # pseudo label of every token of an image without tokens: padding, never trained on
@@ -72,6 +73,15 @@ def cluster_tokens(
         if tick:
             tick(1)
     return blocks, {name: value.tolist() for name, value in stats.items()}
+
+
+def token_reader(kept: np.ndarray, scale: np.ndarray | None) -> Callable[[int], Tensor]:
+    """Dense tokens of a row of a shard, (V, h, w, C), from how they are kept: float16, or int8 with a scale each."""
+    tokens = torch.from_numpy(kept)
+    if scale is None:
+        return lambda row: tokens[row]
+    scales = torch.from_numpy(scale)
+    return lambda row: dequantised(tokens[row], scales[row])
 
 
 def num_centres(section: Cluster, side: int) -> int:

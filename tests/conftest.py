@@ -81,14 +81,14 @@ class Said:
 def run_cli(capsys, monkeypatch):
     """Runs cli.py as a user would, in this process (starting torch takes seconds) but with nothing remembered.
 
-    `commands` are another Typer app's, such as those of `python -m evidence`.
+    `commands` are another Typer app's, such as those of `python -m evidence`; `folder` is where it is run.
     """
     import cli
     from pipeline.data import base
     from pipeline.teaching import encode
 
-    def run(*arguments: object, commands: Any = cli.app) -> Said:
-        monkeypatch.chdir(ROOT)
+    def run(*arguments: object, commands: Any = cli.app, folder: Path = ROOT) -> Said:
+        monkeypatch.chdir(folder)
         monkeypatch.setattr(sys, "argv", ["cli.py", *map(str, arguments)])
         base._data.cache_clear()
         encode.teacher_of.cache_clear()

@@ -26,9 +26,10 @@ import numpy as np
 from PIL import Image
 
 from cache.files import write_atomic
+from pipeline.data.ade20k import FOLDERS, FULL_MASKS, FULL_NAMES, full_classes, full_images, full_mask, read_numbers
 from pipeline.data.asked import Asked, read
 from pipeline.data.base import MAX_PIXELS, DataError, unknown
-from pipeline.data.classes import COCO_CLASSES
+from pipeline.data.classes import ADE20K_FULL, COCO_CLASSES
 from pipeline.data.coco import ROBOFLOW
 from pipeline.data.convert import coco_mask, context_map, context_mask, context_mask_of_runs, context_names, sbd_mask
 from pipeline.data.files import files_by_id, folder_of, read_ids, refuse_missing
@@ -186,6 +187,28 @@ def _coco14(root: Path, source: Path | None) -> Conversion:
     return Conversion(masks)
 
 
+def _ade847(root: Path, source: Path | None) -> Conversion:
+    """16-bit masks of the full release's objects, validation first; the classes from its own files, or from a list."""
+    images = {part: full_images(root, part) for part in ("test", "train")}
+    listed = source or root / FULL_NAMES
+    if source or listed.is_file():
+        numbers = read_numbers(listed)
+    else:
+        with progress("classes", sum(map(len, images.values()))) as advance:
+            numbers = full_classes(root, advance)
+        if len(numbers) != ADE20K_FULL:
+            raise DataError(
+                f"{root}: {len(numbers)} objects occur in both parts, and {ADE20K_FULL} are evaluated. Complete the "
+                "download, or give the list of classes by --source, `number: name` a line."
+            )
+    masks = {
+        root / FULL_MASKS / FOLDERS[part] / f"{path.stem}.png": partial(full_mask, path)
+        for part, paths in images.items()
+        for path in paths
+    }
+    return Conversion(masks, {root / FULL_NAMES: [f"{number}: {name}" for number, name in numbers.items()]})
+
+
 def _by_image(path: Path, key: str) -> tuple[list[dict[str, Any]], Mapping[Any, list[dict[str, Any]]]]:
     """The images of a JSON in COCO's form, and their objects by image; `name` is that of the category.
 
@@ -229,11 +252,12 @@ CONVERSIONS: dict[str, Callable[[Path, Path | None], Conversion]] = {
     "context": _context,
     "context459": _context459,
     "coco14": _coco14,
+    "ade847": _ade847,
 }
 AS_PUBLISHED = {
     "coco_stuff": "masks are read as published (stuffthingmaps) or as _labelTrainIds.",
     "cityscapes": "masks are read as published (labelIds) or as labelTrainIds.",
     "camvid": "its masks are read as SegNet's authors published them.",
-    "ade20k": "its masks are read as published.",
+    "ade20k": "its masks are read as published (SceneParse150; the full release: prepare ade847).",
     "demo": "it is made in memory.",
 }

@@ -129,6 +129,10 @@ LABELS = "np.load(sample.mask).astype(np.int16)"
         (("return [Sample(", "return (Sample("), "SyntaxError"),
         (("return [Sample(path.stem, ", "return [Sample('a', "), r"samples\('train'\) gives the id 'a' twice"),
         (("return [Sample(path.stem, ", "return [Sample(7, "), r"samples\('train'\) gives the id 7; want text"),
+        (
+            ('f"*.{self.ending}"))\n        if not found', '"*.x"))\n        if found is None'),
+            r"samples\('train'\) gives no sample; want at least one",
+        ),
         (("        return [", "        return None and ["), r"samples\('train'\) gives NoneType None; want a list of"),
         (
             ("read_image(sample.image)", "read_image(sample.image)[..., :1]"),
@@ -182,7 +186,11 @@ def test_a_missing_option_and_a_part_that_is_not_there(folder):
         DataError, match=r"data.root is missing, and garden_data:Garden needs it; it takes root, unseen, ending"
     ):
         open_data_set("garden_data:Garden")
-    assert open_data_set("garden_data:Garden", root="nothing").samples("train") == []
+    data = open_data_set("garden_data:Garden", root="nothing")  # whoever needs a part says that it isn't there
+    with pytest.raises(DataError, match=r"nothing/train: no images that end in .jpg"):
+        data.samples("train")
+    said = run("extract", "--config", "garden.yaml", "--set", "data.root=nothing", code=2)
+    assert "error: nothing/train: no images that end in .png." in said
 
 
 def test_the_command_ends_in_one_line(folder):

@@ -47,7 +47,9 @@ OPTIONS = {
     "unseen": Option("names of the classes without a label in training; instead of a split", "labels"),
     "split": Option("a named split into seen and unseen; the first one if left out", "labels"),
     "background": Option("what is no object is a class of its own"),
-    "num_classes": Option("59, or 459: all of PASCAL Context's (`prepare context459`)"),
+    "num_classes": Option(
+        "of context 59, or all 459 (`prepare context459`); of ade20k 150, or 847 of the full release (`prepare ade847`)"
+    ),
     "tags": Option("where image-level labels come from: xml or masks of voc, masks or json of coco14", "labels"),
     "train_list": Option(
         "the training samples: of voc a list, or several joined by +; of coco14 a file below root", "samples"

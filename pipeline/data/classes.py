@@ -29,7 +29,7 @@ PUBLISHED_COUNTS: dict[str, dict[str, tuple[int, ...]]] = {
     "coco14": {"train": (82_081, 82_783), "test": (40_137, 40_504)},
     "cityscapes": {"train": (2_975,), "test": (500,)},
     "camvid": {"train": (367,), "test": (233,)},
-    "ade20k": {"train": (20_210,), "test": (2_000,)},
+    "ade20k": {"train": (20_210, 25_574), "test": (2_000,)},  # of SceneParse150, of the full release
 }
 
 # PASCAL VOC 2012's twenty objects, ids 0-19 (raw 1-20). Source: the VOC 2012 development kit.
@@ -127,6 +127,9 @@ ADE20K_CLASSES = _names("""
     vase, traffic light, tray, ashcan, fan, pier, crt screen, plate, monitor, bulletin board, shower, radiator,
     glass, clock, flag
 """)
+
+
+ADE20K_FULL = 847  # classes of the full release that are evaluated (see ade20k.py)
 
 
 def bitwise_palette(num: int) -> np.ndarray:

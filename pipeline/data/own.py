@@ -152,6 +152,8 @@ def _described(value: object) -> str:
 def _wrong_samples(found: object) -> str:
     if not isinstance(found, list) or not all(isinstance(sample, Sample) for sample in found):
         return f"gives {_described(found)}; want a list of pipeline.data.base.Sample"
+    if not found:
+        return "gives no sample; want at least one, or DataError for a part that isn't there"
     ids = [sample.id for sample in found]
     if not all(isinstance(i, str) and i for i in ids):
         return f"gives the id {next(i for i in ids if not isinstance(i, str) or not i)!r}; want text"

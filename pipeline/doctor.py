@@ -57,7 +57,7 @@ def doctor(config: Config, *, dry: bool = False, most: int = SAMPLE) -> list[Com
     `dry` opens no data set: counts are the config's or the published ones. Otherwise up to `most` images and masks
     of each part are opened. Raises: TeacherError, StudentError, ConfigError.
     """
-    shape = shape_of(config.teacher.model, config.teacher.pretrained)
+    shape = shape_of(config.teacher.model, config.teacher.pretrained, config.teacher.near)
     say(_versions())
     found = _machine(config, shape)
     found += _student_weights(config, dry)

@@ -23,12 +23,14 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from pipeline.config import UserError
+from pipeline.config.places import looked_in, where_is
 from pipeline.models.weights import WeightsError, read_state
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Extra entries of OpenAI's own archives; open_clip drops them from TorchScript archives only.
 OPENAI_ENTRIES = ("input_resolution", "context_length", "vocab_size")
 TEXT_BATCH = 256
+BRING_IT = "Put it there, or work in the folder that holds it."
 
 
 class TeacherError(UserError):
@@ -60,14 +62,18 @@ class Teacher:
         quick_gelu: bool | None = None,
         precision: str = "fp32",
         device: str = "cpu",
+        near: Path | None = None,
     ) -> Teacher:
         """Builds the model at `image_size` (None: its own), positions interpolated as open_clip does, weights checked.
 
         name: an open_clip model, `local-dir:folder` or `hf-hub:repo`; pretrained: a tag, a
-        checkpoint file (safetensors, a state dict, or OpenAI's TorchScript archive) or None.
+        checkpoint file (safetensors, a state dict, or OpenAI's TorchScript archive) or None; near: where relative
+        paths are looked for first, see pipeline/config/places.py.
         Raises: TeacherError for unknown names, missing or foreign weights, a QuickGELU mismatch, a
         side that is no multiple of the patch.
         """
+        written = {"model": name, "pretrained": pretrained}
+        name, pretrained = _located(name, pretrained, near)
         with _quiet():
             config, tag = _published(name, pretrained)
             _check_quick_gelu(name, pretrained, tag, bool(config.get("quick_gelu")), quick_gelu)
@@ -102,8 +108,7 @@ class Teacher:
             device=torch.device(device),
             dtype=dtype,
             provenance={
-                "model": name,
-                "pretrained": pretrained,
+                **written,
                 "weights_sha256": weights_sha256(model),
                 "quick_gelu": bool(config.get("quick_gelu")),
                 "image_size": image_size,
@@ -159,8 +164,9 @@ class TeacherShape:
     weights: Path | None
 
 
-def shape_of(name: str, pretrained: str | None) -> TeacherShape:
+def shape_of(name: str, pretrained: str | None, near: Path | None = None) -> TeacherShape:
     """The numbers that a run's cost follows from. Downloads nothing. Raises: TeacherError."""
+    name, pretrained = _located(name, pretrained, near)
     with _quiet():
         config, tag = _published(name, pretrained)
         is_remote = bool(tag) or name.startswith("hf-hub:")
@@ -181,6 +187,20 @@ def weights_sha256(model: torch.nn.Module) -> str:
         total.update(f"{name}{tuple(value.shape)}".encode())
         total.update(value.detach().float().cpu().contiguous().numpy().tobytes())
     return total.hexdigest()
+
+
+def _located(name: str, pretrained: str | None, near: Path | None) -> tuple[str, str | None]:
+    """Both with the paths that they name where these are; a folder that is nowhere is an error, a tag stays a tag."""
+    schema, _, folder = name.partition(":")
+    if schema == "local-dir":
+        if not (place := where_is(folder, near)).is_dir():
+            raise TeacherError(f"teacher.model {name!r}: no such folder in {looked_in(near)}. {BRING_IT}")
+        name = f"{schema}:{place}"
+    if pretrained is not None and (place := where_is(pretrained, near)).is_file():
+        pretrained = str(place)
+    elif pretrained is not None and near is not None and Path(pretrained).suffix:  # a tag has no ending
+        raise TeacherError(f"teacher.pretrained {pretrained!r}: no such file in {looked_in(near)}. {BRING_IT}")
+    return name, pretrained
 
 
 def _published(name: str, pretrained: str | None) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -77,6 +77,7 @@ def teacher_of(section: TeacherSection) -> Teacher:
         quick_gelu=section.quick_gelu,
         precision=section.precision,
         device=str(device_of("teacher.device", section.device)),
+        near=section.near,
     )
 
 

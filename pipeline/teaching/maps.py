@@ -66,6 +66,7 @@ def _loaded(section: TeacherSection, device: str, precision: str) -> Teacher:
         quick_gelu=section.quick_gelu,
         precision=precision,
         device=str(device_of("cams.device", device)),
+        near=section.near,
     )
 
 

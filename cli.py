@@ -16,13 +16,12 @@ from typing import Annotated, Any
 import typer
 
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="CLIPTeacher: a frozen CLIP run once, cached, teaches any segmenter the classes it has no labels for.",
 )
 
-ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="the run's YAML")]
+ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="the run's YAML, or a preset by name")]
 SetOption = Annotated[list[str], typer.Option("--set", "-s", help="override a key: train.lr=1e-4; may be repeated")]
 LogOption = Annotated[Path | None, typer.Option("--log", help="write what is printed to this file too")]
 WorkersOption = Annotated[
@@ -41,6 +40,40 @@ def _finite(value: float | None) -> float | None:
     if value is not None and not math.isfinite(value):
         raise typer.BadParameter(f"{value} is not a finite number.")
     return value
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from pipeline.config import version
+
+        typer.echo(f"clipteacher {version()}")
+        raise typer.Exit
+
+
+def _quiet(context: typer.Context, is_quiet: bool) -> None:
+    if is_quiet and not context.resilient_parsing:
+        from pipeline.running.console import quiet
+
+        context.with_resource(quiet())
+
+
+@app.callback()
+def everywhere(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_version, help="print the version and end")
+    ] = False,
+    quiet: Annotated[
+        bool,
+        typer.Option(
+            "--quiet",
+            "-q",
+            callback=_quiet,
+            expose_value=False,
+            help="no progress, only results, warnings and errors; before or after the command",
+        ),
+    ] = False,
+) -> None:
+    """The options of the program itself; --quiet is one of every command, too."""
 
 
 def _echo(text: object, **options: Any) -> None:
@@ -184,11 +217,11 @@ def evaluate(
 ) -> None:
     """Evaluate the student on the test images: pAcc, mIoU(S), mIoU(U), hIoU, per class, over gamma."""
     settings = _load(config, set_, log)
-    from pipeline.config import ConfigError, preset
+    from pipeline.config import ConfigError
 
     if on_set and on is None:
         raise ConfigError("--on-set belongs to --on: it changes the config named there.")
-    other = None if on is None else _load(preset(on), on_set)
+    other = None if on is None else _load(Path(on), on_set)
     from pipeline import evaluate as stage
 
     if other is None:
@@ -487,7 +520,7 @@ def main(commands: typer.Typer = app) -> None:
     if commands is app:
         _add_stages()
     try:
-        done = commands(standalone_mode=False)  # an exit code, or what a command returns
+        done = _command(commands)(standalone_mode=False)  # an exit code, or what a command returns
         code = done if isinstance(done, int) else 0
     except (UserError, CacheError) as error:
         code = complain(error)
@@ -500,6 +533,15 @@ def main(commands: typer.Typer = app) -> None:
     except typer.Abort:  # the input ended
         code = complain("standard input ended before the command did.")
     sys.exit(complain("interrupted; the same command resumes.", INTERRUPTED) if code == INTERRUPTED else code)
+
+
+def _command(commands: typer.Typer) -> Any:
+    """What click runs, --quiet an option of each command and not of the program alone."""
+    group: Any = typer.main.get_command(commands)
+    quiet = next(option for option in group.params if option.name == "quiet")
+    for command in group.commands.values():
+        command.params.append(quiet)
+    return group
 
 
 def _misused(error: Any) -> int:

@@ -12,9 +12,9 @@ from typing import Annotated, Any
 
 import typer
 
-from cli import DEFAULT, ConfigOption, SetOption, main
+from cli import DEFAULT, ConfigOption, SetOption, everywhere, main
 from evidence.variants import DEMO_OTHER, Asked
-from pipeline.config import UserError, load, preset
+from pipeline.config import UserError, load
 
 app = typer.Typer(
     add_completion=False,
@@ -22,6 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="The paper's tables, and those beyond it, from the runs of evidence/Snakefile.",
 )
+app.callback()(everywhere)
 
 
 @app.command()
@@ -77,7 +78,7 @@ def transfer(
     from evidence.transfer import collect
 
     asked = _asked(config, set_, on=on, on_settings=tuple(on_set))
-    found = collect(load(config, set_), load(preset(on), on_set), asked)
+    found = collect(load(config, set_), load(on, on_set), asked)
     found.show()
     if keep:
         found.keep()

@@ -36,7 +36,7 @@ from pipeline.looking.confusion import confusion_picture
 from pipeline.looking.extremes import save_extremes
 from pipeline.looking.results import read_metrics, result_table
 from pipeline.ops import metrics
-from pipeline.running.console import say
+from pipeline.running.console import mention, say
 from pipeline.running.manifests import found_manifest, required_manifest
 from pipeline.running.provenance import provenance
 from pipeline.running.rows import check_current, different_classes
@@ -192,7 +192,7 @@ def _evaluated(config: Config, above: dict[str, Any], task: Task) -> dict[str, A
     path, section = task.folder / "metrics.json", config.eval
     found = read_metrics(path)
     if found is not None and found.get("fingerprint") == task.identity and found.get("pictures") == section.pictures:
-        say(f"eval: nothing to do, {path} is of this student, config and data")
+        mention(f"eval: nothing to do, {path} is of this student, config and data")
         _say(task, found)
         return found
     student, checkpoint = load_student(config.run_path / "train" / above["student"])

@@ -32,14 +32,13 @@ from pipeline.data.base import DataError, DataSet, Sample, data_of
 from pipeline.data.prompts import prompts
 from pipeline.data.words import names_of_classes, other_names
 from pipeline.learning.text import features_of_file
-from pipeline.models.clip import weights_files
 from pipeline.models.explain import refuse_unexplained
 from pipeline.models.second import second_digests
-from pipeline.models.teacher import Teacher, shape_asked
+from pipeline.models.teacher import Teacher, files_of_teacher, shape_asked
 from pipeline.models.weights import file_digest
 from pipeline.ops.quantise import dequantised
 from pipeline.running.checked import check_labels
-from pipeline.running.console import progress, say
+from pipeline.running.console import mention, progress, say
 from pipeline.running.engine import map_shards
 from pipeline.running.manifests import asked_of, finish, found_manifest, record_shard, reopen, save_config
 from pipeline.running.rows import (
@@ -108,7 +107,7 @@ def extract(config: Config, *, workers: int = 0, scheduler: str | None = None, r
     text = _text_identity(config, data)
     if manifest is not None and (manifest.get("content"), manifest.get("text")) == (content, text):
         finish(config, "extract", manifest | _asked(config))
-        say(f"extract: nothing to do, {len(samples)} images are cached in {path}")
+        mention(f"extract: nothing to do, {len(samples)} images are cached in {path}")
         return manifest
     if config.reads_tags:  # CAMs are to come: said before hours of the teacher's work
         refuse_unexplained(config.teacher.model, shape_asked(config.teacher).can_explain)
@@ -126,9 +125,9 @@ def extract(config: Config, *, workers: int = 0, scheduler: str | None = None, r
         check_unchanged(ledger, identity, samples, stamps)
         save_config(config)
         if manifest is not None and manifest.get("content") == content:
-            say(f"extract: {_renewed(manifest, data)}; the text features alone are made again")
+            mention(f"extract: {_renewed(manifest, data)}; the text features alone are made again")
         elif cached and len(samples) > len(cached):
-            say(f"extract: {len(samples) - len(cached)} images are new, {len(cached)} keep their rows")
+            mention(f"extract: {len(samples) - len(cached)} images are new, {len(cached)} keep their rows")
         features = _text_features(config, data, teacher_of(config.teacher))  # a mistake in them comes before any change
         store = _open_store(config, data, identity, samples)
         is_text_alone = manifest is not None and manifest.get("content") == content
@@ -145,7 +144,7 @@ def extract(config: Config, *, workers: int = 0, scheduler: str | None = None, r
         _write_codes(store, ledger, codes)
         kept = sum(entry["rows"][1] - entry["rows"][0] for entry in entries.values())
         if kept and not is_text_alone:
-            say(f"extract: resuming, {kept} of {len(samples)} images are done")
+            mention(f"extract: resuming, {kept} of {len(samples)} images are done")
         bad: dict[str, str] = {}
         for entry in entries.values():
             bad |= entry["quarantined"]
@@ -242,9 +241,9 @@ def _write_codes(store: Store, ledger: Ledger, codes: Mapping[int, np.ndarray]) 
         digests = entry["digests"] | {"status": store.write_shard("status", shard, now)}
         ledger.record(shard, entry | {"digests": digests})
     if out:
-        say(f"extract: {out} images are no longer listed; their rows are out of use")
+        mention(f"extract: {out} images are no longer listed; their rows are out of use")
     if back:
-        say(f"extract: {back} images are listed again; their rows are in use again")
+        mention(f"extract: {back} images are listed again; their rows are in use again")
 
 
 def _codes(samples: Sequence[Sample], quarantined: Mapping[str, str]) -> np.ndarray:
@@ -389,7 +388,7 @@ FACTS = {
 
 def _facts(config: Config, data: DataSet) -> dict[str, Any]:
     """What the teacher's work rests on beside the config; see FACTS."""
-    hashed = sorted(map(file_digest, weights_files(config.teacher.model, config.teacher.pretrained)))
+    hashed = sorted(map(file_digest, files_of_teacher(config.teacher)))
     facts: dict[str, Any] = {"name": data.name, "weights": hashed}
     if config.cache.tokens != STREAM:
         return facts

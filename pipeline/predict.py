@@ -31,7 +31,7 @@ from pipeline.data.inputs import Picture
 from pipeline.learning.loading import made_ahead
 from pipeline.learning.segmenter import Asked, Name, Segmenter, check, parsed_names
 from pipeline.looking.overlay import file_of, painted, shares, with_legend
-from pipeline.running.console import progress, say
+from pipeline.running.console import mention, progress, say
 
 MASK, OVERLAY, PROBABILITIES = ".mask.png", ".overlay.png", ".probabilities.npy"
 STAMP, RECIPE = "made from", "recipe"  # a mask's own words: its image's stamp, and how it was made
@@ -78,7 +78,7 @@ def predict(run: Path, pictures: Sequence[Picture], out: Path, wanted: Wanted) -
     at = {picture: out / picture.place for picture in pictures}
     missing = {each: None for each in pictures if not _is_done(each, at[each], recipe, wanted)}  # in order
     if len(missing) < len(pictures):
-        say(f"predict: {len(pictures) - len(missing)} of {len(pictures)} are in {out} already, made the same way")
+        mention(f"predict: {len(pictures) - len(missing)} of {len(pictures)} are in {out} already, made the same way")
     for picture in pictures:
         if picture not in missing:
             yield _named(at[picture], OVERLAY), _named(at[picture], MASK)

@@ -49,7 +49,7 @@ from pipeline.looking.shard import shard_tree
 from pipeline.looking.tagged import Tagged
 from pipeline.looking.tree import cache_tree
 from pipeline.running.console import say
-from pipeline.running.manifests import run_config
+from pipeline.running.manifests import located, run_config
 from pipeline.running.rows import check_classes
 from pipeline.running.table import config_fingerprint, labels_stage
 from pipeline.terminal import Terminal
@@ -211,9 +211,7 @@ def config_of(run: Path) -> Config:
             raise
         known = sorted(path.parent.name for path in run.absolute().parent.glob("*/config.yaml"))
         raise (not_found("run", run.name, known) if known else error) from None
-    if config.run_path.resolve() == run.resolve():
-        return config
-    return config.model_copy(update={"runs": run.absolute().parent.as_posix(), "name": run.absolute().name})
+    return located(config, run)
 
 
 def _selection(config: Config, store: Store, data: DataSet, image: str | None, class_name: str | None) -> Selection:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -20,9 +21,15 @@ def visible(text: object) -> str:
     return OBEYED.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
 
 
+def as_called(text: str) -> str:
+    """A message that names commands of cli.py, as the reader can type them: installed, the program is `clipteacher`."""
+    is_script = Path(sys.argv[0]).name == "clipteacher"
+    return re.sub(r"\bcli\.py(?= )", "clipteacher", text) if is_script else text
+
+
 def complain(error: object, code: int = 2) -> int:
     """Says a mistake in one line on standard error, and gives back the exit code."""
-    print(f"error: {visible(' '.join(str(error).split()))}", file=sys.stderr)
+    print(f"error: {as_called(visible(' '.join(str(error).split())))}", file=sys.stderr)
     return code
 
 

@@ -51,7 +51,7 @@ from pipeline.learning.training import (
 )
 from pipeline.learning.validation import seen_miou
 from pipeline.looking.pictures import pictures, show
-from pipeline.running.console import console, progress, say
+from pipeline.running.console import console, mention, progress, say
 from pipeline.running.manifests import asked_of, found_manifest, manifest_path, required_manifest, save_config
 from pipeline.running.processes import LOST_S, end_with_parent
 from pipeline.running.rows import check_current
@@ -101,7 +101,7 @@ def _nothing_to_do(config: Config, manifest: dict[str, Any], is_main: bool) -> d
         path, manifest = manifest_path(config, "train"), manifest | asked_of(config, "train")
         if found_manifest(config, "train") != manifest:
             write_manifest(path, manifest)
-        say(f"train: nothing to do, {manifest.get('iterations')} iterations are in {config.run_path / 'train'}")
+        mention(f"train: nothing to do, {manifest.get('iterations')} iterations are in {config.run_path / 'train'}")
     return manifest
 
 
@@ -184,7 +184,7 @@ def _loop(run: Run) -> int:
                 clock.mark("checkpoints")
     if curve:
         curve.close()
-        say(f"train: time {clock.line()}")
+        mention(f"train: time {clock.line()}")
     return done
 
 

@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FILES = sorted([*ROOT.glob("cache/**/*.py"), *ROOT.glob("pipeline/**/*.py"), ROOT / "cli.py"])
+WAYS_IN = ("cli", "clipteacher")  # above all else: the command line and Python
+FILES = sorted(
+    [*ROOT.glob("cache/**/*.py"), *ROOT.glob("pipeline/**/*.py"), *(ROOT / f"{door}.py" for door in WAYS_IN)]
+)
 
 # The one file through which a package is reached.
 DOORS = {
@@ -40,9 +43,9 @@ STAGES = sorted(path.stem for path in ROOT.glob("pipeline/*.py") if path.stem no
 
 
 def floor(module: str) -> int:
-    """The place of a module's folder in FLOORS; then the stages, then the CLI. The cache stands beside them."""
+    """The place of a module's folder in FLOORS; then the stages, then the ways in. The cache stands beside them."""
     parts = module.split(".")
-    if parts[0] == "cli":
+    if parts[0] in WAYS_IN:
         return len(FLOORS) + 1
     second = parts[1] if len(parts) > 1 else "__init__"
     if second in GROUND:
@@ -130,6 +133,15 @@ def test_a_training_machine_needs_no_teacher() -> None:
 
 def test_help_loads_no_torch() -> None:
     assert not {"torch", "zarr", "numpy"} & loaded_by("import cli")
+
+
+def test_importing_the_api_loads_no_torch() -> None:
+    assert not {"torch", "zarr", "numpy"} & loaded_by("import clipteacher; clipteacher.read_config('demo')")
+
+
+def test_loading_a_run_loads_no_torch(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("name: x\n")
+    assert not {"torch", "zarr"} & loaded_by(f"import clipteacher; clipteacher.load({str(tmp_path)!r})")
 
 
 def test_no_module_hides_one_of_pythons() -> None:

@@ -15,6 +15,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from pipeline.config.keys import as_mapping, settings_apart_from_defaults
+from pipeline.config.places import CHECKOUT, config_file, preset_names
 from pipeline.config.reading import Unreadable, read_yaml
 from pipeline.config.schema import Config
 from pipeline.config.section import ConfigError, Section
@@ -76,11 +77,12 @@ def _unknown_keys(values: Mapping[str, Any], model: Any, prefix: str = "") -> li
 
 
 def load(path: str | Path, settings: Iterable[str] = ()) -> Config:
-    """Reads a YAML file and applies `a.b=value` settings. Raises ConfigError, one line each."""
-    path = Path(path)
+    """Reads a YAML file, or a preset by its name, and applies `a.b=value` settings. Raises: ConfigError, one line."""
+    path = config_file(path)
     if not os.path.exists(path):
-        near = sorted(p.as_posix() for p in Path("config").glob("*.yaml"))
-        raise ConfigError(f"{path}: no such config file. There are: {', '.join(near) or 'none here'}.")
+        near = sorted(p.as_posix() for p in Path(CHECKOUT).glob("*.yaml"))
+        there = f"There are: {', '.join(near)}." if near else f"There are the presets {', '.join(preset_names())}."
+        raise ConfigError(f"{path}: no such config file. {there}")
     try:
         raw = read_yaml(path, where=str(path), keys_are_text=True)
     except Unreadable as error:
@@ -88,12 +90,6 @@ def load(path: str | Path, settings: Iterable[str] = ()) -> Config:
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: a config is a mapping of sections, found {type(raw).__name__}.")
     return from_mapping(raw, settings, where=str(path))
-
-
-def preset(name_or_path: str) -> Path:
-    """The file of a preset in config/ called by its name, else the path itself."""
-    path = Path(name_or_path)
-    return path if path.suffix or len(path.parts) > 1 else Path("config") / f"{name_or_path}.yaml"
 
 
 def from_mapping(raw: Mapping[str, Any], settings: Iterable[str] = (), *, where: str = "config") -> Config:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
 from pipeline.config.reading import NOT_TEXT
 from pipeline.config.section import Section, aside, content, refuse_infinite
@@ -118,6 +118,12 @@ class TeacherSection(Section):
         8, ge=1, le=MAX_BATCH, description="views per forward, padded to this size so that rows don't depend on it"
     )
     device: str = aside("auto", description="auto, cpu, cuda, cuda:1, ...")
+    # Where relative paths of it are looked for first: the folder that a run was made in. No key, and in no fingerprint.
+    _near: Path | None = PrivateAttr(default=None)
+
+    @property
+    def near(self) -> Path | None:
+        return self._near
 
 
 class Text(Section):
@@ -451,6 +457,12 @@ class Config(Section):
                 "cluster.named_above asks for a stage of its own: set cache.tokens to float16 or int8, or leave it out"
             )
         return self
+
+    def made_in(self, folder: Path | None) -> Config:
+        """The same config, the teacher's relative paths looked for in this folder first."""
+        teacher = self.teacher.model_copy()
+        teacher._near = folder
+        return self.model_copy(update={"teacher": teacher})
 
     @property
     def run_path(self) -> Path:

@@ -260,9 +260,14 @@ def read_image(path: str | Path, *, as_stored: bool = False) -> np.ndarray:
     Raises: BadImage for what can't be decoded, DataError for a file that can't be read.
     """
     with opened(path, BadImage) as image:
-        turn = None if as_stored else UPRIGHT.get(orientation(image))
-        rgb = _as_rgb(image)
-        return np.array(rgb if turn is None else rgb.transpose(turn))
+        return as_array(image, as_stored=as_stored)
+
+
+def as_array(image: Image.Image, *, as_stored: bool = False) -> np.ndarray:
+    """An open picture as `read_image` has it. Raises: BadImage for a mode that can't be shown, and what PIL does."""
+    turn = None if as_stored else UPRIGHT.get(orientation(image))
+    rgb = _as_rgb(image)
+    return np.array(rgb if turn is None else rgb.transpose(turn))
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:
@@ -386,3 +391,8 @@ def _data(dumped: str) -> DataSet:
 def data_of(section: Data) -> DataSet:
     """The data set that a config's section `data` names, opened once a process. Raises: DataError."""
     return _data(section.model_dump_json())
+
+
+def forget_data() -> None:
+    """Has `data_of` open its data set anew: in a session that goes on, images may have come and gone."""
+    _data.cache_clear()

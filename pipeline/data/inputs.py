@@ -13,8 +13,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
+from typing import Any
 
-from pipeline.data.base import FORMATS, BadImage, DataError
+import numpy as np
+from PIL import Image
+
+from pipeline.data.base import FORMATS, BadImage, DataError, as_array, read_image
 from pipeline.data.patterns import divided, files_below, matching
 
 LIST = "-"  # in place of a picture: a list of them, a path a line, on the standard input
@@ -34,6 +38,31 @@ class Picture:
 
     path: Path
     place: PurePath
+
+
+def pixels_of(image: Any) -> np.ndarray:
+    """A picture as (H, W, 3) uint8 RGB: of a file, upright by its EXIF; of PIL, the same; or of an array.
+
+    Arrays: uint8, (H, W, 3) RGB, (H, W, 4) with transparency, laid on white, (H, W) grey, also uint16.
+    Raises: BadImage for what is none of them, DataError for a file that can't be read.
+    """
+    if isinstance(image, str | os.PathLike):
+        return read_image(Path(image))
+    if not isinstance(image, Image.Image):
+        array = np.asarray(image)
+        kinds = {"uint8": ((2,), (3, 3), (3, 4)), "uint16": ((2,),)}.get(array.dtype.name, ())
+        if not array.size or (array.ndim, *array.shape[2:]) not in kinds:
+            raise BadImage(
+                f"an image of shape {array.shape} and dtype {array.dtype}: want (H, W, 3) uint8, RGB from 0 to 255; "
+                "or a path, or a PIL image."
+            )
+        image = Image.fromarray(np.ascontiguousarray(array))
+    try:
+        return as_array(image)
+    except BadImage as error:
+        raise BadImage(f"the image: {error}.") from None
+    except Exception as error:  # PIL decodes a file when its pixels are asked for, and raises nearly anything
+        raise BadImage(f"the image can't be decoded: {' '.join(str(error).split()) or type(error).__name__}.") from None
 
 
 def pictures(

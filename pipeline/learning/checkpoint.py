@@ -31,6 +31,7 @@ from pipeline.config import Config, UserError, from_mapping, kept
 from pipeline.models.dense import DenseStudent
 from pipeline.models.student import build_student
 from pipeline.running.console import say
+from pipeline.running.manifests import made_in
 
 ORIGIN = "origin"  # key of a student's metadata: what its net is built from beside the config, if anything
 TEXT = "text"  # name of the text table among the student's tensors
@@ -250,7 +251,7 @@ def load_student(path: Path) -> tuple[DenseStudent, Checkpoint]:
         raw, classes, unseen = (json.loads(metadata[key]) for key in ("config", "classes", "unseen"))
         origin = dict(json.loads(metadata.get(ORIGIN, "{}")))
         cache, revision = (json.loads(metadata.get(key, "null")) for key in ("cache", "revision"))
-        config, text = from_mapping(raw, where=str(path)), tensors.pop(TEXT)
+        config, text = from_mapping(raw, where=str(path)).made_in(_made_in(path)), tensors.pop(TEXT)
     except (KeyError, ValueError, AttributeError, TypeError) as error:
         if isinstance(error, UserError):
             raise
@@ -272,6 +273,12 @@ def load_student(path: Path) -> tuple[DenseStudent, Checkpoint]:
     identity = str(metadata.get("fingerprint", ""))
     checkpoint = Checkpoint(config, identity, tuple(classes), tuple(unseen), text, cache=cache, revision=revision)
     return student.eval(), checkpoint
+
+
+def _made_in(path: Path) -> Path | None:
+    """Where the run that a student file lies in was made; None for a file by itself."""
+    folders = path.absolute().parents[:3]  # train/, a checkpoint in it, or the run folder
+    return next((made_in(folder) for folder in folders if (folder / "config.yaml").is_file()), None)
 
 
 def read_student(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -48,27 +48,51 @@ def parsed_names(text: str, own: Sequence[str] = ()) -> tuple[Name, ...]:
     quotes, a double quote within them doubled.
     Raises: UserError when there is none, more than MOST_CLASSES, or one word twice (case doesn't count).
     """
-    names = tuple(name for name in _split(text, own) if name)
+    return _checked((name for name in _split(text, own) if name), f"--names {_short(text)}")
+
+
+def listed_names(names: Iterable[str | Sequence[str]], own: Sequence[str] = ()) -> tuple[Name, ...]:
+    """The same of names one by one: ["cat", "sofa|couch"], or ["cat", ("sofa", "couch")]. Commas separate nothing.
+
+    Raises: as parsed_names.
+    """
+    listed = list(names)
+    where, found = f"names {_short(listed)}", []
+    for name in listed:
+        words = list(name) if isinstance(name, list | tuple) else [name]
+        if not words or not all(isinstance(word, str) and word.strip() for word in words):
+            raise _wrong_names(where, f"{_short(name)} is no name")
+        several = (" ".join(str(word).split()) for word in words)
+        found.append(_split(name, own, "|")[0] if isinstance(name, str) else tuple(several))
+    return _checked(found, where)
+
+
+def _checked(found: Iterable[Name], where: str) -> tuple[Name, ...]:
+    names = tuple(found)
     repeated = [word for word, num in Counter(key_of(word) for name in names for word in name).items() if num > 1]
-    if repeated or not 1 <= len(names) <= MOST_CLASSES:
+    if repeated or not 1 <= len(names) <= MOST_CLASSES or not all(names):
         what = f"{repeated[0]!r} stands there twice" if repeated else f"{len(names)} names"
-        raise _wrong_names(text, what)
+        raise _wrong_names(where, what if all(names) else "one of them is empty")
     return names
 
 
-def _wrong_names(text: str, what: str) -> UserError:
-    shown = text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= MOST_SHOWN else f"{text[: MOST_SHOWN - 3]}..."
+
+
+def _wrong_names(where: str, what: str) -> UserError:
     return UserError(
-        f"--names {shown!r}: {what}; want 1 to {MOST_CLASSES} different names, separated by commas, "
+        f"{where}: {what}; want 1 to {MOST_CLASSES} different names, separated by commas, "
         "synonyms of one by |, a name that holds one of these in double quotes."
     )
 
 
-def _split(text: str, own: Sequence[str]) -> list[Name]:
-    """The words of each name, blank ones left out, at the commas and bars that are outside quotes and own names."""
+def _split(text: str, own: Sequence[str], at: str = ",|") -> list[Name]:
+    """The words of each name, blank ones left out, split `at` what is outside quotes and own names."""
     special = sorted((name for name in own if set(name) & set(',|"')), key=len, reverse=True)
     whole = [r"\s+".join(map(re.escape, name.split())) for name in special]
-    word = re.compile(rf"\s*({'|'.join([*whole, QUOTED])}|[^,|]*)\s*([,|]|$)", re.IGNORECASE)
+    word = re.compile(rf"\s*({'|'.join([*whole, QUOTED])}|[^{at}]*)\s*([{at}]|$)", re.IGNORECASE)
     names: list[list[str]] = [[]]
     place, ended = 0, False
     while not ended:
@@ -78,7 +102,7 @@ def _split(text: str, own: Sequence[str]) -> list[Name]:
         if re.fullmatch(QUOTED, said) and not any(re.fullmatch(name, said, re.IGNORECASE) for name in whole):
             said = said[1:-1].replace('""', '"')
         elif said.startswith('"') and not any(re.fullmatch(name, said, re.IGNORECASE) for name in whole):
-            raise _wrong_names(text, "a double quote is not closed, or something follows it")
+            raise _wrong_names(f"--names {_short(text)}", "a double quote is not closed, or something follows it")
         if said := " ".join(said.split()):
             names[-1].append(said)
         if found[2] == ",":

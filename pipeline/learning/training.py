@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.state import AcceleratorState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import set_seed
 
@@ -20,7 +21,7 @@ from pipeline.learning.validation import Best
 from pipeline.models.glm import CachedNegatives, ClsBank
 from pipeline.models.student import build_student, check_batch, parameter_groups
 from pipeline.models.vla import VisualLanguageAdapter
-from pipeline.running.console import say
+from pipeline.running.console import mention, say
 from pipeline.running.processes import is_launched
 from pipeline.running.provenance import revision
 
@@ -54,6 +55,8 @@ class Run:
 
 def open_accelerator(config: Config, *, tracks: bool = True) -> Accelerator:
     section = config.train
+    if not is_launched():  # an earlier training of this Python session may have had another precision
+        AcceleratorState._reset_state(reset_partial_state=True)
     if section.threads:
         torch.set_num_threads(section.threads)
     installed = [str(tracker) for tracker in get_available_trackers()]
@@ -150,7 +153,7 @@ def resume(run: Run) -> None:
     if (run.folder / BEST).is_file():
         run.best = Best(**state["best"])  # else another training was here meanwhile: the best of what follows
     if run.accelerator.is_main_process:
-        say(f"train: resuming at iteration {run.start} from {found}")
+        mention(f"train: resuming at iteration {run.start} from {found}")
 
 
 def prepare(run: Run) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from pipeline.config import TeacherSection
+from pipeline.config.places import looked_in, where_is
 from pipeline.models.clip import (
     Description,
     build,
@@ -30,13 +31,24 @@ from pipeline.models.clip import (
     seen_by,
     tokenizer_of,
     weights_file,
+    weights_files,
 )
 from pipeline.models.towers import CAN_EXPLAIN, TeacherError, Tower, tower_of
 
-__all__ = ["CAN_EXPLAIN", "Encoder", "Teacher", "TeacherError", "TeacherShape", "shape_asked", "shape_of"]
+__all__ = [
+    "CAN_EXPLAIN",
+    "Encoder",
+    "Teacher",
+    "TeacherError",
+    "TeacherShape",
+    "files_of_teacher",
+    "shape_asked",
+    "shape_of",
+]
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TEXT_BATCH = 256
+BRING_IT = "Put it there, or work in the folder that holds it."
 
 
 @dataclass(eq=False)
@@ -105,15 +117,18 @@ class Teacher(Encoder):
         output_stride: int | None = None,
         precision: str = "fp32",
         device: str = "cpu",
+        near: Path | None = None,
     ) -> Teacher:
         """Builds the model at `image_size` (None: its own), positions interpolated as open_clip does, weights checked.
 
         name: an open_clip model, `local-dir:folder` (of open_clip or of transformers) or `hf-hub:repo`; pretrained: a
         tag, a checkpoint (a file, the index of several, a folder that holds one) or None; dense and output_stride: as
-        in the config.
+        in the config; near: where relative paths are looked for first, see pipeline/config/places.py.
         Raises: TeacherError for unknown names, missing or foreign weights, a QuickGELU mismatch, a side that is no
         multiple of the patch, a tower without dense tokens.
         """
+        written = {"model": name, "pretrained": pretrained}
+        name, pretrained = _located(name, pretrained, near)
         found = describe(name, pretrained, output_stride)
         check_quick_gelu(found, pretrained, quick_gelu)
         path = weights_file(name, pretrained)
@@ -135,8 +150,7 @@ class Teacher(Encoder):
             device=torch.device(device),
             dtype=dtype,
             provenance={
-                "model": name,
-                "pretrained": pretrained,
+                **written,
                 "weights_sha256": weights_sha256(model),
                 "quick_gelu": found.quick_gelu,
                 "image_size": image_size,
@@ -163,6 +177,7 @@ class Teacher(Encoder):
             quick_gelu=section.quick_gelu,
             dense=section.dense,
             output_stride=section.output_stride,
+            near=section.near,
             precision=precision,
             device=device,
         )
@@ -220,8 +235,10 @@ def shape_of(
     image_size: int | None = None,
     dense: str = "paper",
     output_stride: int | None = None,
+    near: Path | None = None,
 ) -> TeacherShape:
     """The numbers that a run's cost follows from. Downloads no weights. Raises: TeacherError."""
+    name, pretrained = _located(name, pretrained, near)
     found = describe(name, pretrained, output_stride)
     weights = local_weights(name, pretrained)
     seen = seen_by(found, image_size or found.own_size, dense)
@@ -247,6 +264,7 @@ def shape_asked(section: TeacherSection) -> TeacherShape:
         image_size=section.image_size,
         dense=section.dense,
         output_stride=section.output_stride,
+        near=section.near,
     )
 
 
@@ -257,3 +275,22 @@ def weights_sha256(model: torch.nn.Module) -> str:
         total.update(f"{name}{tuple(value.shape)}".encode())
         total.update(value.detach().float().cpu().contiguous().numpy().tobytes())
     return total.hexdigest()
+
+
+def files_of_teacher(section: TeacherSection) -> list[Path]:
+    """The files on this machine that its weights are read from, apart from downloaded ones. Raises: TeacherError."""
+    return weights_files(*_located(section.model, section.pretrained, section.near))
+
+
+def _located(name: str, pretrained: str | None, near: Path | None) -> tuple[str, str | None]:
+    """Both with the paths that they name where these are; a folder that is nowhere is an error, a tag stays a tag."""
+    schema, _, folder = name.partition(":")
+    if schema == "local-dir":
+        if not (place := where_is(folder, near)).is_dir():
+            raise TeacherError(f"teacher.model {name!r}: no such folder in {looked_in(near)}. {BRING_IT}")
+        name = f"{schema}:{place}"
+    if pretrained is not None and (place := where_is(pretrained, near)).exists():
+        pretrained = str(place)
+    elif pretrained is not None and near is not None and Path(pretrained).suffix:  # a tag has no ending
+        raise TeacherError(f"teacher.pretrained {pretrained!r}: no such file in {looked_in(near)}. {BRING_IT}")
+    return name, pretrained

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,23 @@ from rich.progress import (
 from rich.text import Text
 
 from cache.files import new_log, writing
-from pipeline.terminal import Terminal
+from pipeline.terminal import Terminal, as_called
 
 console = Terminal(stderr=True, soft_wrap=True)
 
 
 _log: list[tuple[Path, Terminal]] = []
+_is_quiet: ContextVar[bool] = ContextVar("is_quiet", default=False)
+
+
+@contextmanager
+def quiet(is_quiet: bool = True) -> Iterator[None]:
+    """While this lasts, bars and what is only mentioned are left out; the log has it all the same."""
+    token = _is_quiet.set(is_quiet)
+    try:
+        yield
+    finally:
+        _is_quiet.reset(token)
 
 
 def log_to(path: Path) -> None:
@@ -34,11 +46,24 @@ def log_to(path: Path) -> None:
 
 
 def say(what: Any) -> None:
-    """One line, or a rich table, to the terminal and to the log. Raises: CacheWriteFailed for the log."""
+    """One line, or a rich table, to the terminal and to the log: a result or a warning, shown with --quiet too.
+
+    Raises: CacheWriteFailed for the log.
+    """
+    _told(what, is_shown=True)
+
+
+def mention(line: str) -> None:
+    """A line of what goes on, which --quiet leaves out. Raises: CacheWriteFailed for the log."""
+    _told(line, is_shown=not _is_quiet.get())
+
+
+def _told(what: Any, *, is_shown: bool) -> None:
     if isinstance(what, str):
-        what = what.replace("\n", "\\n")  # of a name: what looks like a line is one of ours
-    console.print(what)
-    console.file.flush()
+        what = as_called(what).replace("\n", "\\n")  # of a name: what looks like a line is one of ours
+    if is_shown:
+        console.print(what)
+        console.file.flush()
     for path, log in _log:
         with writing(path):
             log.print(what)
@@ -55,9 +80,9 @@ class RateColumn(ProgressColumn):
 
 @contextmanager
 def progress(what: str, total: int, *, done: int = 0, unit: str = "images") -> Iterator[Any]:
-    """A bar with rate and remaining time; yields `advance(n, **fields)`. A log file gets its last state only."""
+    """A bar with rate and remaining time; yields `advance(n, **fields)`. A file gets its last state only."""
     columns = (TextColumn("{task.description:<8}"), BarColumn(), MofNCompleteColumn(), RateColumn())
     times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
-    with Progress(*columns, *times, console=console) as bar:
+    with Progress(*columns, *times, console=console, disable=_is_quiet.get()) as bar:
         task = bar.add_task(what, total=total, completed=done, unit=unit, note="")
         yield lambda count=1, note="": bar.update(task, advance=count, note=note)

@@ -10,6 +10,7 @@ import os
 import socket
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,13 @@ from cache.files import remove, write_text
 from cache.header import DATA, METADATA
 from cache.ledger import Ledger, read_manifest, write_manifest
 from cache.places import Place, place
-from pipeline.config import Config, ConfigError, kept, load
-from pipeline.config.reading import yaml_text
+from pipeline.config import Config, ConfigError, Data, kept, load
+from pipeline.config.files import WRITTEN_BY
+from pipeline.config.places import where_is
+from pipeline.config.reading import Unreadable, read_yaml, yaml_text
 from pipeline.running.table import STAGES, above, asked, config_fingerprint, difference, parts_of
+
+CONFIG = "config.yaml"  # of a run folder
 
 
 def manifest_path(config: Config, stage: str) -> Place:
@@ -105,17 +110,60 @@ def _difference_above(config: Config, stage: str) -> tuple[str, str]:
     return (over, said) if said else _difference_above(config, over)
 
 
+MADE_IN = "made_in"  # of a kept config: the folder that its relative paths are below, seen from the run folder
+
+
 def save_config(config: Config) -> None:
-    """Keeps the resolved config in the run folder, for people and for `inspect`."""
-    write_text(config.run_path / "config.yaml", yaml_text(kept(config)))
+    """Keeps the resolved config in the run folder, for people, for `inspect`, and with where its paths begin."""
+    values, folder = kept(config), config.teacher.near or Path.cwd()
+    with suppress(ValueError):  # another drive of Windows: nothing leads from one to the other
+        values[WRITTEN_BY][MADE_IN] = Path(os.path.relpath(folder, config.run_path)).as_posix()
+    write_text(config.run_path / CONFIG, yaml_text(values))
+
+
+def made_in(run: Path) -> Path | None:
+    """The folder that a run's relative paths are below, absolute; None where that isn't known.
+
+    It is recorded seen from the run folder, so a project may move as a whole. Before it was recorded, a relative
+    `runs` says as much.
+    """
+    try:
+        raw = read_yaml(run / CONFIG, where=str(run / CONFIG), keys_are_text=True)
+    except Unreadable:
+        return None
+    raw = raw if isinstance(raw, dict) else {}
+    written = raw.get(WRITTEN_BY)
+    recorded = written.get(MADE_IN) if isinstance(written, dict) else None
+    here = Path(os.path.abspath(run))
+    if isinstance(recorded, str):
+        return Path(os.path.normpath(here / recorded))
+    below = Path(str(raw.get("runs"))) / str(raw.get("name"))
+    is_below = not below.is_absolute() and here.parts[-len(below.parts) :] == below.parts
+    return here.parents[len(below.parts) - 1] if is_below else None
 
 
 def run_config(run: Path) -> Config:
     """The config that a run folder was made with. Raises ConfigError when it is no run folder."""
-    if not (run / "config.yaml").is_file():
-        near = sorted(p.parent.as_posix() for p in Path("runs").glob("*/config.yaml"))
+    if not (run / CONFIG).is_file():
+        near = sorted(p.parent.as_posix() for p in Path("runs").glob(f"*/{CONFIG}"))
         raise ConfigError(f"{run}: not a run folder (no config.yaml in it). There are: {', '.join(near) or 'none'}.")
-    return load(run / "config.yaml")
+    return load(run / CONFIG).made_in(made_in(run))
+
+
+def located(config: Config, run: Path) -> Config:
+    """A run folder's config with the places as they are seen from here, wherever the folder lies now.
+
+    What enters a fingerprint stays as it is.
+    """
+    near, changed = config.teacher.near, dict[str, Any]()
+    if config.run_path.resolve() != run.resolve():
+        changed |= {"runs": run.absolute().parent.as_posix(), "name": run.absolute().name}
+    if near is not None and near != Path.cwd():
+        if (root := config.data.options().get("root")) is not None:
+            changed["data"] = Data(**{**config.data.model_dump(), "root": str(where_is(str(root), near))})
+        if isinstance(where := config.cache_path, Path) and config.cache.path is not None:
+            changed["cache"] = config.cache.model_copy(update={"path": str(where_is(where, near))})
+    return config.model_copy(update=changed) if changed else config
 
 
 def record_shard(config: Config, stage: str, shard: int, entry: dict[str, Any], began: float) -> None:

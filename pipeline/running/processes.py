@@ -18,6 +18,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from multiprocessing.context import SpawnContext, SpawnProcess
 from pathlib import Path
 from typing import IO, Any
@@ -46,8 +47,8 @@ def is_main() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def start(num: int) -> None:
-    """Runs this command in `num` processes and returns when all have ended well.
+def start(num: int, command: Sequence[str] | None = None) -> None:
+    """Runs a command, None: this one, in `num` processes and returns when all have ended well.
 
     The first speaks to the terminal; what the others say is shown when one of them is what failed. When
     one ends before its time the others are ended: none waits for a peer that is gone.
@@ -69,8 +70,9 @@ def start(num: int) -> None:
     try:
         for rank in range(num):
             own = {str(k): str(v) for k, v in {**everyone, "RANK": rank, "LOCAL_RANK": rank}.items()}
-            command = [sys.executable, *sys.argv]
-            children.append(subprocess.Popen(command, env={**os.environ, **own}, stderr=said[rank]))
+            children.append(
+                subprocess.Popen(command or [sys.executable, *sys.argv], env={**os.environ, **own}, stderr=said[rank])
+            )
         first = _first_failure(children)
     except KeyboardInterrupt:  # the terminal has told the children too
         _end(children)

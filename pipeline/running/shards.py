@@ -27,7 +27,7 @@ from cache.verify import read_recorded, read_whole
 from pipeline.config import Config, UserError, digest
 from pipeline.data.base import DataSet, Sample, data_of
 from pipeline.ops.labels import cached_dtype
-from pipeline.running.console import progress, say
+from pipeline.running.console import mention, progress
 from pipeline.running.engine import map_shards
 from pipeline.running.manifests import asked_of, finish, found_manifest, record_shard, reopen, required_manifest
 from pipeline.running.rows import check_labels_unchanged, current_samples, samples_of, span, stamps_of
@@ -147,7 +147,7 @@ def run_stage(name: str, config: Config, *, workers: int = 0, scheduler: str | N
     content = digest([identity, run.above["content"], stamps])
     if manifest is not None and manifest.get("content") == content and "summary" in manifest:
         finish(config, name, manifest | asked_of(config, name))
-        say(f"{name}: nothing to do, {len(run.samples)} images have {stage.makes}")
+        mention(f"{name}: nothing to do, {len(run.samples)} images have {stage.makes}")
         return manifest
     run.looked = stage.look(run)
     with lock(config.cache_path, name):
@@ -158,7 +158,7 @@ def run_stage(name: str, config: Config, *, workers: int = 0, scheduler: str | N
             dtypes = of_classes | stage.dtypes(config)
             store.add_arrays(arrays, sizes, replace=True, dtypes=dtypes)
         if line := stage.announced(config):
-            say(line)
+            mention(line)
         records = _make_shards(config, entry, identity, store, stamps, workers, scheduler)
         stats = [record["stats"] for record in records if "stats" in record]
         with _counts_of(store, name, stats):
@@ -242,7 +242,7 @@ def _make_shards(
         for other in below(entry.name)[1:]:
             reopen(config, other)
     if kept := sum(len(store.rows(shard)) for shard in done):
-        say(f"{entry.name}: resuming, {kept} of {store.num_samples} images are done")
+        mention(f"{entry.name}: resuming, {kept} of {store.num_samples} images are done")
     is_local = not workers and not scheduler
     with progress(entry.name, store.num_samples, done=kept) as advance:
         work = functools.partial(make_shard, entry.name, config, identity, tick=advance if is_local else None)

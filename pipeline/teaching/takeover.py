@@ -10,7 +10,7 @@ from cache.files import dead_partials, partial_of, remove, sync_folder, whole_fi
 from cache.ledger import read_manifest
 from cache.schema import ARRAYS
 from pipeline.config import Config, UserError
-from pipeline.running.console import say
+from pipeline.running.console import mention, say
 from pipeline.running.table import config_fingerprint
 
 SMALL = 4096  # bytes: what is this small is copied, such as zarr.json, of which each cache keeps its own
@@ -51,7 +51,7 @@ def take_over(like: Path, config: Config) -> bool:
             sync_folder(target.parent)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-    say(f"extract: {target} takes over the extraction of {like}")
+    mention(f"extract: {target} takes over the extraction of {like}")
     return True
 
 

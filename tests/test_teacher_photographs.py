@@ -84,8 +84,15 @@ def test_a_teacher_without_cams_says_which_have(tmp_path, run_cli):
     done = run_cli("doctor", *asked)
     assert done.returncode == 2
     assert "no CAMs: recipe clip_es makes CAMs" in done.stdout
-    assert run_cli("extract", *asked).returncode == 0
+    refused = ("CAMs need attention and gradients", "These do: open_clip's own ViTs")
+    assert is_one_line_error(run_cli("extract", *asked), *refused)  # at its start
+    assert not (tmp_path / "runs").exists()
     photograph = next((SHARED / "voc_photos" / "JPEGImages").iterdir())
-    for more in ([], ["--text", "a dog", "--image", photograph, "--out", tmp_path / "dog.png"]):
-        done = run_cli("cams", *asked, *more)
-        assert is_one_line_error(done, "CAMs need attention and gradients", "These do: open_clip's own ViTs")
+    picture = ["--text", "a dog", "--image", photograph, "--out", tmp_path / "dog.png"]
+    assert is_one_line_error(run_cli("cams", *asked, *picture), *refused)
+    # The same extraction, asked for by a recipe without CAMs.
+    assert run_cli("extract", *words(tmp_path / "runs", name, *settings[1:-1], "cache.tokens=float16")).returncode == 0
+    asked = words(tmp_path / "runs", name, *settings[:-1], "cache.tokens=float16")
+    assert is_one_line_error(run_cli("cams", *asked), *refused)
+    asked = words(tmp_path / "runs", name, *settings[1:-1], "cache.tokens=float16", "cluster.named_above=0.3")
+    assert is_one_line_error(run_cli("cluster", *asked), *refused)

@@ -326,6 +326,28 @@ def test_new_images(tmp_path, run_cli):
     assert Store.open(tmp_path / "runs" / "small" / "cache").read_whole("cluster_tokens").shape[0] == 72
 
 
+def test_another_cache_takes_its_tokens_over(tmp_path, run_cli):
+    """By --like, as the teacher's; not those of another model, and none where none are asked for."""
+    one = weights_of(tmp_path / "one.pth")
+    keys = ("cluster.teacher=timm:test_vit3", f"cluster.teacher_weights={one}")
+    first = tmp_path / "runs" / "small" / "cache"
+    for stage in ("extract", "encode"):
+        assert run_cli(stage, *small_arguments(tmp_path, *SMALL, *keys)).returncode == 0
+    asked = small_arguments(tmp_path, *SMALL, *keys, "name=finer", "cluster.threshold=0.7")
+    done = run_cli("extract", *asked, "--like", first)
+    assert "takes over the extraction" in done.stderr
+    for stage, is_done in (("extract", True), ("encode", True), ("cluster", False), ("verify", False)):
+        done = run_cli(stage, *asked)
+        assert done.returncode == 0, done.stderr
+        assert ("nothing to do" in done.stderr) == is_done
+    place = "cache/data.zarr/cluster_tokens/c.0.0.0.0.0"
+    assert (tmp_path / "runs" / "finer" / place).samefile(tmp_path / "runs" / "small" / place)
+    for name, more in (("without", ()), ("other", (*keys[1:], "cluster.teacher=timm:test_vit2"))):
+        asked = small_arguments(tmp_path, *SMALL, *more, f"name={name}")
+        assert run_cli("extract", *asked, "--like", first).returncode == 0
+        assert not Store.open(tmp_path / "runs" / name / "cache").has("cluster_tokens")
+
+
 def test_snakemake_plans_it(tmp_path):
     one = weights_of(tmp_path / "one.pth")
     given = f"set=runs={tmp_path}/runs cluster.teacher=timm:test_vit3 cluster.teacher_weights={one}"

@@ -22,19 +22,10 @@ from pipeline.data.base import PARTS, DataError, DataSet, data_of
 from pipeline.data.classes import PUBLISHED_COUNTS
 from pipeline.data.survey import Complaint, Seen, complaints, count_complaint, look, no_labels
 from pipeline.looking.facts import human_bytes
-from pipeline.looking.forecast import (
-    FORWARDS_A_STEP,
-    Forecast,
-    flops_of_a_view,
-    flops_of_cams,
-    flops_of_training,
-    forecast,
-    num_forwards,
-    side_of,
-)
+from pipeline.looking.forecast import FORWARDS_A_STEP, Forecast, flops_of_training, forecast, num_forwards, side_of
 from pipeline.models.second import SecondShape, second_shape
 from pipeline.models.student import cost_of
-from pipeline.models.teacher import CAN_EXPLAIN, TeacherShape, shape_asked
+from pipeline.models.teacher import CAN_EXPLAIN, TeacherShape, flops_of_a_view, flops_of_cams, shape_asked
 from pipeline.ops.masks import fitted_size
 from pipeline.running.checked import wrong_tags
 from pipeline.running.console import say

@@ -33,7 +33,17 @@ from pipeline.models.clip import (
 )
 from pipeline.models.towers import CAN_EXPLAIN, TeacherError, Tower, tower_of
 
-__all__ = ["CAN_EXPLAIN", "Encoder", "Teacher", "TeacherError", "TeacherShape", "shape_asked", "shape_of"]
+__all__ = [
+    "CAN_EXPLAIN",
+    "Encoder",
+    "Teacher",
+    "TeacherError",
+    "TeacherShape",
+    "flops_of_a_view",
+    "flops_of_cams",
+    "shape_asked",
+    "shape_of",
+]
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TEXT_BATCH = 256
@@ -248,6 +258,24 @@ def shape_asked(section: TeacherSection) -> TeacherShape:
         dense=section.dense,
         output_stride=section.output_stride,
     )
+
+
+def flops_of_a_view(shape: TeacherShape, side: int) -> float:
+    """Of a forward, multiply-adds counted as two; a ViT's: 12 d^2 a token and layer, and attention's 2 L d twice."""
+    if not shape.layers:
+        return shape.flops
+    tokens = side * side + 1
+    return shape.layers * 2 * (12 * shape.width**2 * tokens + 2 * tokens**2 * shape.width)
+
+
+def flops_of_cams(shape: TeacherShape, num_tokens: int, num_classes: int) -> float:
+    """Of one image's CAMs: a forward, and for each class a backward through the last block, which costs another block.
+
+    Gradients of weights aren't taken, so a backward is as much as a forward; the affinity's square is added.
+    """
+    length = num_tokens + 1
+    block = 2 * (12 * shape.width**2 * length + 2 * length**2 * shape.width)
+    return (shape.layers + num_classes) * block + 2.0 * num_tokens**3
 
 
 def weights_sha256(model: torch.nn.Module) -> str:

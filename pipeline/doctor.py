@@ -66,7 +66,7 @@ def doctor(config: Config, *, dry: bool = False, most: int = SAMPLE) -> list[Com
     if num_images is None:
         say("images: not known without the data set; costs are of 1,000")
     costs = {name: forecast(config, shape, num_images or 1000, num_classes, name, second) for name in STORAGE}
-    _say_costs(config, costs, flops_of_a_view(shape, side))
+    _say_costs(config, costs, flops_of_a_view(shape, side) + (second.flops if second else 0))
     if config.recipe == "clip_es" and shape.can_explain:
         _say_cams(config, shape, num_images or 1000, parts)
     _say_training(config, shape, side, num_classes)

@@ -28,8 +28,8 @@ from cache.schema import SHARD
 from pipeline.config import load
 from pipeline.data.base import Sample, read_image
 from pipeline.data.demo import render_scene
-from pipeline.looking.forecast import Forecast, flops_of_a_view, forecast, side_of
-from pipeline.models.teacher import shape_of
+from pipeline.looking.forecast import Forecast, forecast, side_of
+from pipeline.models.teacher import flops_of_a_view, shape_of
 from pipeline.ops.views import draw_views, replay_image
 from pipeline.teaching.encode import DECODE_THREADS, STORAGE
 

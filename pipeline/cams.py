@@ -32,7 +32,7 @@ from pipeline.ops.masks import class_scores, fitted_size
 from pipeline.running.shards import Made, Part, Run, ShardStage, run_stage
 from pipeline.teaching import crf
 from pipeline.teaching.encode import DECODE_THREADS
-from pipeline.teaching.maps import explained_maps, explained_teacher, fitted, text_features
+from pipeline.teaching.maps import explained_maps, explained_teacher, fitted, refuse_cams, text_features
 from pipeline.teaching.names import checked_tags
 from pipeline.teaching.seeds import add_refined, add_seeds, new_stats, summarise
 
@@ -59,6 +59,9 @@ class ActivationMaps(ShardStage):
         if section.refine == "crf":
             crf.required()  # before an hour is spent
         return {"background": background_names(section.background), "classes": _words(section, data)}
+
+    def look(self, run: Run) -> None:
+        refuse_cams(run.config)
 
     def arrays(self, config: Config) -> tuple[str, ...]:
         return written_arrays(config.cams)

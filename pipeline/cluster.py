@@ -29,6 +29,7 @@ from pipeline.running.manifests import required_manifest
 from pipeline.running.rows import is_listed
 from pipeline.running.shards import Made, Part, Run, ShardStage, run_stage
 from pipeline.running.table import STREAM, has_second_model
+from pipeline.teaching.maps import refuse_cams
 from pipeline.teaching.names import object_names
 from pipeline.teaching.pseudo import backend_of, cluster_tokens, num_centres, sum_of, token_reader, written_arrays
 from pipeline.teaching.verdict import verdict
@@ -51,6 +52,7 @@ class Clustering(ShardStage):
         return facts | {"text": required_manifest(run.config, "extract")["text"]}
 
     def look(self, run: Run) -> Seen | None:
+        refuse_cams(run.config)
         listed = [sample for sample in run.samples if is_listed(sample)]
         return check_labels(run.data, listed, are_tags=run.config.reads_tags, is_needed=True)
 

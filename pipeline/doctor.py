@@ -23,19 +23,10 @@ from pipeline.data.classes import PUBLISHED_COUNTS
 from pipeline.data.description import read_description
 from pipeline.data.survey import Complaint, Seen, complaints, count_complaint, look, no_labels
 from pipeline.looking.facts import human_bytes
-from pipeline.looking.forecast import (
-    FORWARDS_A_STEP,
-    Forecast,
-    flops_of_a_view,
-    flops_of_cams,
-    flops_of_training,
-    forecast,
-    num_forwards,
-    side_of,
-)
+from pipeline.looking.forecast import FORWARDS_A_STEP, Forecast, flops_of_training, forecast, num_forwards, side_of
 from pipeline.models.second import SecondShape, second_shape
 from pipeline.models.student import cost_of
-from pipeline.models.teacher import CAN_EXPLAIN, TeacherShape, shape_asked
+from pipeline.models.teacher import CAN_EXPLAIN, TeacherShape, flops_of_a_view, flops_of_cams, shape_asked
 from pipeline.ops.masks import fitted_size
 from pipeline.running.checked import wrong_tags
 from pipeline.running.console import say
@@ -76,7 +67,7 @@ def doctor(config: Config, *, dry: bool = False, most: int = SAMPLE) -> list[Com
     if num_images is None:
         say("images: not known without the data set; costs are of 1,000")
     costs = {name: forecast(config, shape, num_images or 1000, num_classes, name, second) for name in STORAGE}
-    _say_costs(config, costs, flops_of_a_view(shape, side))
+    _say_costs(config, costs, flops_of_a_view(shape, side) + (second.flops if second else 0))
     if config.recipe == "clip_es" and shape.can_explain:
         _say_cams(config, shape, num_images or 1000, parts)
     _say_training(config, shape, side, num_classes)

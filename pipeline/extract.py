@@ -32,9 +32,9 @@ from pipeline.data.base import DataError, DataSet, Sample, data_of
 from pipeline.data.prompts import prompts
 from pipeline.data.words import names_of_classes, other_names
 from pipeline.learning.text import features_of_file
-from pipeline.models.explain import refuse_unexplained
+from pipeline.models.clip import unlike_openai, weights_files
 from pipeline.models.second import second_digests
-from pipeline.models.teacher import Teacher, files_of_teacher, shape_asked
+from pipeline.models.teacher import Teacher, located
 from pipeline.models.weights import file_digest
 from pipeline.ops.quantise import dequantised
 from pipeline.running.checked import check_labels
@@ -76,6 +76,7 @@ from pipeline.teaching.encode import (
     shard_blocks,
     teacher_of,
 )
+from pipeline.teaching.maps import refuse_cams
 from pipeline.teaching.pseudo import cluster_tokens, num_centres, sum_of, written_arrays
 
 # An audit fails below this cosine. int8 alone costs about 3e-5, bfloat16 on another machine 1e-4.
@@ -109,8 +110,7 @@ def extract(config: Config, *, workers: int = 0, scheduler: str | None = None, r
         finish(config, "extract", manifest | _asked(config))
         mention(f"extract: nothing to do, {len(samples)} images are cached in {path}")
         return manifest
-    if config.reads_tags:  # CAMs are to come: said before hours of the teacher's work
-        refuse_unexplained(config.teacher.model, shape_asked(config.teacher).can_explain)
+    refuse_cams(config)  # before hours of the teacher's work
     if manifest is None or manifest.get("content") != content:
         listed = [sample for sample in samples if is_listed(sample)]
         check_labels(data, listed, are_tags=config.reads_tags, is_needed=config.cache.tokens == STREAM)
@@ -381,6 +381,7 @@ def _vectors(store: Store, name: str, rows: np.ndarray) -> np.ndarray:
 FACTS = {
     "name": "the data set's name, by which views are drawn,",
     "weights": "the SHA-256 of the teacher's weights",
+    "normalisation": "the mean and standard deviation that the teacher's images are normalised with",
     "second": "the SHA-256 of the weights of cluster.teacher",
     "unseen": "the list of unseen classes (streamed tokens are clustered at once)",
 }
@@ -388,8 +389,11 @@ FACTS = {
 
 def _facts(config: Config, data: DataSet) -> dict[str, Any]:
     """What the teacher's work rests on beside the config; see FACTS."""
-    hashed = sorted(map(file_digest, files_of_teacher(config.teacher)))
+    model, pretrained = located(config.teacher)
+    hashed = sorted(map(file_digest, weights_files(model, pretrained)))
     facts: dict[str, Any] = {"name": data.name, "weights": hashed}
+    if (normalisation := unlike_openai(model, pretrained)) is not None:
+        facts["normalisation"] = normalisation
     if config.cache.tokens != STREAM:
         return facts
     second = {} if config.cluster.teacher is None else {"second": second_digests(config.cluster)}

@@ -8,16 +8,9 @@ from PIL import Image
 from pipeline.config import Student, Train, load
 from pipeline.data.base import open_data_set
 from pipeline.data.survey import Seen, complaints, count_complaint, look
-from pipeline.looking.forecast import (
-    array_bytes,
-    flops_of_a_view,
-    flops_of_cams,
-    flops_of_training,
-    forecast,
-    num_forwards,
-)
+from pipeline.looking.forecast import array_bytes, flops_of_training, forecast, num_forwards
 from pipeline.models.student import StudentCost, cost_of
-from pipeline.models.teacher import TeacherShape, shape_of
+from pipeline.models.teacher import TeacherShape, flops_of_a_view, flops_of_cams, shape_of
 from tests.conftest import ROOT, is_one_line_error
 
 CLASSES = ["grass", "path", "flower", "gnome"]

@@ -128,6 +128,34 @@ def test_weights_as_published_fill_it(tmp_path):
     assert all(value.is_floating_point() for value in torch.load(one).values())
 
 
+@pytest.mark.parametrize("name", ["vit_small_patch14_reg4_dinov2", "vit_small_patch16_dinov3"])
+def test_weights_as_their_authors_name_them_fill_it(tmp_path, capsys, name):
+    """Registers, mask token and positions of DINOv2 and DINOv3 as in their own files."""
+    weights_of(tmp_path / "timm.pth", name)
+    state = torch.load(tmp_path / "timm.pth")
+    state["mask_token"] = torch.zeros(1, 384)
+    if name.endswith("dinov2"):  # positions of CLS too, which timm adds to the token
+        of_cls = torch.full((1, 1, 384), 0.25)
+        state["register_tokens"] = state.pop("reg_token")
+        state["pos_embed"] = torch.cat([of_cls, state["pos_embed"]], 1)
+        state["cls_token"] = state["cls_token"] - of_cls
+    else:
+        state["storage_tokens"] = state.pop("reg_token")
+        state["rope_embed.periods"] = torch.ones(16)
+        for block in range(12):
+            state[f"blocks.{block}.attn.qkv.bias"] = torch.zeros(3 * 384)
+            for number in (1, 2):
+                state[f"blocks.{block}.ls{number}.gamma"] = state.pop(f"blocks.{block}.gamma_{number}")
+    torch.save(state, tmp_path / "own.pth")
+    images = torch.randint(0, 256, (1, 3, *2 * [4 * int(name.partition("patch")[2][:2])]), dtype=torch.uint8)
+    both = [
+        second_encoder(section(name, tmp_path / file), 4, precision="fp32", device="cpu").encode(images)[1]
+        for file in ("timm.pth", "own.pth")
+    ]
+    assert torch.allclose(*both, atol=1e-5)
+    assert capsys.readouterr().out == ""
+
+
 @pytest.mark.parametrize(
     ("name", "made", "words"),
     [
@@ -324,6 +352,28 @@ def test_new_images(tmp_path, run_cli):
             if (num, stage) == (72, "encode"):
                 assert "resuming, 64 of 72 images are done" in done.stderr
     assert Store.open(tmp_path / "runs" / "small" / "cache").read_whole("cluster_tokens").shape[0] == 72
+
+
+def test_another_cache_takes_its_tokens_over(tmp_path, run_cli):
+    """By --like, as the teacher's; not those of another model, and none where none are asked for."""
+    one = weights_of(tmp_path / "one.pth")
+    keys = ("cluster.teacher=timm:test_vit3", f"cluster.teacher_weights={one}")
+    first = tmp_path / "runs" / "small" / "cache"
+    for stage in ("extract", "encode"):
+        assert run_cli(stage, *small_arguments(tmp_path, *SMALL, *keys)).returncode == 0
+    asked = small_arguments(tmp_path, *SMALL, *keys, "name=finer", "cluster.threshold=0.7")
+    done = run_cli("extract", *asked, "--like", first)
+    assert "takes over the extraction" in done.stderr
+    for stage, is_done in (("extract", True), ("encode", True), ("cluster", False), ("verify", False)):
+        done = run_cli(stage, *asked)
+        assert done.returncode == 0, done.stderr
+        assert ("nothing to do" in done.stderr) == is_done
+    place = "cache/data.zarr/cluster_tokens/c.0.0.0.0.0"
+    assert (tmp_path / "runs" / "finer" / place).samefile(tmp_path / "runs" / "small" / place)
+    for name, more in (("without", ()), ("other", (*keys[1:], "cluster.teacher=timm:test_vit2"))):
+        asked = small_arguments(tmp_path, *SMALL, *more, f"name={name}")
+        assert run_cli("extract", *asked, "--like", first).returncode == 0
+        assert not Store.open(tmp_path / "runs" / name / "cache").has("cluster_tokens")
 
 
 def test_snakemake_plans_it(tmp_path):

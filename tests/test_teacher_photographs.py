@@ -4,6 +4,8 @@ import json
 
 import numpy as np
 import pytest
+import timm
+import torch
 
 from cache.store import Store
 from tests.conftest import ROOT, SHARED, is_one_line_error
@@ -77,6 +79,23 @@ def test_from_photographs_to_scores(tmp_path, run_cli, kind):
         assert is_one_line_error(done, "teacher.dense was 'qq' and is 'paper'")
 
 
+def test_a_second_model_s_tokens_are_clustered(tmp_path, run_cli):
+    """A teacher of 32 pixels a token beside a ViT of 14: both on 8 x 8 tokens."""
+    torch.manual_seed(0)
+    torch.save(timm.create_model("vit_small_patch14_reg4_dinov2").state_dict(), tmp_path / "w.pth")
+    name = folder_of(tmp_path / "t", timm_("test_convnext", 96), 32)
+    second = ["cluster.teacher=timm:vit_small_patch14_reg4_dinov2", f"cluster.teacher_weights={tmp_path}/w.pth"]
+    asked = words(tmp_path / "runs", name, *second, "teacher.image_size=256", "cache.tokens=int8")
+    assert "at 112 x 112, 8 x 8 tokens of 384" in run_cli("doctor", *asked).stderr
+    for stage in ("extract", "encode", "cluster", "train", "eval", "verify"):
+        done = run_cli(stage, *asked)
+        assert done.returncode == 0, done.stderr
+    store = Store.open(tmp_path / "runs" / "voc" / "cache")
+    assert store.read_rows("cluster_tokens", [0]).shape == (1, 2, 8, 8, 384)
+    assert store.read_rows("tokens", [0]).shape == (1, 2, 8, 8, 32)
+    assert store.attributes["encode"]["mean"] == [0.485, 0.456, 0.406]
+
+
 def test_a_teacher_without_cams_says_which_have(tmp_path, run_cli):
     name = folder_of(tmp_path / "t", timm_("test_convnext", 96), 32)
     settings = ["recipe=clip_es", "data.background=true", "data.tags=masks", "data.split=null", "cache.tokens=pooled"]
@@ -84,8 +103,15 @@ def test_a_teacher_without_cams_says_which_have(tmp_path, run_cli):
     done = run_cli("doctor", *asked)
     assert done.returncode == 2
     assert "no CAMs: recipe clip_es makes CAMs" in done.stdout
-    assert run_cli("extract", *asked).returncode == 0
+    refused = ("CAMs need attention and gradients", "These do: open_clip's own ViTs")
+    assert is_one_line_error(run_cli("extract", *asked), *refused)  # at its start
+    assert not (tmp_path / "runs").exists()
     photograph = next((SHARED / "voc_photos" / "JPEGImages").iterdir())
-    for more in ([], ["--text", "a dog", "--image", photograph, "--out", tmp_path / "dog.png"]):
-        done = run_cli("cams", *asked, *more)
-        assert is_one_line_error(done, "CAMs need attention and gradients", "These do: open_clip's own ViTs")
+    picture = ["--text", "a dog", "--image", photograph, "--out", tmp_path / "dog.png"]
+    assert is_one_line_error(run_cli("cams", *asked, *picture), *refused)
+    # The same extraction, asked for by a recipe without CAMs.
+    assert run_cli("extract", *words(tmp_path / "runs", name, *settings[1:-1], "cache.tokens=float16")).returncode == 0
+    asked = words(tmp_path / "runs", name, *settings[:-1], "cache.tokens=float16")
+    assert is_one_line_error(run_cli("cams", *asked), *refused)
+    asked = words(tmp_path / "runs", name, *settings[1:-1], "cache.tokens=float16", "cluster.named_above=0.3")
+    assert is_one_line_error(run_cli("cluster", *asked), *refused)

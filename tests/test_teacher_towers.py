@@ -5,14 +5,17 @@ import json
 import open_clip
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch.nn.functional import linear, softmax
 
-from pipeline.models.clip import describe, seen_by
+from pipeline.models.clip import describe, seen_by, unlike_openai
+from pipeline.models.explain import explain
 from pipeline.models.teacher import Teacher, TeacherError, shape_of
 from pipeline.models.towers import tower_of
 
 TEXT = {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
 VIT = {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8}
+HALVES = {"mean": [0.5] * 3, "std": [0.5] * 3}
 POOLED = {"attentional_pool": True, "attn_pooler_queries": 4, "attn_pooler_heads": 2}
 
 
@@ -28,6 +31,8 @@ TOWERS = {
     "none": VIT | {"pool_type": "none"},
     "layer scale": VIT | {"ls_init_value": 0.5},
     "attention pooling": VIT | POOLED,
+    "attention pooling, cascade": VIT | POOLED | {"attentional_pool": "cascade"},
+    "attention pooling, parallel": VIT | POOLED | {"attentional_pool": "parallel"},
     "ResNet": {"image_size": 64, "layers": [1, 1, 1, 1], "width": 8, "head_width": 16},
     "convnext": timm_("test_convnext"),
     "convnext, mlp": timm_("test_convnext", proj="mlp"),
@@ -41,6 +46,8 @@ TOWERS = {
     "eva": timm_("eva02_tiny_patch14_224", 224, pool="token", proj=None),
     "swin": timm_("swin_tiny_patch4_window7_224", 224, proj=None),
 }
+# SigLIP has no projection; of two poolings open_clip norms the tower's width by the joint space's.
+DIMS = {"siglip": 768, "attention pooling, cascade": 32, "attention pooling, parallel": 32}
 # Where nothing but a linear map follows an average.
 AVERAGED = ("avg", "resnet", "efficientnet", "fastvit", "swin")
 
@@ -66,7 +73,7 @@ def images_of(size, num=2):
 @pytest.mark.parametrize("kind", TOWERS)
 def test_a_tower_s_global_token_is_open_clip_s_and_its_tokens_lie_in_the_same_space(tmp_path, kind):
     vision = TOWERS[kind]
-    dim = 768 if kind == "siglip" else 16
+    dim = DIMS.get(kind, 16)
     name = folder_of(tmp_path / "t", vision, dim)
     teacher = Teacher.load(name, image_size=None)
     images = images_of(vision["image_size"])
@@ -74,13 +81,13 @@ def test_a_tower_s_global_token_is_open_clip_s_and_its_tokens_lie_in_the_same_sp
     own = open_clip.create_model(name).eval()
     with torch.inference_mode():
         wanted = own.encode_image(teacher.normalised(images))
-    assert torch.allclose(pooled, wanted[:, 0] if kind == "none" else wanted, atol=1e-5)
+    assert torch.allclose(pooled, wanted[:, 0] if wanted.ndim == 3 else wanted, atol=1e-5)
     assert tokens.shape == (2, teacher.side, teacher.side, teacher.channels) == (2, *tokens.shape[1:3], dim)
     assert tokens.flatten(1, 2).var(1).min() > 0  # places differ
     if kind in AVERAGED:
         assert torch.allclose(tokens.mean((1, 2)), pooled, atol=1e-5)
     assert teacher.can_explain == (
-        vision is VIT or ("layers" in vision and kind not in ("ResNet", "attention pooling"))
+        vision is VIT or ("layers" in vision and kind != "ResNet" and "attention" not in kind)
     )
     shape = shape_of(name, None)
     assert (shape.patch, shape.channels, shape.can_explain) == (teacher.patch, dim, teacher.can_explain)
@@ -171,11 +178,72 @@ def test_a_cnn_s_stride_is_an_option_with_the_same_weights(tmp_path):
     assert shape_of(name, None, image_size=64, output_stride=8).patch == 8
 
 
+# What each head does to one place, written out.
+HEADS = {
+    "vit": lambda trunk, x: trunk.head(trunk.fc_norm(x)),
+    "eva": lambda trunk, x: trunk.head(trunk.fc_norm(x)),
+    "convnext": lambda trunk, x: torch.nn.functional.layer_norm(
+        x, x.shape[-1:], trunk.head.norm.weight, trunk.head.norm.bias, trunk.head.norm.eps
+    ),
+    "resnet": lambda trunk, x: x,
+    "efficientnet": lambda trunk, x: x,
+    "fastvit": lambda trunk, x: trunk.head.fc(x),
+    "swin": lambda trunk, x: trunk.head.fc(x),
+}
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_a_timm_tower_s_head_is_run_on_each_place(tmp_path, kind):
+    teacher = Teacher.load(folder_of(tmp_path / "t", TOWERS[kind]), image_size=None)
+    pixels, visual = teacher.normalised(images_of(TOWERS[kind]["image_size"], 1)), teacher.model.visual
+    with torch.inference_mode():
+        features = visual.trunk.forward_features(pixels)[0]
+        if features.ndim == 2:
+            places = features[-(teacher.side**2) :]
+        else:
+            places = features.flatten(0, 1) if kind == "swin" else features.flatten(1).T
+        wanted = visual.head(torch.stack([HEADS[kind](visual.trunk, place) for place in places]))
+        assert torch.allclose(teacher.tower(pixels)[1].flatten(0, 2), wanted, atol=1e-5)
+
+
 def test_a_tower_without_projection(tmp_path):
-    teacher = Teacher.load(folder_of(tmp_path / "t", VIT), image_size=32)
-    teacher.model.visual.proj = None
-    pooled, tokens = tower_of(teacher.model.visual)(teacher.normalised(images_of(32)))
-    assert (pooled.shape, tokens.shape) == ((2, 32), (2, 4, 4, 32))
+    """Its tokens are of the tower's own width, and CAMs are of them, too."""
+    teacher = Teacher.load(folder_of(tmp_path / "t", VIT, 32), image_size=32)
+    images, visual = images_of(32), teacher.model.visual
+    visual.proj = None
+    with torch.inference_mode():
+        leaving = visual.transformer(visual._embeds(teacher.normalised(images)))
+        pooled, tokens = tower_of(visual)(teacher.normalised(images))
+        assert torch.allclose(pooled, visual(teacher.normalised(images)), atol=1e-6)
+        assert torch.allclose(tokens.flatten(1, 2), visual.ln_post(leaving[:, 1:]), atol=1e-6)
+    assert tokens.shape == (2, 4, 4, 32)
+    features = torch.nn.functional.normalize(torch.randn(3, 32), dim=1)
+    found = explain(teacher, images, features[None, :2].expand(2, 2, 32), torch.ones(2, 2).bool(), features[2:], 2)
+    assert found.gradients.abs().max() > 0
+
+
+def test_a_small_clip_over_timm_s_efficientnet(tmp_path):
+    """An open_clip CLIP of one's own, as open_clip builds and saves it: a folder with its config and its weights."""
+    vision = timm_("tf_efficientnet_lite0", 64)
+    (tmp_path / "open_clip_config.json").write_text(
+        json.dumps({"model_cfg": {"embed_dim": 24, "vision_cfg": vision, "text_cfg": TEXT}, "preprocess_cfg": HALVES})
+    )
+    name = f"local-dir:{tmp_path}"
+    torch.manual_seed(0)
+    model = open_clip.create_model(name, load_weights=False).eval()
+    assert type(model) is open_clip.CLIP
+    save_file(model.state_dict(), tmp_path / "open_clip_model.safetensors")
+    teacher = Teacher.load(name, image_size=96, output_stride=8)
+    assert (teacher.side, teacher.channels, teacher.mean) == (12, 24, (0.5, 0.5, 0.5))
+    pooled, tokens = teacher.encode(images_of(96))
+    assert torch.allclose(tokens.mean((1, 2)), pooled, atol=1e-5)
+    with torch.inference_mode():  # at its own stride it is the same model
+        own = Teacher.load(name, image_size=96)
+        assert torch.allclose(
+            own.encode(images_of(96))[0], model.encode_image(own.normalised(images_of(96))), atol=1e-5
+        )
+        wanted = torch.nn.functional.normalize(model.encode_text(own.tokenizer(["a bee"])), dim=1)
+    assert torch.allclose(teacher.encode_text([["a bee"]]), wanted, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -223,6 +291,11 @@ def test_images_are_normalised_as_the_weights_were_trained():
     assert describe("ViT-B-16-SigLIP", "w.pt", None).std == (0.5, 0.5, 0.5)
     assert describe("MobileCLIP-S1", "w.pt", None).mean == (0.0, 0.0, 0.0)
     assert describe("ViT-B-16-quickgelu", "w.pt", None).mean == (0.48145466, 0.4578275, 0.40821073)
+    assert describe("ViT-L-14", "laion2b_s32b_b82k", None).mean == (0.5, 0.5, 0.5)
+    # Where it isn't OpenAI's it is in the fingerprint: caches from before the tags were read are of other pixels.
+    assert unlike_openai("ViT-L-14", "laion2b_s32b_b82k") == [[0.5] * 3, [0.5] * 3]
+    assert unlike_openai("ViT-L-14", "openai") is unlike_openai("ViT-B-16-quickgelu", "w.pt") is None
+    assert unlike_openai("local-dir:folder", None) is None  # was always read
 
 
 def test_towers_of_published_models():

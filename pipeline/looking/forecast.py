@@ -110,24 +110,6 @@ def num_forwards(num_images: int, num_views: int, batch: int) -> int:
     return whole * -(-SHARD * num_views // batch) + -(-rest * num_views // batch)
 
 
-def flops_of_a_view(shape: TeacherShape, side: int) -> float:
-    """Of a forward, multiply-adds counted as two; a ViT's: 12 d^2 a token and layer, and attention's 2 L d twice."""
-    if not shape.layers:
-        return shape.flops
-    tokens = side * side + 1
-    return shape.layers * 2 * (12 * shape.width**2 * tokens + 2 * tokens**2 * shape.width)
-
-
 def flops_of_training(cost: StudentCost, train: Train) -> float:
     """Of the student over a whole training, multiply-adds counted as two; losses and optimiser apart."""
     return FORWARDS_A_STEP * 2 * cost.multiply_adds * train.batch * train.iterations
-
-
-def flops_of_cams(shape: TeacherShape, num_tokens: int, num_classes: int) -> float:
-    """Of one image's CAMs: a forward, and for each class a backward through the last block, which costs another block.
-
-    Gradients of weights aren't taken, so a backward is as much as a forward; the affinity's square is added.
-    """
-    length = num_tokens + 1
-    block = 2 * (12 * shape.width**2 * length + 2 * length**2 * shape.width)
-    return (shape.layers + num_classes) * block + 2.0 * num_tokens**3

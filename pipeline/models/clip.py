@@ -139,6 +139,14 @@ def _published_normalisation(name: str, pretrained: str | None) -> tuple[Any, An
     return shared.pop() if len(shared) == 1 else OPENAI_MEAN_STD
 
 
+def unlike_openai(name: str, pretrained: str | None) -> list[list[float]] | None:
+    """Mean and std of one of open_clip's names where they aren't OpenAI's: older caches took these for all of them."""
+    if ":" in name:
+        return None
+    mean, std = _published_normalisation(name, pretrained)
+    return None if (tuple(mean), tuple(std)) == OPENAI_MEAN_STD else [list(mean), list(std)]
+
+
 def _tag(name: str, pretrained: str | None) -> dict[str, Any]:
     """What open_clip knows of weights that it downloads by a tag; {} for a file."""
     return open_clip.get_pretrained_cfg(name.replace("/", "-"), pretrained) if pretrained else {}

@@ -62,7 +62,8 @@ def explain(
         entering = activations.detach().requires_grad_(True)
         mixed, weights = attended(last.attn, entering)
         leaving = visual.ln_post(_finished(last, tokens, mixed))
-        pooled = normalize((leaving[:, 1:].mean(1) @ visual.proj).float(), dim=-1)  # (B, C), patches only
+        mean = leaving[:, 1:].mean(1)  # (B, D), patches only
+        pooled = normalize((mean if visual.proj is None else mean @ visual.proj).float(), dim=-1)  # (B, C)
         scale = teacher.model.logit_scale.exp().float()
         own = torch.einsum("bc,bkc->bk", pooled, foreground).masked_fill(~present, -torch.inf)
         logits = scale * torch.cat([own, pooled @ background.T], dim=1)

@@ -10,9 +10,10 @@ Axes: h = w the teacher's token grid, C_c channels of this model.
 from __future__ import annotations
 
 import difflib
+import io
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -46,10 +47,13 @@ def second_shape(section: Cluster, side: int) -> SecondShape:
     weights = second_weights(section)
     with quiet(), torch.device("meta"):
         model = _built(section)
-        tower = FeatureTower(model)
-        size = side * tower.patch
-        _resize(section, model, size)
-        channels, flops = cost_on(tower, model, size)
+        try:
+            tower = FeatureTower(model)
+            size = side * tower.patch
+            _resize(model, size)
+            channels, flops = cost_on(tower, model, size)
+        except TeacherError as error:
+            raise TeacherError(f"cluster.teacher {section.teacher!r}: {error}") from None
     return SecondShape(channels, tower.patch, size, weights, flops)
 
 
@@ -60,7 +64,7 @@ def second_encoder(section: Cluster, side: int, *, precision: str, device: str) 
         model = _built(section, is_downloaded=shape.weights is None)
         if shape.weights is not None:
             _load(section, model, shape.weights)
-        _resize(section, model, shape.image_size)
+        _resize(model, shape.image_size)
     found, dtype = resolve_model_data_config(model), PRECISIONS[precision]
     wrong = [name for name, value in model.state_dict().items() if not value.isfinite().all()]
     if wrong:
@@ -139,11 +143,13 @@ def _built(section: Cluster, *, is_downloaded: bool = False) -> Any:
         return timm.create_model(name, pretrained=is_downloaded, num_classes=0).eval().requires_grad_(False)
 
 
-def _resize(section: Cluster, model: Any, size: int) -> None:
+def _resize(model: Any, size: int) -> None:
     """ViTs interpolate their positions; what has none takes any size."""
     if hasattr(model, "set_input_size"):
-        with _in_a_line(section):
+        try:
             model.set_input_size(img_size=(size, size))
+        except Exception as error:  # of timm's own
+            raise TeacherError(f"it can't be made for {size} x {size}: {' '.join(str(error).split())[:200]}") from None
 
 
 def _load(section: Cluster, model: Any, path: Path) -> None:
@@ -153,7 +159,7 @@ def _load(section: Cluster, model: Any, path: Path) -> None:
     except WeightsError as error:
         raise TeacherError(f"cluster.teacher_weights {str(path)!r}: {error}") from None
     renamed = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-    with _in_a_line(section):
+    with _in_a_line(section), redirect_stdout(io.StringIO()):  # timm prints what it tries
         state = renamed(state, model) if renamed else state
         _refuse_misfits(section, model, state)
         model.load_state_dict(state, strict=False)

@@ -31,7 +31,6 @@ from pipeline.models.clip import (
     seen_by,
     tokenizer_of,
     weights_file,
-    weights_files,
 )
 from pipeline.models.towers import CAN_EXPLAIN, TeacherError, Tower, tower_of
 
@@ -41,7 +40,9 @@ __all__ = [
     "Teacher",
     "TeacherError",
     "TeacherShape",
-    "files_of_teacher",
+    "flops_of_a_view",
+    "flops_of_cams",
+    "located",
     "shape_asked",
     "shape_of",
 ]
@@ -268,6 +269,24 @@ def shape_asked(section: TeacherSection) -> TeacherShape:
     )
 
 
+def flops_of_a_view(shape: TeacherShape, side: int) -> float:
+    """Of a forward, multiply-adds counted as two; a ViT's: 12 d^2 a token and layer, and attention's 2 L d twice."""
+    if not shape.layers:
+        return shape.flops
+    tokens = side * side + 1
+    return shape.layers * 2 * (12 * shape.width**2 * tokens + 2 * tokens**2 * shape.width)
+
+
+def flops_of_cams(shape: TeacherShape, num_tokens: int, num_classes: int) -> float:
+    """Of one image's CAMs: a forward, and for each class a backward through the last block, which costs another block.
+
+    Gradients of weights aren't taken, so a backward is as much as a forward; the affinity's square is added.
+    """
+    length = num_tokens + 1
+    block = 2 * (12 * shape.width**2 * length + 2 * length**2 * shape.width)
+    return (shape.layers + num_classes) * block + 2.0 * num_tokens**3
+
+
 def weights_sha256(model: torch.nn.Module) -> str:
     """Hash of names, shapes and float32 values of all weights: independent of file format and device."""
     total = hashlib.sha256()
@@ -277,9 +296,9 @@ def weights_sha256(model: torch.nn.Module) -> str:
     return total.hexdigest()
 
 
-def files_of_teacher(section: TeacherSection) -> list[Path]:
-    """The files on this machine that its weights are read from, apart from downloaded ones. Raises: TeacherError."""
-    return weights_files(*_located(section.model, section.pretrained, section.near))
+def located(section: TeacherSection) -> tuple[str, str | None]:
+    """Its model and pretrained, the paths in them where they are. Raises: TeacherError for a folder that is nowhere."""
+    return _located(section.model, section.pretrained, section.near)
 
 
 def _located(name: str, pretrained: str | None, near: Path | None) -> tuple[str, str | None]:

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from pipeline.config import Cams, ConfigError, TeacherSection
+from pipeline.config import Cams, Config, ConfigError, TeacherSection
 from pipeline.data.words import background_names
-from pipeline.models.explain import explain, required
-from pipeline.models.teacher import Teacher
+from pipeline.models.explain import explain, refuse_unexplained, required
+from pipeline.models.teacher import Teacher, shape_asked
 from pipeline.ops.cam import activation_maps, affinity, box_masks, refined
 from pipeline.ops.masks import fitted_size
 from pipeline.running.devices import device_of
@@ -66,6 +66,12 @@ def _loaded(section: TeacherSection, device: str, precision: str) -> Teacher:
 def explained_teacher(section: TeacherSection, cams: Cams) -> Teacher:
     """The run's teacher at its own size, loaded once a process. Raises: TeacherError if CAMs can't be made."""
     return required(_loaded(section, cams.device, cams.precision))
+
+
+def refuse_cams(config: Config) -> None:
+    """Raises: TeacherError where the config makes CAMs and its teacher can't be asked why; reads no weights."""
+    if config.reads_tags:
+        refuse_unexplained(config.teacher.model, shape_asked(config.teacher).can_explain)
 
 
 def text_features(section: TeacherSection, cams: Cams, words: tuple[str, ...]) -> tuple[Tensor, Tensor]:

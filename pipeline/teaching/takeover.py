@@ -1,4 +1,4 @@
-"""A cache that begins as another one: the teacher's part by hard links, where both were extracted the same way."""
+"""A cache that begins as another one: its tokens by hard links, where both were extracted the same way."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cache.ledger import read_manifest
 from cache.schema import ARRAYS
 from pipeline.config import Config, UserError
 from pipeline.running.console import mention, say
-from pipeline.running.table import config_fingerprint
+from pipeline.running.table import config_fingerprint, has_second_model
 
 SMALL = 4096  # bytes: what is this small is copied, such as zarr.json, of which each cache keeps its own
 
@@ -43,7 +43,7 @@ def take_over(like: Path, config: Config) -> bool:
             remove(left)
         try:
             partial.mkdir()
-            for source in _files(like):
+            for source in (file for stage in _same_stages(like, config) for file in _files(like, stage)):
                 place = partial / source.relative_to(like)
                 place.parent.mkdir(parents=True, exist_ok=True)
                 _link(source, place)
@@ -61,15 +61,19 @@ def _holds_something(target: Path) -> bool:
     return any(target.iterdir()) if is_folder else os.path.lexists(target)
 
 
-def _files(cache: Path) -> list[Path]:
-    """What extract has written: its arrays, ids, group metadata, ledger and manifest."""
-    later = {name for name, spec in ARRAYS.items() if spec.stage != "extract"}
-    data = [
-        path
-        for path in (cache / "data.zarr").rglob("*")
-        if path.is_file() and path.relative_to(cache / "data.zarr").parts[0] not in later
-    ]
-    return [*data, *(cache / "ledger" / "extract").glob("*.json"), cache / "extract.manifest.json"]
+def _same_stages(like: Path, config: Config) -> list[str]:
+    """The stages that made tokens there as this config asks for them: extract, and a second model's beside it."""
+    made = read_manifest(like / "encode.manifest.json") or {}
+    is_same = has_second_model(config) and made.get("config") == config_fingerprint(config, "encode")
+    return ["extract", "encode"] if is_same else ["extract"]
+
+
+def _files(cache: Path, stage: str) -> list[Path]:
+    """What a stage has written: arrays, ledger and manifest; of extract also ids and the group's metadata."""
+    group = cache / "data.zarr"
+    found = {path: path.relative_to(group).parts[0] for path in group.rglob("*") if path.is_file()}
+    data = [path for path, top in found.items() if (ARRAYS[top].stage if top in ARRAYS else "extract") == stage]
+    return [*data, *(cache / "ledger" / stage).glob("*.json"), cache / f"{stage}.manifest.json"]
 
 
 def _link(source: Path, place: Path) -> None:

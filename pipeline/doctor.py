@@ -32,7 +32,7 @@ from pipeline.looking.forecast import (
     num_forwards,
     side_of,
 )
-from pipeline.models.student import cost_of
+from pipeline.models.student import cost_of, licence_of
 from pipeline.models.teacher import TeacherShape, shape_of
 from pipeline.ops.masks import fitted_size
 from pipeline.running.checked import wrong_tags
@@ -248,6 +248,8 @@ def _say_training(config: Config, shape: TeacherShape, side: int, num_classes: i
         f"student: {config.student.title}, {cost.parameters / 1e6:.1f} M parameters, "
         f"{2 * cost.multiply_adds / 1e9:.3g} GFLOP an image of {pixels} x {pixels} (a multiply-add is two)"
     )
+    if known := licence_of(config.student):
+        say(f"student's encoder: weights of {config.student.encoder} are under {known} (docs/students.md)")
     flops = flops_of_training(cost, config.train)
     say(
         f"training: {config.train.iterations:,} x {config.train.batch} images x {FORWARDS_A_STEP} forwards' worth = "

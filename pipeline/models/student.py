@@ -141,6 +141,12 @@ def check_batch(student: DenseStudent, section: Student, batch: int, side: int) 
         ) from None
 
 
+def licence_of(section: Student) -> str:
+    """What is known of the licence of the weights that a decoder's encoder starts from; "" where nothing is."""
+    is_published = section.encoder_weights is not None and section.weights is None
+    return decoders.licence(section) if is_published and ":" not in section.arch else ""
+
+
 @dataclass(frozen=True)
 class StudentCost:
     """What one image costs; a multiply-add counts once here, twice as FLOP."""

@@ -72,6 +72,57 @@ def students() -> Iterator[Row]:
     yield Row("DeepLabV2", "DeepLabV2", "resnet101", {}, "torchvision, BSD-3")
 
 
+# What is known of an encoder's licence: of its code, of its weights, and from where.
+LICENCES = (
+    ("encoder", "licence of its code", "licence of its weights", "known from"),
+    (
+        "`mit_b0` to `mit_b5`",
+        "NVIDIA Source Code License: research and evaluation only",
+        "the same",
+        "the head of smp's mix_transformer.py; the LICENSE of NVlabs/SegFormer, section 3.3",
+    ),
+    ("`tu-pvt_v2_b0` to `_b5`", "Apache-2.0 (timm)", "Apache-2.0", "timm's record of each model (below)"),
+    ("`tu-swin_*`", "Apache-2.0 (timm), MIT (Microsoft)", "MIT", "timm's record; the head of its file"),
+    (
+        "`tu-convnext_*`: `fb_*`, `in12k_*`",
+        "Apache-2.0 (timm), MIT (Meta)",
+        "Apache-2.0 by timm's record",
+        "the same; `.dinov3_*`, `.eupe_*` and all `convnextv2_*` have other licences, some not for commercial use",
+    ),
+    ("`tu-edgenext_xx_small`, the demo's", "Apache-2.0 (timm)", "MIT; the demo starts from none", "timm's record"),
+    (
+        "`resnet18` to `resnet152` of smp",
+        "MIT (smp), BSD-3-Clause (torchvision)",
+        "BSD-3-Clause",
+        "timm's record of torchvision's weights, `resnet101.tv_in1k`, which smp republishes",
+    ),
+    (
+        "`mscan_t` to `mscan_l`",
+        "Apache-2.0 (ours)",
+        "Apache-2.0",
+        "the repository of mmsegmentation, which publishes them; it says nothing of weights apart from code",
+    ),
+    (
+        "`torchvision:*`",
+        "BSD-3-Clause",
+        "BSD-3-Clause; torchvision warns that terms of the training data may apply",
+        "torchvision's LICENSE and README",
+    ),
+    (
+        "`hf:*`",
+        "Apache-2.0 (transformers)",
+        "its model card's: `nvidia/mit-b*` and `nvidia/segformer-*` are NVIDIA's, as above",
+        "the card",
+    ),
+)
+
+
+def licences() -> str:
+    """The table of them, Markdown."""
+    head, *rows = ["| " + " | ".join(row) + " |" for row in LICENCES]
+    return "\n".join([head, "|" + "---|" * len(LICENCES[0]), *rows])
+
+
 def section_of(row: Row) -> Student:
     return Student(arch=row.arch, encoder=row.encoder, encoder_weights=None, options=row.options)
 
@@ -126,10 +177,20 @@ ViT-B/16 teaches. Published "FLOPs" are multiply-adds, and so are these; GFLOP i
 and matrix products; SegNeXt's published costs are 2 to 7 % higher, and what its tool counted besides isn't stated.
 
 **Weights** are the encoder's, from ImageNet, and the default (`student.encoder_weights: imagenet`) where smp or timm
-have them. Those of mit_b* are NVIDIA's, not for commercial use; PVTv2 of the same number is the freely licensed twin.
-MSCAN's are a file for `student.weights` ([voc_segnext_b.yaml](../config/voc_segnext_b.yaml) says where from).
+have them. Offline, `student.weights` takes the file as it is published: timm's `model.safetensors` or `.pth`, the
+authors' where timm converts it, torchvision's, MSCAN's ([voc_segnext_b.yaml](../config/voc_segnext_b.yaml) says where
+from). What was loaded, left out and missing is one line; less than half of the encoder is an error.
 
-Any other encoder of timm (`tu-<name>`) under any decoder of segmentation_models_pytorch is two words of a config.
+Any other encoder of timm (`tu-<name>`) under any decoder of segmentation_models_pytorch is two words of a config, and
+there are torchvision's models, Hugging Face's, and nets of your own: [extending.md](extending.md).
+
+**Licences.** The default, `tu-pvt_v2_b0`, and config/vit_b16.yaml's permit commercial use; mit_b*, which the paper's
+SegFormer presets need, do not, and PVTv2 of the same number is their twin. `doctor` says what is known of an encoder's.
+
+{licences}
+
+timm's record is `timm.get_pretrained_cfg("pvt_v2_b0").license`. Nearly all were trained on ImageNet, whose images are
+for research; whether that binds a net trained on them no licence above says. This table is what we found, not advice.
 
 **Sides and batches.** Convolutional students, mit_b*, PVTv2 and SegNeXt take any side. ViTs under DPT (patch 16) and
 Swin are set up for the views' side by themselves and take others at test time; MaxViT's windows and BEiT fit some sides
@@ -148,7 +209,7 @@ def main() -> None:
     load, made = os.getloadavg()[0], provenance()
     heading(f"students at {SIDE} x {SIDE}, load {load:.1f}")
     about = f"{made['date']}, {made['machine']}, torch {made['torch']}, revision {made['revision']}"
-    text = HEAD.format(made=about, rounds=chosen.rounds, load=load)
+    text = HEAD.format(made=about, rounds=chosen.rounds, load=load, licences=licences())
     for line in lines(chosen.rounds, chosen.gpu):
         print(line, flush=True)
         text += line + "\n"

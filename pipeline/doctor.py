@@ -25,7 +25,7 @@ from pipeline.data.survey import Complaint, Seen, complaints, count_complaint, l
 from pipeline.looking.facts import human_bytes
 from pipeline.looking.forecast import FORWARDS_A_STEP, Forecast, flops_of_training, forecast, num_forwards, side_of
 from pipeline.models.second import SecondShape, second_shape
-from pipeline.models.student import cost_of
+from pipeline.models.student import cost_of, licence_of
 from pipeline.models.teacher import CAN_EXPLAIN, TeacherShape, flops_of_a_view, flops_of_cams, shape_asked
 from pipeline.ops.masks import fitted_size
 from pipeline.running.checked import wrong_tags
@@ -281,6 +281,8 @@ def _say_training(config: Config, shape: TeacherShape, side: int, num_classes: i
         f"student: {config.student.title}, {cost.parameters / 1e6:.1f} M parameters, "
         f"{2 * cost.multiply_adds / 1e9:.3g} GFLOP an image of {pixels} x {pixels} (a multiply-add is two)"
     )
+    if known := licence_of(config.student):
+        say(f"student's encoder: weights of {config.student.encoder} are under {known} (docs/students.md)")
     flops = flops_of_training(cost, config.train)
     say(
         f"training: {config.train.iterations:,} x {config.train.batch} images x {FORWARDS_A_STEP} forwards' worth = "

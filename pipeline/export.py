@@ -11,6 +11,7 @@ onnxruntime at another size and compared with torch before it gets its name.
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ SHOWN, OTHER = ((2, 64, 96), (1, 128, 64))
 LARGEST = 128 * STRIDE  # pixels a side
 TOLERANCE = 1e-3  # of a logit, in float32
 OPSET = 18  # torch's exporter translates to it
+COLOURS = re.compile(r"\x1b\[[0-9;]*m")  # in the exporter's errors
 
 
 class Classified(nn.Module):
@@ -61,6 +63,9 @@ def export(run: Path, out: Path, size: int | None = None) -> tuple[Path, Path]:
     if size is not None and (size % STRIDE or size <= 0):
         raise UserError(f"--size {size}: want a multiple of {STRIDE}.")
     model = Classified(student).eval()
+    for part in student.modules():
+        if hasattr(part, "set_attn_implementation"):  # a model of transformers: its fused attention has no ONNX
+            part.set_attn_implementation("eager")
     try:
         written = _written(model, checkpoint.text, size)
         for key, value in _described(checkpoint, size).items():
@@ -69,7 +74,7 @@ def export(run: Path, out: Path, size: int | None = None) -> tuple[Path, Path]:
         session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
         difference = _difference(session, model, checkpoint.text, size)
     except Exception as error:  # exporter and runtime raise whatever the student's layers make them raise
-        what = " ".join(str(error).split())[:200]
+        what = " ".join(COLOURS.sub("", str(error)).split())[:200]
         todo = "Fix the sides with --size." if size is None else "Export another student."
         title = checkpoint.config.student.title
         raise UserError(f"{title} can't be written as ONNX: {what}. {todo}") from None

@@ -164,8 +164,8 @@ WRONG = {
         {},
         "gives a dict",
     ),
-    "integers": ("{}:Net", NET.replace(".relu())", ".relu()).long()"), {}, "gives torch.int64"),
-    "no numbers": ("{}:Net", NET.replace(".relu())", ".relu()) / 0 * 0"), {}, "aren't finite"),
+    "integers": ("{}:Net", NET.replace(".relu())", ".relu()).long()"), {}, "gives torch.int64; want"),
+    "no numbers": ("{}:Net", NET.replace(".relu())", ".relu()) / 0 * 0"), {}, "numbers that aren't finite"),
     "no gradient": ("{}:Net", NET.replace(".relu())", ".relu()).detach()"), {}, "no gradient comes back"),
     "a forward that fails": (
         "{}:Net",

@@ -5,10 +5,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline.config import Eval, Student
+from pipeline.config import Eval, Student, load
 from pipeline.learning.inference import class_logits
-from pipeline.models.student import StudentError, build_student, check_batch
-from tests.conftest import TINY, is_one_line_error
+from pipeline.models.student import StudentError, build_student, check_batch, licence_of
+from tests.conftest import ROOT, TINY, is_one_line_error
 
 # encoder, decoder channels, millions of parameters, GFLOPs (multiplications); SegFormer's Table 1 and its configs.
 PUBLISHED = {"mit_b0": (256, 3.8, 8.4), "mit_b4": (768, 64.1, 95.7)}
@@ -160,3 +160,24 @@ def test_scales_that_a_student_of_one_side_cannot_look_at():
     image = np.zeros((64, 64, 3), np.uint8)
     with pytest.raises(StudentError, match=r"eval\.scales: .*96 x 96"):
         class_logits(student, torch.eye(8), image, 64, Eval(scales=(1.5,)))
+
+
+def test_what_starts_by_itself_may_be_used_at_work(run_cli):
+    """The default, and the preset for data of one's own; what is known of an encoder's licence is said."""
+    own = load(ROOT / "config" / "vit_b16.yaml").student
+    assert {licence_of(section) for section in (Student(), own)} == {"apache-2.0"}
+    assert licence_of(Student(encoder="mit_b0")).startswith("NVIDIA Source Code License")
+    assert licence_of(Student(encoder="tu-convnextv2_atto")) == "cc-by-nc-4.0"
+    for silent in ({"encoder_weights": None}, {"weights": "a.pth"}, {"arch": "mynets:Net"}, {"encoder": "mscan_t"}):
+        assert licence_of(Student(**silent)) == ""
+    said = run_cli("doctor", "--dry", "--config", "config/voc.yaml").stderr
+    assert "weights of mit_b4 are under NVIDIA Source Code License" in " ".join(said.split())
+
+
+def test_every_presets_encoder_stands_in_the_table_of_licences():
+    table = (ROOT / "docs" / "students.md").read_text().partition("| licence of its code |")[2].partition("\n\n")[0]
+    families = ("mit_b", "tu-pvt_v2", "tu-swin", "tu-convnext", "tu-edgenext_xx_small", "resnet", "mscan_")
+    assert all(f"`{family}" in table for family in families)
+    for path in (ROOT / "config").glob("*.yaml"):
+        if path.stem != "environment":
+            assert load(path).student.encoder.startswith(families), path

@@ -100,6 +100,17 @@ def decoder_student(section: Student, channels: int, side: int | None, pretraine
     return student
 
 
+def licence(section: Student) -> str:
+    """What is known of the licence of an encoder's published weights, docs/students.md; "" of others."""
+    name = section.encoder
+    if name.startswith("mit_"):
+        return "NVIDIA Source Code License, code and weights: research and evaluation only"
+    if not name.startswith("tu-"):
+        return ""
+    record = timm.get_pretrained_cfg(name.removeprefix("tu-"), allow_unregistered=True)
+    return str(record.license) if record is not None and record.license else ""
+
+
 def _loaded(student: DenseStudent, path: str, name: str) -> str:
     """Fills the encoder from a local file, and the decoder where the file has it; what to say of that."""
     net, state = student.net, read_state(path)

@@ -53,13 +53,16 @@ def build_student(
         student = huggingface.huggingface_student(section, channels, pretrained, origin or {})
     else:
         student = own_net.own_student(section, channels, pretrained, origin or {})
-    check_net(student, section, channels, side)
+    notes = check_net(student, section, channels, side)
+    if pretrained:  # it is to be trained
+        student.notes += notes
     return student
 
 
-def check_net(student: DenseStudent, section: Student, channels: int, side: int | None) -> None:
+def check_net(student: DenseStudent, section: Student, channels: int, side: int | None) -> list[str]:
     """One small forward and backward of a foreign net, in evaluation, and its shapes at the views' side.
 
+    Returns lines on how it will be trained: parameters without gradient, no encoder.
     Raises: StudentError for an output that isn't (B, channels, h, w) of a floating type at a stride of STRIDES, that
     isn't finite or that no gradient comes back from.
     """
@@ -67,16 +70,17 @@ def check_net(student: DenseStudent, section: Student, channels: int, side: int 
     student.eval()
     try:
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
-            _check_output(student, channels, what, side)
+            notes = _check_output(student, channels, what, side)
     finally:
         student.train(was_training)
     if side is not None and (error := refused(student, side)) is not None:
         raise StudentError(
             f"{what}: no images of {side} x {side} ({said(error)}). Change teacher.image_size or student.options."
         )
+    return notes
 
 
-def _check_output(student: DenseStudent, channels: int, what: str, side: int | None) -> None:
+def _check_output(student: DenseStudent, channels: int, what: str, side: int | None) -> list[str]:
     tried = SMALL
     try:
         dense: Any = student.net(torch.rand(2, 3, tried, tried))
@@ -105,8 +109,10 @@ def _check_output(student: DenseStudent, channels: int, what: str, side: int | N
             f"{what}: {given}, a stride of {tried / max(rows, 1):.3g}; want one of {', '.join(map(str, STRIDES))}. "
             "Enlarge its features before the last layer, or keep them larger in its encoder."
         )
-    if not dense.is_floating_point() or not dense.isfinite().all():
-        raise StudentError(f"{what}: gives {dense.dtype} with values that aren't finite numbers; want floats.")
+    if not dense.is_floating_point():
+        raise StudentError(f"{what}: gives {dense.dtype}; want numbers of a floating type.")
+    if not dense.isfinite().all():
+        raise StudentError(f"{what}: gives numbers that aren't finite, from its first weights on.")
     trained = {name: value for name, value in student.net.named_parameters() if value.requires_grad}
     gradients: tuple[Any, ...] = ()
     if dense.requires_grad:
@@ -116,14 +122,15 @@ def _check_output(student: DenseStudent, channels: int, what: str, side: int | N
             f"{what}: no gradient comes back from its output to any of its {len(trained)} trained parameters. Look for "
             "no_grad, detach or frozen layers in it."
         )
-    idle = [name for name, gradient in zip(trained, gradients, strict=True) if gradient is None]
+    notes, idle = [], [name for name, gradient in zip(trained, gradients, strict=True) if gradient is None]
     if idle:
-        student.notes.append(f"{what}: {len(idle)} parameters get no gradient, the first {idle[0]}")
+        notes.append(f"{what}: {len(idle)} parameters get no gradient, the first {idle[0]}")
     if not student.encoder_parts:
-        student.notes.append(
+        notes.append(
             f"{what}: none of its parts is an encoder, so all of it learns at train.lr x train.head_lr_factor "
             "(student.encoder_parts names them)"
         )
+    return notes
 
 
 def check_batch(student: DenseStudent, section: Student, batch: int, side: int) -> None:
@@ -139,6 +146,12 @@ def check_batch(student: DenseStudent, section: Student, batch: int, side: int) 
             f"process; train.batch leaves {batch}. Raise train.batch, lower train.processes, or take another arch "
             "(Segformer, FPN)."
         ) from None
+
+
+def licence_of(section: Student) -> str:
+    """What is known of the licence of the weights that a decoder's encoder starts from; "" where nothing is."""
+    is_published = section.encoder_weights is not None and section.weights is None
+    return decoders.licence(section) if is_published and ":" not in section.arch else ""
 
 
 @dataclass(frozen=True)

@@ -201,5 +201,15 @@ def test_the_command_ends_in_one_line(folder):
     assert "Traceback" not in said
 
 
+def test_a_run_of_a_stranger_imports_nothing_when_it_predicts(folder):
+    from pipeline.learning.segmenter import Segmenter
+
+    (folder / "trap.py").write_text("raise SystemExit('imported')")
+    segmenter = Segmenter.__new__(Segmenter)
+    segmenter.config = load("garden.yaml", ["data.kind=trap:Trap"])
+    assert segmenter.renamed() == ""
+    assert "trap" not in sys.modules
+
+
 def test_the_page_names_what_is_checked():
     assert all(f"`{name}(sample)`" in PAGE for name in CHECKS)

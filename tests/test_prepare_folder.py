@@ -183,12 +183,12 @@ def broken(change):
 
 
 WRONG_COCO = {
-    "no json": ("[1, 2", ["annotations.json", "the file is no mapping", "Export it again"]),
+    "no json": ("[1, 2", ["annotations.json: is no whole JSON", "Export it again"]),
     "half a json": (json.dumps(coco_json())[:-400], ["annotations.json: is no whole JSON"]),
     "nothing": ("", ["annotations.json: is no whole JSON"]),
     "another schema": (
         '{"shapes": [], "version": "5.0"}',
-        ["annotations.json: not COCO's instances: has no list 'images'"],
+        ["annotations.json: not COCO's instances: its list 'images' is empty or not there"],
     ),
     "a list of numbers": (broken(lambda c: c.update(images=[1])), ["images holds 1, which is no mapping"]),
     "no size": (broken(lambda c: c["images"][0].pop("height")), ["KeyError: 'height'"]),

@@ -30,7 +30,7 @@ from pipeline.ops.labels import file_dtype, no_class, to_file
 from pipeline.running.console import progress, say
 
 STAMP = "made of"  # a mask's own words
-HEAD = "# Made by `cli.py prepare folder` and yours from now on; docs/own_data.md explains every key.\n"
+HEAD = "# Made by `cli.py prepare folder` and yours from now on; docs/data.md explains every key.\n"
 UNSEEN = "  # names of classes whose labels training mustn't use"
 
 

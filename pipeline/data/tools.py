@@ -113,7 +113,13 @@ def _tasks(path: Path, images: Path) -> tuple[dict[str, Path], set[tuple[str, st
         if str(key) in image_of:
             raise DataError(f"{path}: task {key} stands there twice. Export it again.")
         image_of[str(key)] = _image_of(path, task, by_name, images)
-        said |= set(_regions(task))
+        for tag, labels in _regions(task):
+            if len(labels) > 1:
+                several = ", ".join(map(repr, labels))
+                raise DataError(
+                    f"{path}: task {key}: a region has several labels, {several}; a pixel has one. Keep one."
+                )
+            said |= {(tag, label) for label in labels}
     if not image_of:
         raise DataError(f"{path}: holds no task. Export the project again, as JSON.")
     return image_of, said
@@ -161,23 +167,21 @@ def _names(value: str) -> list[str]:
     return [name for name in dict.fromkeys(names) if name]
 
 
-def _regions(task: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Tag and label of a task's regions, in JSON or JSON-MIN; of several labels their names joined, as in a file's."""
+def _regions(task: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
+    """Tag and labels of a task's regions, in JSON or JSON-MIN."""
     for annotation in task.get("annotations") or task.get("completions") or ():
         for result in annotation.get("result", ()) if isinstance(annotation, Mapping) else ():
             value = result.get("value") if isinstance(result, Mapping) else None
             if isinstance(value, Mapping) and "rle" in value:
-                yield from _labels(str(result.get("from_name")), value)
+                yield str(result.get("from_name")), _labels(value)
     for tag, results in task.items():
         for value in results if isinstance(results, list) else ():
             if isinstance(value, Mapping) and "rle" in value:
-                yield from _labels(tag, value)
+                yield tag, _labels(value)
 
 
-def _labels(tag: str, value: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    found: list[object] = next((value[key] for key in LABELS if isinstance(value.get(key), list)), [])
-    if found:
-        yield tag, "-".join(map(str, found))
+def _labels(value: Mapping[str, Any]) -> list[str]:
+    return [str(label) for label in next((value[key] for key in LABELS if isinstance(value.get(key), list)), [])]
 
 
 def _brushes(

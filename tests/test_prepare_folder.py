@@ -522,6 +522,14 @@ def test_wrong_label_studio(tmp_path, prepare):
     tasks[0]["annotations"][0]["result"][0]["value"]["brushlabels"] = ["sky", "bee"]
     (tmp_path / "export.json").write_text(json.dumps(tasks))
     assert is_one_line_error(prepare(*asked, code=2), "task 1: a region has several labels, 'sky', 'bee'")
+    tasks[0]["annotations"][0]["result"] = [
+        {"from_name": tag, "value": {"rle": [0], "brushlabels": [label]}}
+        for tag, label in (("my-tag", "sky-bee"), ("my-tag-sky", "bee"))
+    ]
+    (tmp_path / "export.json").write_text(json.dumps(tasks))
+    assert is_one_line_error(prepare(*asked, code=2), "files of 'my-tag-sky-bee' may be of two labels")
+    (tmp_path / "export.json").write_text(json.dumps([{**task, "annotations": []} for task in tasks]))
+    assert is_one_line_error(prepare(*asked, code=2), "has no region 'my-tag-", "(it has no brush)")
     label_studio_export(tmp_path)
     (tmp_path / "photos" / "b.jpg").unlink()
     assert is_one_line_error(prepare(*asked, code=2), "task 2: its image, 'b.jpg', is not in")

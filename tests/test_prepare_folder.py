@@ -490,7 +490,7 @@ def of_label_studio(root: Path) -> tuple:
 def test_label_studio(is_min, tmp_path, prepare):
     label_studio_export(tmp_path, is_min=is_min)
     assert "passed over: 1 x brush without a label" in prepare(*of_label_studio(tmp_path)).stderr
-    assert yaml.safe_load((tmp_path / "dataset.yaml").read_text())["classes"] == ["bee", "garden bee", "sky"]
+    assert yaml.safe_load((tmp_path / "dataset.yaml").read_text())["classes"] == ["bee/wasp", "garden bee", "sky"]
     a = np.where(boxed(0, 0, 8, 4), 2, NONE)
     a[1:3, 1:3] = 0  # the bee, smaller, on the sky
     b = np.where(boxed(0, 0, 2, 2) | boxed(6, 4, 8, 6), 1, NONE)

@@ -4,7 +4,7 @@
     export.json                               JSON or JSON-MIN: the tasks, their images, tags and labels
 
 Where labels overlap, the smaller one (in pixels) is on top. What the files are called and what their values mean: Label
-Studio's converter (label-studio-converter, brush.py).
+Studio's converter (label-studio-sdk, converter/brush.py).
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from pipeline.data.labelled import (
 BRUSH = re.compile(r"task-(\d+)-annotation-(\d+)-by-([^-]*)-(.+)-(\d+)\.png", re.IGNORECASE)
 NO_LABEL = "no_label"  # a region that nobody has given a label
 UPLOADED = re.compile(r"^[0-9a-f]{8}-")  # before the name of a file that was uploaded
+SLASHES = re.compile(r"[/\\]")  # in a label, which are - in its file's name
 LABELS = ("brushlabels", "labels")
 
 
@@ -173,8 +174,9 @@ def _brushes(
     """Label and file of each brush, by task; and what has none. Raises: DataError."""
     label_of: dict[str, str] = {}
     for tag, label in sorted(said):
-        if label_of.setdefault(f"{tag}-{label}", label) != label:
-            raise DataError(f"{tasks}: files of '{tag}-{label}' may be of two labels. Rename one of them, or its tag.")
+        name = SLASHES.sub("-", f"{tag}-{label}")
+        if label_of.setdefault(name, label) != label:
+            raise DataError(f"{tasks}: files of {name!r} may be of two labels. Rename one of them, or its tag.")
     found: dict[str, list[tuple[str, Path]]] = defaultdict(list)
     annotation_of: dict[str, tuple[str, Path]] = {}
     passed_over: Counter[str] = Counter()

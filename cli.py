@@ -419,19 +419,19 @@ def prepare(
     from pipeline.data.asked import Asked
 
     asked = Asked(
-        coco,
-        colours,
-        binary,
-        label_studio,
-        supervisely,
-        roboflow,
-        images,
-        masks,
-        tasks,
-        mask_suffix,
-        part,
-        test,
-        background,
+        coco=coco,
+        colours=colours,
+        binary=binary,
+        label_studio=label_studio,
+        supervisely=supervisely,
+        roboflow=roboflow,
+        images=images,
+        masks=masks,
+        tasks=tasks,
+        mask_suffix=mask_suffix,
+        part=part,
+        test=test,
+        background=background,
     )
     if kind != "folder":
         if asked != Asked() or overwrite:

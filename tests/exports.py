@@ -119,16 +119,16 @@ def brush(root: Path, task, annotation, rest, mask, by="3") -> Path:
 
 
 def label_studio_export(root: Path, *, is_min=False) -> Path:
-    """Tasks 1 (uploaded, photo a) and 2 (local file b), 3 without a region; labels `sky`, `bee` and a two-word one."""
+    """Tasks 1 (uploaded, a), 2 (local file, b) and 3 without a region; one label with a slash, one of two words."""
     for name in "abc":
         photo(root / "photos" / f"{name}.jpg")
     brush(root, 1, 11, "my-tag-sky-0", boxed(0, 0, 8, 4))
-    brush(root, 1, 11, "my-tag-bee-0", boxed(1, 1, 3, 3))
+    brush(root, 1, 11, "my-tag-bee-wasp-0", boxed(1, 1, 3, 3))  # bee/wasp
     brush(root, 2, 12, "my-tag-garden bee-0", boxed(0, 0, 2, 2), by="ann@example.com")
     brush(root, 2, 12, "my-tag-garden bee-1", boxed(6, 4, 8, 6), by="ann@example.com")
     brush(root, 2, 12, "my-tag-no_label-0", boxed(3, 3, 4, 4), by="ann@example.com")
     names = {1: "/data/upload/5/0a1b2c3d-a.jpg", 2: "/data/local-files/?d=photos/b.jpg", 3: "s3://bucket/c.jpg"}
-    labels = {1: ["sky", "bee"], 2: ["garden bee"], 3: []}
+    labels = {1: ["sky", "bee/wasp"], 2: ["garden bee"], 3: []}
 
     def value(label):
         return {"format": "rle", "rle": [0, 1, 2], "brushlabels": [label]}

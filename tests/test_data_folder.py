@@ -191,3 +191,65 @@ def test_files_that_do_not_pair_up(tmp_path, names, mask_names, part, message):
 def test_missing_part(tmp_path):
     with pytest.raises(DataError, match=r"has no test part, and needs it. Add `test: {images"):
         opened(write(tmp_path)).samples("test")
+
+
+def test_lists_of_patterns_and_folders_of_masks(tmp_path):
+    """Photographs of three folders, masks in one, each of another kind and beside what is none."""
+    part = {"images": ["photos/*.JPG", "more/**/*.jpg", "one.png", "photos/*.jpg"], "masks": "masks"}
+    write(tmp_path, names=("a", "b"), mask_names=(), train=part)
+    for name in ("more/x/c.jpg", "one.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 3)).save(tmp_path / name)
+    (tmp_path / "photos" / "a.jpg").rename(tmp_path / "photos" / "a.JPG")
+    for name in ("a.PNG", "b.bmp", "c.TIF", "one.tiff"):
+        Image.fromarray(np.full((3, 4), 1, np.uint8)).save(tmp_path / "masks" / name)
+    (tmp_path / "masks" / "readme.txt").write_text("not a mask")
+    Image.new("RGB", (4, 3)).save(tmp_path / "masks" / "a.jpg")  # a preview
+    data = opened(tmp_path)
+    samples = data.samples("train")
+    assert [(s.id, Path(s.mask).name) for s in samples] == [
+        ("a", "a.PNG"),
+        ("b", "b.bmp"),
+        ("c", "c.TIF"),
+        ("one", "one.tiff"),
+    ]
+    assert all((data.labels(sample) == 1).all() for sample in samples)
+    write(tmp_path, names=(), mask_names=(), train=part | {"masks": ["masks/a.*", "masks/[bco]*"]})
+    with pytest.raises(
+        DataError, match=r"masks/a\.(PNG|jpg) and .*masks/a\.(PNG|jpg) have the same id 'a'; rename one"
+    ):
+        opened(tmp_path).samples("train")
+    (tmp_path / "masks" / "a.jpg").unlink()
+    assert len(opened(tmp_path).samples("train")) == 4
+
+
+def test_a_folder_of_images_is_its_pictures(tmp_path):
+    write(tmp_path, train={"images": "photos", "masks": "masks/*"})
+    (tmp_path / "photos" / "notes.txt").write_text("x")
+    (tmp_path / "masks" / "notes.txt").write_text("x")
+    assert [s.id for s in opened(tmp_path).samples("train")] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ({"images": ["photos/*.jpg", "fotos/*.jpg"]}, "train.images: no file matches 'fotos/.*jpg'"),
+        (
+            {"images": ["photos/*.jpg", "other/*.jpg"]},
+            r"photos/a.jpg and .*other/a.jpg have the same id 'a'; rename one",
+        ),
+        ({"images": ["photos/*.jpg", "masks/b.png"]}, r"b.jpg and .*b.png have the same id 'b'"),
+        ({"images": "masks/*.png"}, r"masks/a.png is found as an image and as a mask. Give `images` an ending"),
+        ({"masks": ["masks/*.png", "masks/a.bmp"]}, r"masks/a.png and .*masks/a.bmp have the same id 'a'"),
+        ({"images": []}, r"train.images is \[\]; want text, or a list of them"),
+        ({"images": "photos/*.{jpg,png}"}, "Braces are not read: .* and lists"),
+    ],
+)
+def test_lists_that_do_not_fit(tmp_path, part, message):
+    write(tmp_path, train=TRAIN | part)
+    (tmp_path / "other").mkdir()
+    Image.new("RGB", (4, 3)).save(tmp_path / "other" / "a.jpg")
+    if "masks" in part:
+        Image.fromarray(np.zeros((3, 4), np.uint8)).save(tmp_path / "masks" / "a.bmp")
+    with pytest.raises(DataError, match=message):
+        opened(tmp_path).samples("train")

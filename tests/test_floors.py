@@ -33,7 +33,7 @@ DOORS = {
     "pydensecrf": {"pipeline/teaching/crf.py"},
     "gradio": {"pipeline/demo.py"},
     "pycocotools": {"pipeline/data/coco.py"},
-    "ijson": {"pipeline/data/coco.py", "pipeline/data/tools.py"},
+    "ijson": {"pipeline/data/coco.py", "pipeline/data/label_studio.py"},
 }
 # Folders from the ground up: each imports those before it, and the cache from `running` on. Last the stages themselves,
 # the files of pipeline/ that no folder holds.

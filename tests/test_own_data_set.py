@@ -47,14 +47,25 @@ def folder(tmp_path, monkeypatch):
     sys.path[:] = [place for place in sys.path if place != str(tmp_path)]
 
 
-def run(*words: str, code: int = 0) -> str:
-    """`python cli.py ...` of the checkout in the working directory, as its own process."""
-    done = subprocess.run([sys.executable, str(ROOT / "cli.py"), *words], capture_output=True, text=True)
-    assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout + done.stderr
+@pytest.fixture
+def run(folder, run_cli, monkeypatch):
+    """`python cli.py ...` of the checkout, with the folder as working directory; with --workers as its own process."""
+
+    def called(*words: str, code: int = 0) -> str:
+        if "--workers" in words:
+            command = [sys.executable, str(ROOT / "cli.py"), *words]
+            done = subprocess.run(command, capture_output=True, text=True)
+        else:
+            with monkeypatch.context() as patched:
+                patched.setattr("tests.conftest.ROOT", folder)  # where run_cli goes
+                done = run_cli(*words)
+        assert done.returncode == code, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    return called
 
 
-def test_the_page_runs_as_it_stands(folder):
+def test_the_page_runs_as_it_stands(folder, run):
     commands = re.findall(r"^    python cli\.py (.*--config garden\.yaml.*)$", PAGE, re.MULTILINE)
     assert [command.split()[0] for command in commands] == ["doctor", "extract", "cluster"]
     for command in commands:
@@ -180,7 +191,7 @@ def test_wrong_options(given, message, folder):
         opened(folder, **given)
 
 
-def test_a_missing_option_and_a_part_that_is_not_there(folder):
+def test_a_missing_option_and_a_part_that_is_not_there(folder, run):
     (folder / "garden_data.py").write_text(blocks("python")["garden_data.py"])
     with pytest.raises(
         DataError, match=r"data.root is missing, and garden_data:Garden needs it; it takes root, unseen, ending"
@@ -193,12 +204,22 @@ def test_a_missing_option_and_a_part_that_is_not_there(folder):
     assert "error: nothing/train: no images that end in .png." in said
 
 
-def test_the_command_ends_in_one_line(folder):
+def test_the_command_ends_in_one_line(folder, run):
     said = run("extract", "--config", "garden.yaml", "--set", "data.kind=gone:Garden", code=2)
     lines = [line for line in said.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
     assert "gone can't be imported" in lines[0]
     assert "Traceback" not in said
+
+
+def test_a_run_of_a_stranger_imports_nothing_when_it_predicts(folder):
+    from pipeline.learning.segmenter import Segmenter
+
+    (folder / "trap.py").write_text("raise SystemExit('imported')")
+    segmenter = Segmenter.__new__(Segmenter)
+    segmenter.config = load("garden.yaml", ["data.kind=trap:Trap"])
+    assert segmenter.renamed() == ""
+    assert "trap" not in sys.modules
 
 
 def test_the_page_names_what_is_checked():

@@ -112,6 +112,31 @@ def test_the_second_part_joins_the_first_and_the_users_words_stay(tmp_path, prep
     assert path.read_text() == before
 
 
+def test_overwriting_a_part_keeps_the_rest(tmp_path, prepare):
+    coco_export(tmp_path)
+    for name in "abc":
+        photo(tmp_path / "others" / f"{name}.jpg")
+    for name in "def":
+        photo(tmp_path / "val" / f"{name}.jpg")
+    (tmp_path / "val.json").write_text(json.dumps(coco_json(names="def")))
+    prepare(*of_coco(tmp_path))
+    prepare("--coco", tmp_path / "val.json", "--images", tmp_path / "val", "--part", "test")
+    path = tmp_path / "dataset.yaml"
+    path.write_text(path.read_text().replace("unseen: []", "unseen: [bee]"))
+    moved = (*of_coco(tmp_path)[:3], tmp_path / "others")
+    assert is_one_line_error(prepare(*moved, code=2), "dataset.yaml: is there, and its train is not of this export")
+    prepare(*moved, "--overwrite")
+    described = yaml.safe_load(path.read_text())
+    assert (described["unseen"], described["train"]["images"]) == (["bee"], "others/*.jpg")
+    assert described["test"]["images"] == "val/*.jpg"
+    content = coco_json()
+    content["categories"][0]["name"] = "clouds"
+    coco_export(tmp_path, content)
+    done = prepare(*of_coco(tmp_path), "--overwrite")
+    assert "has other classes now, so its test part is left out" in done.stderr
+    assert "test" not in yaml.safe_load(path.read_text())
+
+
 def test_a_share_is_held_out_by_name(tmp_path, prepare):
     content = coco_json(names=[f"{i:02}" for i in range(20)])
     for image in content["images"]:
@@ -183,12 +208,12 @@ def broken(change):
 
 
 WRONG_COCO = {
-    "no json": ("[1, 2", ["annotations.json", "the file is no mapping", "Export it again"]),
+    "no json": ("[1, 2", ["annotations.json: is no whole JSON", "Export it again"]),
     "half a json": (json.dumps(coco_json())[:-400], ["annotations.json: is no whole JSON"]),
     "nothing": ("", ["annotations.json: is no whole JSON"]),
     "another schema": (
         '{"shapes": [], "version": "5.0"}',
-        ["annotations.json: not COCO's instances: has no list 'images'"],
+        ["annotations.json: not COCO's instances: its list 'images' is empty or not there"],
     ),
     "a list of numbers": (broken(lambda c: c.update(images=[1])), ["images holds 1, which is no mapping"]),
     "no size": (broken(lambda c: c["images"][0].pop("height")), ["KeyError: 'height'"]),
@@ -320,9 +345,7 @@ def test_what_was_made_of_something_else_is_never_taken_for_it(tmp_path, prepare
     content["categories"][0]["name"] = "clouds"
     coco_export(tmp_path, content)
     done = prepare(*of_coco(tmp_path), code=2)
-    assert is_one_line_error(
-        done, "dataset.yaml: is there, and its classes are not those of this export", "--overwrite"
-    )
+    assert is_one_line_error(done, "dataset.yaml: is there, and its classes are not of this export", "--overwrite")
     picture(tmp_path / "own" / "prepared_masks" / "train" / "a.png", np.zeros((HEIGHT, WIDTH)))
     done = prepare(*of_coco(tmp_path), "--root", tmp_path / "own", code=2)
     assert is_one_line_error(done, "a.png: is there", "not by this command")
@@ -467,7 +490,7 @@ def of_label_studio(root: Path) -> tuple:
 def test_label_studio(is_min, tmp_path, prepare):
     label_studio_export(tmp_path, is_min=is_min)
     assert "passed over: 1 x brush without a label" in prepare(*of_label_studio(tmp_path)).stderr
-    assert yaml.safe_load((tmp_path / "dataset.yaml").read_text())["classes"] == ["bee", "garden bee", "sky"]
+    assert yaml.safe_load((tmp_path / "dataset.yaml").read_text())["classes"] == ["bee/wasp", "garden bee", "sky"]
     a = np.where(boxed(0, 0, 8, 4), 2, NONE)
     a[1:3, 1:3] = 0  # the bee, smaller, on the sky
     b = np.where(boxed(0, 0, 2, 2) | boxed(6, 4, 8, 6), 1, NONE)
@@ -495,6 +518,19 @@ def test_wrong_label_studio(tmp_path, prepare):
     extra = brush(tmp_path, 1, 11, "my-tag-sky-1", boxed(0, 0, 1, 1, (2, 2)))
     assert is_one_line_error(prepare(*asked, code=2), extra.name, "2 x 2 pixels, others of its task 8 x 6")
     extra.unlink()
+    tasks = json.loads((tmp_path / "export.json").read_text())
+    tasks[0]["annotations"][0]["result"][0]["value"]["brushlabels"] = ["sky", "bee"]
+    (tmp_path / "export.json").write_text(json.dumps(tasks))
+    assert is_one_line_error(prepare(*asked, code=2), "task 1: a region has several labels, 'sky', 'bee'")
+    tasks[0]["annotations"][0]["result"] = [
+        {"from_name": tag, "value": {"rle": [0], "brushlabels": [label]}}
+        for tag, label in (("my-tag", "sky-bee"), ("my-tag-sky", "bee"))
+    ]
+    (tmp_path / "export.json").write_text(json.dumps(tasks))
+    assert is_one_line_error(prepare(*asked, code=2), "files of 'my-tag-sky-bee' may be of two labels")
+    (tmp_path / "export.json").write_text(json.dumps([{**task, "annotations": []} for task in tasks]))
+    assert is_one_line_error(prepare(*asked, code=2), "has no region 'my-tag-", "(it has no brush)")
+    label_studio_export(tmp_path)
     (tmp_path / "photos" / "b.jpg").unlink()
     assert is_one_line_error(prepare(*asked, code=2), "task 2: its image, 'b.jpg', is not in")
     (tmp_path / "export.json").write_text('{"tasks": []}')

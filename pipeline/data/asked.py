@@ -10,8 +10,9 @@ from pathlib import Path
 from pipeline.data.base import PARTS, DataError, unknown
 from pipeline.data.coco import ROBOFLOW, coco, roboflow_coco
 from pipeline.data.coded import CLASSES_CSV, binary, colours, roboflow_masks
+from pipeline.data.label_studio import label_studio
 from pipeline.data.labelled import Item, Labelled, parts_by_folder, stem_of
-from pipeline.data.tools import label_studio, supervisely
+from pipeline.data.supervisely import supervisely
 
 Tick = Callable[[int], None]
 VOC_MASKS, VOC_IMAGES = "SegmentationClass", "JPEGImages"  # CVAT's folders beside labelmap.txt

@@ -40,6 +40,7 @@ NEEDS = "pip install -e '.[prepare]'"
 LISTS = ("images", "annotations", "categories")
 TODO = "Export it again as COCO's instance segmentation (JSON)."
 BEYOND = 10  # images' sides: a polygon that reaches further is no outline but a slip, and filling it fills memory
+CHUNK = 1 << 20  # bytes
 ROBOFLOW = "_annotations.coco.json"
 Tick = Callable[[int], None]
 
@@ -70,11 +71,20 @@ def read_instances(path: Path, tick: Tick) -> Instances:
         raise DataError(f"{path}: COCO's JSON is read by ijson: {NEEDS}.") from None
     found = Instances(path)
     found.store.execute("CREATE TABLE objects (image TEXT, place INTEGER, body TEXT)")
-    seen: set[str] = set()
+    waiting = {key: ijson.sendable_list() for key in LISTS}
+    parsers = [ijson.items_coro(items, f"{key}.item", use_float=True) for key, items in waiting.items()]
     try:
         with path.open("rb") as file:
-            for key, value in _listed(ijson, _Counted(file, tick), seen):
-                _take(found, key, value)
+            data = b"begin"
+            while data:
+                data = file.read(CHUNK)
+                tick(len(data))
+                for parser in parsers:
+                    parser.send(data) if data else parser.close()
+                for key, items in waiting.items():
+                    for item in items:
+                        _take(found, key, item)
+                    items.clear()
     except OSError as error:
         raise DataError(f"{path}: can't be read: {error.strerror}. Correct the path.") from None
     except (ijson.JSONError, UnicodeDecodeError) as error:
@@ -84,50 +94,17 @@ def read_instances(path: Path, tick: Tick) -> Instances:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{path}: not COCO's instances ({type(error).__name__}: {error}). {TODO}") from None
-    missing = [key for key in LISTS if key not in seen]
-    if missing:
-        raise DataError(f"{path}: not COCO's instances: has no list {missing[0]!r}. {TODO}")
+    for key, num in zip(LISTS, (len(found.images), found.num_objects, len(found.categories)), strict=True):
+        if not num:
+            raise DataError(f"{path}: not COCO's instances: its list {key!r} is empty or not there. {TODO}")
     found.store.execute("CREATE INDEX of_image ON objects (image)")
     _check_ids(found)
     return found
 
 
-class _Counted:
-    """A file that tells how many bytes were read."""
-
-    def __init__(self, file: Any, tick: Tick) -> None:
-        self.file, self.tick = file, tick
-
-    def read(self, size: int = -1) -> bytes:
-        data: bytes = self.file.read(size)
-        self.tick(len(data))
-        return data
-
-
-def _listed(ijson: Any, file: Any, seen: set[str]) -> Iterator[tuple[str, Any]]:
-    """The items of the lists LISTS with their list's name, one at a time, whatever their order in the file."""
-    builder, inside = None, ""
-    for prefix, event, value in ijson.parse(file, use_float=True):
-        if builder is None:
-            if not prefix and event not in ("start_map", "map_key", "end_map"):
-                raise TypeError("the file is no mapping of lists")
-            if prefix in LISTS:
-                if event not in ("start_array", "end_array"):
-                    raise TypeError(f"{prefix} is no list")
-                seen.add(prefix)
-            key, dot, item = prefix.partition(".")
-            if not (dot and key in LISTS and item == "item"):
-                continue
-            if event != "start_map":
-                raise TypeError(f"{key} holds {value!r}, which is no mapping")
-            builder, inside = ijson.ObjectBuilder(), prefix
-        builder.event(event, value)
-        if prefix == inside and event == "end_map":
-            yield prefix.partition(".")[0], builder.value
-            builder = None
-
-
-def _take(found: Instances, key: str, value: dict[str, Any]) -> None:
+def _take(found: Instances, key: str, value: Any) -> None:
+    if not isinstance(value, dict):
+        raise TypeError(f"{key} holds {value!r}, which is no mapping")
     if key == "images":
         sides, name = (value["height"], value["width"]), value["file_name"]
         if not isinstance(name, str) or not name.strip():

@@ -1,7 +1,7 @@
 """What labelling tools export, one image at a time: the classes, and for each image what makes its labels.
 
-Each reader (coco.py, tools.py, coded.py) gives a `Labelled`; `cli.py prepare folder` writes its masks and describes it.
-Listing opens no image, and what is made in `Item.make` holds one image in memory.
+Each reader (coco.py, coded.py, label_studio.py, supervisely.py) gives a `Labelled`; `cli.py prepare folder` writes its
+masks and describes it. Listing opens no image, and what is made in `Item.make` holds one image in memory.
 
 Axes: H, W pixels of one image.
 """

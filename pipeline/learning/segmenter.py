@@ -142,6 +142,8 @@ class Segmenter:
 
     def renamed(self) -> str:
         """How the class names of the student's data set differ now from its own, where that can be seen; else ""."""
+        if ":" in self.config.data.kind:
+            return ""  # a module that the run names: whose run this is, nobody knows, and nothing of it is imported
         try:
             data = data_of(self.config.data)
         except DataError:

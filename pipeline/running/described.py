@@ -30,7 +30,7 @@ from pipeline.ops.labels import file_dtype, no_class, to_file
 from pipeline.running.console import progress, say
 
 STAMP = "made of"  # a mask's own words
-HEAD = "# Made by `cli.py prepare folder` and yours from now on; docs/own_data.md explains every key.\n"
+HEAD = "# Made by `cli.py prepare folder` and yours from now on; docs/data.md explains every key.\n"
 UNSEEN = "  # names of classes whose labels training mustn't use"
 
 
@@ -58,8 +58,10 @@ def write_data_set(found: Labelled, root: Path, *, overwrite: bool = False) -> P
     for part, items in found.parts.items():
         write_atomic(root / PREPARED / f"{part}.txt", "".join(f"{stem_of(i.image)}\n" for i in items).encode())
     exif = _exif(made, before)
-    if before is None:
+    if before is None or before.get("classes") != said["classes"]:
         write_text(path, HEAD + _yaml(said | ({"exif": exif} if exif else {})))
+    elif any(part in before and before[part] != said[part] for part in found.parts):
+        write_text(path, HEAD + _yaml(before | {part: said[part] for part in found.parts}))
     elif missing := {part: said[part] for part in found.parts if part not in before}:
         text = path.read_text(encoding="utf-8")
         write_text(path, f"{text}{'' if text.endswith(chr(10)) else chr(10)}{_yaml(missing)}")
@@ -100,17 +102,20 @@ def _patterns(items: Sequence[Item], root: Path) -> list[str] | str:
 
 
 def _before(path: Path, said: Mapping[str, Any], overwrite: bool) -> dict[str, Any] | None:
-    """What dataset.yaml said before, None for one to be written. Raises: DataError for one that says otherwise."""
-    if overwrite or not path.is_file():
+    """What dataset.yaml said before, None if there is none. Raises: DataError for one that says something else, which
+    `overwrite` replaces: a part, or all of it with other classes."""
+    if not path.is_file():
         return None
     before = read_description(path)
     keys = ("classes", *(part for part in PARTS if part in said and part in before))
-    for key in keys:
-        if before.get(key) != said[key]:
-            raise DataError(
-                f"{path}: is there, and its {key} are not those of this export. Choose another --root, or let "
-                "--overwrite replace it and its masks."
-            )
+    other = next((key for key in keys if before.get(key) != said[key]), None)
+    if other is not None and not overwrite:
+        raise DataError(
+            f"{path}: is there, and its {other} {'are' if other == 'classes' else 'is'} not of this export. Choose "
+            "another --root, or let --overwrite replace it and its masks."
+        )
+    if other == "classes" and (left := [part for part in PARTS if part in before and part not in said]):
+        say(f"{path}: has other classes now, so its {left[0]} part is left out: prepare it again")
     return before
 
 

@@ -117,7 +117,7 @@ class Run:
         """What `eval` wrote, as in metrics.json: pAcc, mIoU_S, mIoU_U, hIoU, per_class, ... in percent; None before.
 
         >>> sorted(clipteacher.load("runs/demo").metrics["gamma_sweep"])[:3]
-        ['0', '0.5', '1']
+        ['0.0', '0.5', '1.0']
 
         Raises: StaleCache where another student than the run's was evaluated.
         """
@@ -221,7 +221,7 @@ def open_cache(path: str | os.PathLike[str]) -> Cache:
 
     >>> cache = clipteacher.open_cache("runs/demo/cache")
     >>> cache.rows[:2], cache.pseudo("train-00001").shape
-    (('train-00000', 'train-00001'), (1, 8, 8))
+    (('train-00000', 'train-00001'), (1, 16, 16))
 
     Raises: MissingCache, StaleCache (of another version), CorruptShard.
     """
@@ -380,8 +380,8 @@ def run(
     `cli.py extract`. quiet: no progress, only results and warnings. A stage that was interrupted resumes. Where
     `workers` or `train.workers` start processes, a script needs `if __name__ == "__main__":` around its calls.
 
-    >>> clipteacher.run("demo", until="train", settings=SETTINGS, quiet=True)
-    <Run 'runs/demo': 20 classes, extract, cluster, train done>
+    >>> clipteacher.run("demo", until="train", quiet=True).config.train.seed
+    0
 
     Raises: UserError, CacheError.
     """

@@ -29,6 +29,7 @@ from cache.shards import block_digest
 from cache.store import Store
 from cache.verify import NOT_NAMED, OK, whole_digests
 from pipeline.config import OPTIONS, Config, digest, version
+from pipeline.config.places import where_is
 from pipeline.data.base import DataError, DataSet, Sample, data_of
 from pipeline.data.prompts import prompts
 from pipeline.data.words import names_of_classes, other_names
@@ -369,10 +370,11 @@ FACTS = {
 
 def _facts(config: Config, data: DataSet) -> dict[str, Any]:
     """What the teacher's work rests on beside the config; see FACTS."""
-    files = [config.teacher.pretrained]
-    if config.teacher.model.startswith("local-dir:"):
-        files += sorted(str(p) for p in Path(config.teacher.model.partition(":")[2]).glob("*.safetensors"))
-    hashed = sorted(_file_digest(Path(p)) for p in files if p and Path(p).is_file())
+    section = config.teacher
+    files = [where_is(section.pretrained, section.near)] if section.pretrained else []
+    if section.model.startswith("local-dir:"):
+        files += where_is(section.model.partition(":")[2], section.near).glob("*.safetensors")
+    hashed = sorted(_file_digest(path) for path in files if path.is_file())
     facts: dict[str, Any] = {"name": data.name, "weights": hashed}
     return facts | {"unseen": list(data.unseen_ids)} if config.cache.tokens == STREAM else facts
 

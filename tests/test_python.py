@@ -103,10 +103,11 @@ def test_the_docstrings(inside):
 
 
 def test_the_page(inside, capsys):
-    """docs/python.md, block after block, in one namespace."""
+    """docs/python.md and the section of README, block after block, in one namespace."""
     space: dict = {}
-    found = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "python.md").read_text(), re.DOTALL)
-    assert len(found) == 6
+    pages = [(ROOT / "docs" / "python.md").read_text(), (ROOT / "README.md").read_text()]
+    found = re.findall(r"```python\n(.*?)```", "".join(pages), re.DOTALL)
+    assert len(found) == 7
     for block in found:
         exec(block, space)
     assert "runs/none: not a run folder" in capsys.readouterr().out
@@ -166,6 +167,10 @@ def test_a_student_by_its_file(inside, tmp_path):
     shutil.copy("runs/demo/train/student.safetensors", tmp_path / "student.safetensors")
     run = clipteacher.load(tmp_path / "student.safetensors")
     assert run.classes[0] == "grass"
+    assert run.metrics is None  # though runs/demo, which its config names, is here
+    assert repr(run).endswith("student.safetensors': 20 classes, a student by itself>")
+    with pytest.raises(clipteacher.UserError, match="open_cache"):
+        _ = run.cache
     assert (run.predict("photo.jpg").ids == clipteacher.load("runs/demo").predict("photo.jpg").ids).all()
 
 
@@ -355,6 +360,8 @@ def test_a_run_that_moved_by_itself(own_teacher, run_cli, tmp_path):
     run = clipteacher.load(tmp_path / "there" / "runs" / "new name")
     assert run.predict(SCENE).names == run.classes  # its own classes need no teacher
     assert len(clipteacher.training_set(run.config)) == 4
+    with pytest.raises(clipteacher.UserError, match="name = 'new name'"):
+        clipteacher.run(run.config)
     with pytest.raises(clipteacher.UserError) as error:
         run.predict(SCENE, names=["sofa"])
     said = str(error.value)

@@ -568,14 +568,18 @@ def test_a_session_sees_images_come(inside, tmp_path, monkeypatch):
         assert len(clipteacher.run(config, "extract", quiet=True).cache) == num
 
 
-def test_training_in_processes(inside, capfd):
+def test_training_in_processes(inside, tmp_path, monkeypatch, capfd):
     """Of the command's own processes; one that fails is an error, and never ends this one."""
-    settings = {"name": "two", "cache.path": "runs/demo/cache", "train.processes": 2, "train.iterations": 2}
+    import cli
+
+    settings = {"name": "two", "cache.path": "runs/demo/cache", "train.processes": 2, "train.iterations": 1}
     run = clipteacher.run("demo", until="train", settings=settings, quiet=True)
     assert repr(run).startswith("<Run 'runs/two': 20 classes, extract, cluster, train done")
-    with pytest.raises(clipteacher.UserError, match="one of 2 processes ended with code 2"):
-        clipteacher.run("demo", until="train", settings={**settings, "train.tracker": "nothing"}, quiet=True)
-    assert "train.tracker 'nothing'" in capfd.readouterr().err
+    (tmp_path / "fails.py").write_text("import sys\nsys.exit(f'it had {sys.argv[1]} {sys.argv[4]}')\n")
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "fails.py"))
+    with pytest.raises(clipteacher.UserError, match="one of 2 processes ended with code 1; what it said is above"):
+        clipteacher.run("demo", until="train", settings={**settings, "train.seed": 2}, quiet=True)
+    assert "it had train --quiet" in capfd.readouterr().err
 
 
 def test_quiet_says_results_and_warnings_alone(inside, capsys):

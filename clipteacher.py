@@ -95,20 +95,25 @@ class Run:
     def __init__(self, path: Path, config: Config) -> None:
         self.path, self.config = path, config
 
+    @property
+    def _is_folder(self) -> bool:
+        """Whether it is a run's folder; a student by itself says nothing of its run's other files."""
+        return (self.path / "config.yaml").is_file()
+
     @cached_property
     def classes(self) -> tuple[str, ...]:
         """The names of its classes, by id: the student's, else the cache's, else the data set's.
 
         Raises: DataError where none of the three is here.
         """
+        if not self._is_folder:
+            return self.segmenter.checkpoint.classes
+        from pipeline.data.base import data_of
         from pipeline.running.manifests import found_manifest
 
         for stage in ("train", "extract"):
             if names := (found_manifest(self.config, stage) or {}).get("classes"):
                 return tuple(names)
-        if self.path.is_file():
-            return self.segmenter.checkpoint.classes
-        from pipeline.data.base import data_of
 
         return data_of(self.config.data).classes
 
@@ -117,7 +122,7 @@ class Run:
         """What `eval` wrote, as in metrics.json: pAcc, mIoU_S, mIoU_U, hIoU, per_class, ... in percent; None before.
 
         >>> sorted(clipteacher.load("runs/demo").metrics["gamma_sweep"])[:3]
-        ['0', '0.5', '1']
+        ['0.0', '0.5', '1.0']
 
         Raises: StaleCache where another student than the run's was evaluated.
         """
@@ -126,14 +131,16 @@ class Run:
         from pipeline.looking.results import stale
 
         path = facts.metrics_path(self.config)
-        metrics = facts.found_metrics(path)
+        metrics = facts.found_metrics(path) if self._is_folder else None
         if metrics is not None and (mark := stale(self.config.run_path, metrics)):
             raise StaleCache(f"{path}:{mark}. Run `cli.py eval` again.")
         return metrics
 
     @property
     def cache(self) -> Cache:
-        """Its cache. Raises: MissingCache."""
+        """Its cache. Raises: MissingCache; UserError for a student by itself."""
+        if not self._is_folder:
+            raise UserError(f"{self.path}: a student by itself has no cache. Use open_cache with its folder.")
         return open_cache(self.config.cache_path)
 
     @property
@@ -203,8 +210,9 @@ class Run:
         from pipeline.running.table import in_cache
 
         try:
-            done = [stage for stage in (*in_cache(self.config), "train") if found_manifest(self.config, stage)]
-            said = [f"{', '.join(done)} done" if done else "nothing done"]
+            stages = (*in_cache(self.config), "train") if self._is_folder else ()
+            done = [stage for stage in stages if found_manifest(self.config, stage)]
+            said = [f"{', '.join(done)} done" if done else "nothing done" if stages else "a student by itself"]
             if metrics := self.metrics:
                 said += [f"{title} {value:.1f}" for key, title in SCORES.items() if (value := metrics[key]) is not None]
             said.insert(0, f"{len(self.classes)} classes")
@@ -221,7 +229,7 @@ def open_cache(path: str | os.PathLike[str]) -> Cache:
 
     >>> cache = clipteacher.open_cache("runs/demo/cache")
     >>> cache.rows[:2], cache.pseudo("train-00001").shape
-    (('train-00000', 'train-00001'), (1, 8, 8))
+    (('train-00000', 'train-00001'), (1, 16, 16))
 
     Raises: MissingCache, StaleCache (of another version), CorruptShard.
     """
@@ -380,8 +388,8 @@ def run(
     `cli.py extract`. quiet: no progress, only results and warnings. A stage that was interrupted resumes. Where
     `workers` or `train.workers` start processes, a script needs `if __name__ == "__main__":` around its calls.
 
-    >>> clipteacher.run("demo", until="train", settings=SETTINGS, quiet=True)
-    <Run 'runs/demo': 20 classes, extract, cluster, train done>
+    >>> clipteacher.run("demo", until="train", quiet=True).config.train.seed
+    0
 
     Raises: UserError, CacheError.
     """
@@ -389,6 +397,7 @@ def run(
     from pipeline.running import console
 
     asked = read_config(config, settings)
+    from_mapping(as_mapping(asked), where=str(asked.run_path))  # a folder may have been given a name no run can have
     todo = _stages(asked, until)
     forget_data()
     with console.quiet(quiet):

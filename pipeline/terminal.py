@@ -23,7 +23,7 @@ def visible(text: object) -> str:
 
 def as_called(text: str) -> str:
     """A message that names commands of cli.py, as the reader can type them: installed, the program is `clipteacher`."""
-    is_script = Path(sys.argv[0]).name == "clipteacher"
+    is_script = Path(sys.argv[0]).stem == "clipteacher"
     return re.sub(r"\bcli\.py(?= )", "clipteacher", text) if is_script else text
 
 

@@ -1,6 +1,7 @@
 """Stage one over dask: the same cache with 1, 2 and 4 workers, after a worker's death, after the scheduler's."""
 
 import os
+import subprocess
 import sys
 
 import dask
@@ -140,3 +141,11 @@ def test_no_more_workers_than_cores_and_memory(monkeypatch, capsys):
     monkeypatch.setattr(processes, "available_bytes", lambda: 1e9)
     assert engine._num_workers(2) == 1
     assert "--workers is 2; 1 is started: 1.0 GB of memory free" in capsys.readouterr().err
+
+
+def test_workers_come_and_go_without_a_word():
+    """distributed tells of each start and end, several lines a worker, unless it is told not to before its import."""
+    code = "from pipeline.running.engine import map_shards; print(list(map_shards(abs, [-1, -2], workers=1)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert sorted(done.stdout.strip()) == sorted("[1, 2]")
+    assert "INFO" not in done.stderr

@@ -66,6 +66,8 @@ def map_shards(
         yield from map(work, shards)
         return
     import dask
+
+    dask.config.set({"logging.distributed": "warning"})  # before it is imported: else all that starts and ends is told
     from dask.distributed import Client, LocalCluster, as_completed
     from distributed.client import FutureCancelledError
     from distributed.comm import CommClosedError

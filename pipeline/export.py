@@ -64,8 +64,9 @@ def export(run: Path, out: Path, size: int | None = None) -> tuple[Path, Path]:
         raise UserError(f"--size {size}: want a multiple of {STRIDE}.")
     model = Classified(student).eval()
     for part in student.modules():
-        if hasattr(part, "set_attn_implementation"):  # a model of transformers: its fused attention has no ONNX
-            part.set_attn_implementation("eager")
+        switch: Any = getattr(part, "set_attn_implementation", None)
+        if switch is not None:  # a model of transformers, whose fused attention has no ONNX
+            switch("eager")
     try:
         written = _written(model, checkpoint.text, size)
         for key, value in _described(checkpoint, size).items():

@@ -8,7 +8,7 @@ its tensors may begin otherwise than here (`backbone.`, nothing, smp's `encoder.
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -65,14 +65,15 @@ class Match:
     left_out: list[str]
 
 
-def match(net: nn.Module, state: Mapping[str, Tensor], is_encoder: Any) -> Match:
+def match(net: nn.Module, state: Mapping[str, Tensor], is_encoder: Callable[[str], bool]) -> Match:
     """The renaming, one prefix for another, that fills most of the encoder."""
     own = {name: value for name, value in net.state_dict().items() if value.is_floating_point()}
     wanted = [name for name in own if is_encoder(name)]
     filled, best = (-1, -1), Match({}, [], list(state))
     for cut, put in product(_prefixes(state), _prefixes({name: own[name] for name in wanted})):
         index = {_plain(name.removeprefix(put)): name for name in own if name.startswith(put)}
-        named = {index[key]: name for name in state if (key := _plain(name.removeprefix(cut))) in index}
+        plain = {name: _plain(name.removeprefix(cut)) for name in state if name.startswith(cut)}
+        named = {index[key]: name for name, key in plain.items() if key in index}
         pairs = {ours: theirs for ours, theirs in named.items() if own[ours].shape == state[theirs].shape}
         numbers = sum(own[name].numel() for name in pairs if is_encoder(name))
         if (numbers, len(named)) > filled:
@@ -101,7 +102,9 @@ def _plain(name: str) -> str:
     return name.replace(".", "_")
 
 
-def load(net: nn.Module, state: Mapping[str, Tensor], found: Match, is_encoder: Any, what: str) -> str:
+def load(
+    net: nn.Module, state: Mapping[str, Tensor], found: Match, is_encoder: Callable[[str], bool], what: str
+) -> str:
     """Copies what fits into the net; the line that says what was loaded, left out and is missing.
 
     `what` names the file, and the net, in the line: "student.weights a.pth". Raises: StudentError below LEAST.

@@ -535,8 +535,10 @@ def main(commands: typer.Typer = app) -> None:
     sys.exit(complain("interrupted; the same command resumes.", INTERRUPTED) if code == INTERRUPTED else code)
 
 
-def _command(commands: typer.Typer) -> Any:
-    """What click runs, --quiet an option of each command and not of the program alone."""
+def _command(commands: typer.Typer | Any) -> Any:
+    """What click runs, --quiet an option of each command and not of the program alone; else what is called as it is."""
+    if not isinstance(commands, typer.Typer):
+        return commands
     group: Any = typer.main.get_command(commands)
     quiet = next(option for option in group.params if option.name == "quiet")
     for command in group.commands.values():

@@ -408,9 +408,9 @@ def run(
 
 def _stages(config: Config, until: str) -> list[str]:
     """The stages up to one. Raises: UserError for one that there isn't, or isn't in the run's recipe."""
-    from pipeline.running.table import STAGES, all_above
+    from pipeline.running.table import STAGES, all_above, is_of
 
-    known = [name for name, s in STAGES.items() if s.last and s.recipe in ("", config.recipe)]
+    known = [name for name, stage in STAGES.items() if stage.last and is_of(config, name)]
     if until not in known:
         raise UserError(f"until {until!r}: a run of recipe {config.recipe} has the stages {', '.join(known)}.")
     return [*reversed(all_above(config, until)), until]

@@ -9,7 +9,21 @@ from cache.store import METADATA, _encoded
 
 SPECS = {spec.name: spec for spec in ARRAYS.values() if spec.is_sharded}
 SPECS |= {"-".join(key): spec for key, spec in VARIANTS.items()}
-SIZES = {"N": SHARD, "V": 2, "C": 3, "h": 2, "w": 2, "K": 4, "K_c": 5, "K_max": 3, "g_h": 2, "g_w": 3, "H": 4, "W": 5}
+SIZES = {
+    "N": SHARD,
+    "V": 2,
+    "C": 3,
+    "C_c": 2,
+    "h": 2,
+    "w": 2,
+    "K": 4,
+    "K_c": 5,
+    "K_max": 3,
+    "g_h": 2,
+    "g_w": 3,
+    "H": 4,
+    "W": 5,
+}
 
 
 def block_of(spec: ArraySpec, rows: int) -> np.ndarray:

@@ -142,7 +142,7 @@ def test_the_activation_is_the_config_s(tmp_path):
     [
         ("ViT-B-17", None, 512, "knows no such model"),
         ("ViT-B-16-quickgelu", "nowhere/w.pt", 512, "no such file"),
-        ("local-dir:nowhere", None, 64, "no open_clip_config.json"),
+        ("local-dir:nowhere", None, 64, "no such folder"),
         (DEMO, None, 60, "no multiple of the patch"),
         ("ViT-B-16", None, 512, "needs teacher.pretrained"),
     ],

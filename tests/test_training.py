@@ -167,7 +167,7 @@ def test_a_student_file_says_where_it_comes_from(run_of, monkeypatch):
     assert checkpoint.cache == manifest["upstream"]
     in_checkout = (ROOT / ".git").exists()
     assert (checkpoint.revision is not None) == in_checkout
-    assert checkpoint.config == config
+    assert checkpoint.config.made_in(None) == config
     from pipeline.running.provenance import revision
 
     monkeypatch.setenv("GIT_DIR", "/nonexistent")

@@ -19,6 +19,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import numpy as np
 
 from pipeline.data.base import DataError
+from pipeline.data.coco import skip_mark
 from pipeline.data.files import file_stamp, image_sizes, stored_mask
 from pipeline.data.labelled import (
     Item,
@@ -55,7 +56,8 @@ def label_studio(folder: Path, tasks: Path, images: Path, *, part: str = "train"
         drawn = brushes.get(task, [])
 
         def stamp() -> str:
-            return stamp_of("label studio", classes, unlabelled, [(label, file_stamp(path)) for label, path in drawn])
+            files = [(label, file_stamp(path, whole=True)) for label, path in drawn]
+            return stamp_of("label studio", classes, unlabelled, files)
 
         def make() -> np.ndarray:
             width, height = image_sizes(image).upright
@@ -117,6 +119,7 @@ def _listed(path: Path) -> Iterator[dict[str, Any]]:
         raise DataError(f"{path}: JSON is read by ijson: pip install -e '.[prepare]'.") from None
     try:
         with path.open("rb") as file:
+            skip_mark(file)
             for task in ijson.items(file, "item"):
                 if not isinstance(task, dict):
                     raise DataError(f"{path}: want a list of tasks, which are mappings. Export the project as JSON.")

@@ -548,6 +548,25 @@ def test_label_studio(is_min, tmp_path, prepare):
     assert (masks["c"] == NONE).all()
 
 
+def test_label_studio_loses_nothing_silently(tmp_path, prepare):
+    path = label_studio_export(tmp_path)
+    asked, tasks = of_label_studio(tmp_path), json.loads(path.read_text())
+    region = {"from_name": "shapes", "value": {"points": [[0, 0], [9, 0], [9, 9]], "polygonlabels": ["tree"]}}
+    tasks[2]["annotations"][0]["result"] = [region]
+    path.write_text(json.dumps(tasks))
+    assert "passed over: 1 x region that isn't of the brush" in prepare(*asked).stderr
+    tasks[2]["annotations"][0]["result"] = [{"from_name": "my-tag", "value": {"rle": [0], "brushlabels": ["sky"]}}]
+    path.write_text(json.dumps(tasks))
+    assert is_one_line_error(prepare(*asked, code=2), "task 3 has a brush region 'sky', of which no PNG is in")
+    tasks[2] = {"id": 3, "data": {"before": "b.jpg", "photo": "c.jpg"}}
+    path.write_text(json.dumps(tasks))
+    assert is_one_line_error(prepare(*asked, code=2), "either may be the image of task 3")
+    tasks[2] = {"id": 3, "data": {"before": "b.jpg", "image": "c.jpg"}}
+    path.write_text(json.dumps(tasks))
+    prepare(*asked)
+    assert labels_of(tmp_path)["b"][0, 0] == 1
+
+
 def test_wrong_label_studio(tmp_path, prepare):
     label_studio_export(tmp_path)
     asked = of_label_studio(tmp_path)

@@ -330,8 +330,12 @@ def test_stamp_follows_content_not_time(tmp_path):
     for content in (bytes(99_999), b"x" + bytes(99_999), bytes(99_999) + b"x"):
         copy.write_bytes(content)
         assert file_stamp(first) != file_stamp(copy)
-    with pytest.raises(DataError, match="gone: can't be read"):
-        file_stamp(tmp_path / "gone")
+    copy.write_bytes(bytes(50_000) + b"x" + bytes(49_999))  # an edit in the middle of an uncompressed file
+    assert file_stamp(first) == file_stamp(copy)
+    assert file_stamp(first, whole=True) != file_stamp(copy, whole=True)
+    for whole in (False, True):
+        with pytest.raises(DataError, match="gone: can't be read"):
+            file_stamp(tmp_path / "gone", whole=whole)
 
 
 def test_identity_of_images_and_labels_are_apart(tmp_path):

@@ -48,7 +48,7 @@ def folder(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def run(folder, run_cli, monkeypatch):
+def run(folder, run_cli):
     """`python cli.py ...` of the checkout, with the folder as working directory; with --workers as its own process."""
 
     def called(*words: str, code: int = 0) -> str:
@@ -56,9 +56,7 @@ def run(folder, run_cli, monkeypatch):
             command = [sys.executable, str(ROOT / "cli.py"), *words]
             done = subprocess.run(command, capture_output=True, text=True)
         else:
-            with monkeypatch.context() as patched:
-                patched.setattr("tests.conftest.ROOT", folder)  # where run_cli goes
-                done = run_cli(*words)
+            done = run_cli(*words, folder=folder)
         assert done.returncode == code, done.stdout + done.stderr
         return done.stdout + done.stderr
 
@@ -160,7 +158,7 @@ LABELS = "np.load(sample.mask).astype(np.int16)"
         ((LABELS, LABELS + " + 1"), r"labels\('00'\) gives ids from 0 to 3; want 0 to 2, and -1"),
         ((LABELS, LABELS + "[1:]"), r"labels\('00'\) is of shape \(47, 64\), and the image of \(48, 64\)"),
         (("file_stamp(sample.image)", "7"), r"stamp\('00'\) gives int 7; want text"),
-        (("file_stamp(sample.mask)", "None"), r"mask_stamp\('00'\) gives NoneType None; want text"),
+        (("file_stamp(sample.mask, whole=True)", "None"), r"mask_stamp\('00'\) gives NoneType None; want text"),
     ],
 )
 def test_what_is_missing_is_named(change, message, folder):

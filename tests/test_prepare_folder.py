@@ -233,6 +233,10 @@ WRONG_COCO = {
     ),
     "a category twice": (broken(lambda c: c["categories"][1].update(id=7)), ["two categories have the id 7"]),
     "a name twice": (broken(lambda c: c["categories"][1].update(name="sky")), ["classes: 'sky' is listed twice"]),
+    "a crowd in words": (
+        broken(lambda c: c["annotations"][0].update(iscrowd="0")),
+        ["an object's iscrowd is '0'; want 0 or 1"],
+    ),
     "boxes alone": (
         broken(lambda c: [a.update(segmentation=[]) for a in c["annotations"]]),
         ["its 5 objects are boxes without a `segmentation`"],
@@ -351,6 +355,44 @@ def test_what_was_made_of_something_else_is_never_taken_for_it(tmp_path, prepare
     assert is_one_line_error(done, "a.png: is there", "not by this command")
 
 
+def test_other_ids_of_the_same_classes_are_other_annotations(tmp_path, prepare):
+    coco_export(tmp_path)
+    prepare(*of_coco(tmp_path))
+    content = coco_json()
+    content["categories"] = [{"id": 1, "name": "bee"}, {"id": 3, "name": "sky"}]  # what was bee's is sky's now
+    content["annotations"] = [a for a in content["annotations"] if a["category_id"] == 3]
+    coco_export(tmp_path, content)
+    assert is_one_line_error(prepare(*of_coco(tmp_path), code=2), "was made of other annotations")
+    prepare(*of_coco(tmp_path), "--overwrite", code=2)  # bee has no pixel, says doctor
+    assert labels_of(tmp_path)["b"][0].tolist() == [1] * WIDTH
+
+
+def test_an_image_has_one_part(tmp_path, prepare):
+    coco_export(tmp_path)
+    prepare(*of_coco(tmp_path))
+    done = prepare(*of_coco(tmp_path), "--part", "test", code=2)
+    assert is_one_line_error(done, "dataset.yaml: 3 of these images are in its train part", "a.jpg", "Give --test")
+    assert not (tmp_path / "prepared_masks" / "test").exists()
+
+
+def test_a_mark_before_the_json_is_skipped(tmp_path, prepare):
+    path = coco_export(tmp_path)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    prepare(*of_coco(tmp_path))
+    assert np.array_equal(masks_of(tmp_path)["a"], expected_coco()["a"])
+
+
+def test_crowds_are_told(tmp_path, prepare):
+    coco_export(tmp_path)
+    assert "annotations.json: 1 x crowd" in prepare(*of_coco(tmp_path)).stderr
+    content = coco_json()
+    for each in content["annotations"]:
+        each["iscrowd"] = 1
+    coco_export(tmp_path, content)
+    done = prepare(*of_coco(tmp_path), "--root", tmp_path / "out", code=2)
+    assert is_one_line_error(done, "its 5 objects are all crowds", "CVAT")
+
+
 # Colours
 
 
@@ -467,6 +509,10 @@ def test_binary(white, tmp_path, prepare):
     picture(tmp_path / "drawn" / "b.tif", np.repeat(mask[..., None], 3, axis=2))  # three equal channels
     photo(tmp_path / "photos" / "c.jpg")
     Image.fromarray(mask > 0).save(tmp_path / "drawn" / "c.bmp")
+    photo(tmp_path / "photos" / "d.jpg")
+    indexed = Image.fromarray((mask == 0).astype(np.uint8), "P")
+    indexed.putpalette([255, 255, 255, 0, 0, 0])  # white first, as what makes files small may write it
+    indexed.save(tmp_path / "drawn" / "d.png")
     asked = ("--binary", "house", "--images", tmp_path / "photos", "--masks", tmp_path / "drawn")
     prepare(*asked)
     for found in masks_of(tmp_path).values():
@@ -475,6 +521,8 @@ def test_binary(white, tmp_path, prepare):
     picture(tmp_path / "drawn" / "a.png", np.array([[0, 255, 255, 128, 127, 0, 0, 0]] * HEIGHT))
     done = prepare(*asked, "--overwrite", code=2)
     assert is_one_line_error(done, "a.png", "value 127 (6 pixels", "value 128 (6 pixels", "0 and 255 alone")
+    (tmp_path / "drawn" / "a.png").rename(tmp_path / "drawn" / "a.JPG")  # its image isn't one without a label
+    assert is_one_line_error(prepare(*asked, "--overwrite", code=2), "a.JPG: a JPEG mask", "PNG")
     Image.fromarray(mask).save(tmp_path / "drawn" / "a.png", "JPEG")
     assert is_one_line_error(prepare(*asked, "--overwrite", code=2), "a.png: a JPEG mask")
 
@@ -498,6 +546,25 @@ def test_label_studio(is_min, tmp_path, prepare):
     assert np.array_equal(masks["a"], a)
     assert np.array_equal(masks["b"], b)
     assert (masks["c"] == NONE).all()
+
+
+def test_label_studio_loses_nothing_silently(tmp_path, prepare):
+    path = label_studio_export(tmp_path)
+    asked, tasks = of_label_studio(tmp_path), json.loads(path.read_text())
+    region = {"from_name": "shapes", "value": {"points": [[0, 0], [9, 0], [9, 9]], "polygonlabels": ["tree"]}}
+    tasks[2]["annotations"][0]["result"] = [region]
+    path.write_text(json.dumps(tasks))
+    assert "passed over: 1 x region that isn't of the brush" in prepare(*asked).stderr
+    tasks[2]["annotations"][0]["result"] = [{"from_name": "my-tag", "value": {"rle": [0], "brushlabels": ["sky"]}}]
+    path.write_text(json.dumps(tasks))
+    assert is_one_line_error(prepare(*asked, code=2), "task 3 has a brush region 'sky', of which no PNG is in")
+    tasks[2] = {"id": 3, "data": {"before": "b.jpg", "photo": "c.jpg"}}
+    path.write_text(json.dumps(tasks))
+    assert is_one_line_error(prepare(*asked, code=2), "either may be the image of task 3")
+    tasks[2] = {"id": 3, "data": {"before": "b.jpg", "image": "c.jpg"}}
+    path.write_text(json.dumps(tasks))
+    prepare(*asked)
+    assert labels_of(tmp_path)["b"][0, 0] == 1
 
 
 def test_wrong_label_studio(tmp_path, prepare):

@@ -13,11 +13,12 @@ from __future__ import annotations
 import json
 import math
 import sqlite3
+from codecs import BOM_UTF8
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -47,7 +48,10 @@ Tick = Callable[[int], None]
 
 @dataclass
 class Instances:
-    """What one JSON holds. Ids are as they stand there, numbers or text; `num_boxes` objects have no outline."""
+    """What one JSON holds. Ids are as they stand there, numbers or text.
+
+    Of its objects `num_boxes` have no outline, and `num_crowds` of the others are crowds.
+    """
 
     path: Path
     images: list[dict[str, Any]] = field(default_factory=list)
@@ -55,6 +59,7 @@ class Instances:
     used: set[Any] = field(default_factory=set)  # categories of objects
     num_objects: int = 0
     num_boxes: int = 0
+    num_crowds: int = 0
     store: sqlite3.Connection = field(default_factory=lambda: sqlite3.connect(""))  # "": a file that is never seen
 
     def objects(self, image: Any) -> list[list[Any]]:
@@ -75,6 +80,7 @@ def read_instances(path: Path, tick: Tick) -> Instances:
     parsers = [ijson.items_coro(items, f"{key}.item", use_float=True) for key, items in waiting.items()]
     try:
         with path.open("rb") as file:
+            skip_mark(file)
             data = b"begin"
             while data:
                 data = file.read(CHUNK)
@@ -102,6 +108,12 @@ def read_instances(path: Path, tick: Tick) -> Instances:
     return found
 
 
+def skip_mark(file: BinaryIO) -> None:
+    """Skips the mark that some editors write before UTF-8, which is no JSON."""
+    if file.read(len(BOM_UTF8)) != BOM_UTF8:
+        file.seek(0)
+
+
 def _take(found: Instances, key: str, value: Any) -> None:
     if not isinstance(value, dict):
         raise TypeError(f"{key} holds {value!r}, which is no mapping")
@@ -122,12 +134,16 @@ def _take(found: Instances, key: str, value: Any) -> None:
         shape, category = value.get("segmentation"), value["category_id"]
         found.num_objects += 1
         found.used.add(category)
-        if not shape:
+        if not shape or shape == [[]]:
             found.num_boxes += 1
             return
         if not isinstance(shape, list | Mapping):
             raise TypeError(f"a segmentation is {type(shape).__name__}, neither polygons nor runs")
-        body = json.dumps([value.get("id"), category, bool(value.get("iscrowd", 0)), shape])
+        is_crowd = value.get("iscrowd") or 0
+        if is_crowd not in (0, 1):
+            raise ValueError(f"an object's iscrowd is {is_crowd!r}; want 0 or 1")
+        found.num_crowds += bool(is_crowd)
+        body = json.dumps([value.get("id"), category, bool(is_crowd), shape])
         row = (json.dumps(value["image_id"]), found.num_objects, body)
         found.store.execute("INSERT INTO objects VALUES (?, ?, ?)", row)
 
@@ -151,6 +167,11 @@ def _check_ids(found: Instances) -> None:
         raise DataError(
             f"{path}: its {found.num_objects} objects are boxes without a `segmentation`, and boxes label no pixels. "
             "Export outlines or masks."
+        )
+    if found.num_crowds and found.num_crowds == found.num_objects - found.num_boxes:
+        raise DataError(
+            f"{path}: its {found.num_crowds} objects are all crowds (iscrowd: 1), which have no label. CVAT writes "
+            "that of whatever was drawn with its brush: if they are single objects, set iscrowd to 0 in the file."
         )
 
 
@@ -193,6 +214,8 @@ def _labelled(
     remarks = []
     if num := sum(instances.num_boxes for instances, _ in found.values()):
         remarks.append(f"{where}: {num} objects are boxes without an outline, and label no pixel")
+    if num := sum(instances.num_crowds for instances, _ in found.values()):
+        remarks.append(f"{where}: {num} x crowd (iscrowd: 1), which has no label")
     if groups:
         dropped = ", ".join(repr(one.categories[key]["name"]) for key in groups)
         remarks.append(f"{where}: {dropped} is the name of a group of categories and of no object: no class")
@@ -214,7 +237,8 @@ def _items(
     for image, path in zip(found.images, paths, strict=True):
 
         def stamp(image: Mapping[str, Any] = image) -> str:
-            return stamp_of("coco", tuple(classes), unlabelled, image["size"], found.objects(image["id"]))
+            drawn = [(label_of[category], *rest) for _, category, *rest in found.objects(image["id"])]
+            return stamp_of("coco", tuple(classes), unlabelled, image["size"], drawn)
 
         def make(image: Mapping[str, Any] = image) -> np.ndarray:
             where = f"{found.path}: image {image['file_name']!r}"

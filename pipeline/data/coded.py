@@ -3,7 +3,7 @@
     a colour map    sky: [70, 130, 180], `#4682b4`, or a list of colours; `ignore`: colours without a label
     labelmap.txt    CVAT's: `label:r,g,b:parts:actions` a line; its `background` is what nobody has drawn on
     _classes.csv    Roboflow's: `Pixel Value, Class` a line, masks NAME_mask.png beside the images
-    --binary NAME   0 is background, 255 (or 1) is NAME
+    --binary NAME   0 is background, 255 (or 1) is NAME; an indexed mask of black and white is read by its colours
 
 Colours are exact: one that is in no entry is an error, which names it, its pixels and a file.
 """
@@ -16,11 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.data.base import DataError
+from pipeline.data.base import FORMATS, DataError
 from pipeline.data.classes import BACKGROUND
 from pipeline.data.colours import code_of, label_of_code, rgb
 from pipeline.data.description import read_yaml
-from pipeline.data.files import INVALID, StoredMask, file_stamp, image_sizes, stored_mask
+from pipeline.data.files import INVALID, StoredMask, file_stamp, image_sizes, stored_mask, values_in
 from pipeline.data.labelled import (
     MASK_ENDINGS,
     Item,
@@ -30,7 +30,9 @@ from pipeline.data.labelled import (
     checked_classes,
     pictures_below,
     stamp_of,
+    stem_of,
 )
+from pipeline.data.patterns import files_below
 from pipeline.ops.labels import IGNORE, LABEL
 
 IGNORED = "ignore"  # the key of a colour map for colours without a label
@@ -88,7 +90,7 @@ def binary(name: str, masks: Path, images: Path, *, part: str = "train", suffix:
     todo = "A mask of one class holds 0 and 255 alone, or 0 and 1; save it without smoothing, or use --colours."
 
     def read(mask: Path) -> np.ndarray:
-        values = _one_channel(mask, stored_mask(mask))
+        values = _black_and_white(mask, stored_mask(mask))
         is_one = values.max(initial=0) <= 1
         known = (values == 0) | (values == (1 if is_one else 255))
         _refuse(mask, values, ~known, lambda value: f"value {value}", todo)
@@ -134,9 +136,10 @@ def _paired(
     """The images of a folder, each with its mask; one without is unlabelled. Raises: DataError."""
     of_stem = by_stem((p for p in pictures_below(masks, "--masks", MASK_ENDINGS) if _ends(p, suffix)), "masks", suffix)
     pictures = pictures_below(images, "--images")
-    if images == masks:  # what isn't a mask there is an image
-        pictures = [path for path in pictures if path not in of_stem.values()]
-    elif both := [path for path in pictures if path in of_stem.values()]:
+    if images.resolve() == masks.resolve():  # what isn't a mask there is an image
+        are_masks = {path.resolve() for path in of_stem.values()}
+        pictures = [path for path in pictures if path.resolve() not in are_masks]
+    elif both := sorted({path.resolve() for path in pictures} & {path.resolve() for path in of_stem.values()}):
         raise DataError(f"{both[0]}: is found as an image and as a mask. Give them folders of their own.")
     found = by_stem(pictures, "images")
     if lonely := [str(of_stem[stem]) for stem in of_stem if stem not in found]:
@@ -146,7 +149,17 @@ def _paired(
         )
     if not of_stem:
         raise DataError(f"{masks}: no mask ends in {suffix!r} before its ending. Correct --mask-suffix.")
+    _refuse_jpeg(masks, suffix, set(found) - set(of_stem), {path.resolve() for path in pictures})
     return [_item(image, of_stem.get(stem), facts, read) for stem, image in found.items()]
+
+
+def _refuse_jpeg(masks: Path, suffix: str, bare: set[str], pictures: set[Path]) -> None:
+    """Raises: DataError for a JPEG that looks like the mask of an image that has none."""
+    for name in sorted(files_below(masks, str(masks))):
+        path = masks / name
+        is_one = path.suffix.lower() in FORMATS["JPEG"] and stem_of(path, suffix) in bare and _ends(path, suffix)
+        if is_one and path.resolve() not in pictures:
+            raise DataError(f"{path}: a JPEG mask; its compression changes values. Save masks as PNG.")
 
 
 def _ends(path: Path, suffix: str) -> bool:
@@ -155,7 +168,7 @@ def _ends(path: Path, suffix: str) -> bool:
 
 def _item(image: Path, mask: Path | None, facts: tuple[object, ...], read: Callable[[Path], np.ndarray]) -> Item:
     if mask is not None:
-        return Item(image, lambda: stamp_of(*facts, file_stamp(mask)), lambda: read(mask))
+        return Item(image, lambda: stamp_of(*facts, file_stamp(mask, whole=True)), lambda: read(mask))
 
     def nothing() -> np.ndarray:
         width, height = image_sizes(image).upright
@@ -183,6 +196,18 @@ def _colours_of(path: Path, stored: StoredMask) -> tuple[np.ndarray, np.ndarray 
     if pixels.dtype != np.uint8:
         raise DataError(f"{path}: greys of {pixels.dtype.itemsize * 8} bits are no colours. Save the mask as RGB.")
     return np.repeat(pixels[..., None], 3, axis=2), None
+
+
+def _black_and_white(path: Path, stored: StoredMask) -> np.ndarray:
+    """`_one_channel`, but the colours of an indexed mask that has black and white: its indices may be in any order.
+
+    Raises: DataError.
+    """
+    if stored.palette is not None:
+        colours = {i: tuple(stored.palette[i].tolist()) for i in values_in(stored.pixels)}
+        if set(colours.values()) <= {(0, 0, 0), (255, 255, 255)} and len(set(colours.values())) == len(colours):
+            return np.asarray(stored.palette[stored.pixels][..., 0])
+    return _one_channel(path, stored)
 
 
 def _one_channel(path: Path, stored: StoredMask) -> np.ndarray:

@@ -31,6 +31,7 @@ from pipeline.ops.labels import IGNORE, LABEL, counts
 
 INVALID = -2  # entry of a table of raw ids: no such id
 STAMP_BYTES = 16 * 1024  # read from each end of a file for its stamp
+COMPRESSED = (".png", ".jpg", ".jpeg", ".webp")  # any edit changes their size or their end
 
 
 class FileDataSet(DataSet):
@@ -183,7 +184,7 @@ class FileDataSet(DataSet):
 
     def mask_stamp(self, sample: Sample) -> str:
         """What the mask's pixels mean follows from options, which fingerprints have."""
-        return "no mask" if sample.mask is None else file_stamp(sample.mask)
+        return "no mask" if sample.mask is None else file_stamp(sample.mask, whole=True)
 
     def files(self, part: str) -> list[str]:
         found = {path for sample in self.samples(part) for path in (sample.image, sample.mask) if path}
@@ -194,17 +195,21 @@ class FileDataSet(DataSet):
         return []
 
 
-def file_stamp(path: str | Path) -> str:
+def file_stamp(path: str | Path, *, whole: bool = False) -> str:
     """Size and blake2b of the first and last 16 KiB: a copy has the same stamp, unlike with times of change.
 
     Compressed pictures that differ at all differ in size or near their end; an edit in the middle of a large
-    uncompressed file would go unnoticed. Raises: DataError when the file can't be read.
+    uncompressed file goes unnoticed unless `whole`, for labels, which are edited: then other files than compressed
+    pictures are read from end to end. Raises: DataError when the file can't be read.
     """
+    most = STAMP_BYTES
+    if whole and not str(path).lower().endswith(COMPRESSED):
+        most = max(most, os.path.getsize(path) if os.path.exists(path) else 0)
     try:
         with open(path, "rb") as file:
-            digest = hashlib.blake2b(file.read(STAMP_BYTES), digest_size=16)
+            digest = hashlib.blake2b(file.read(most), digest_size=16)
             size = file.seek(0, 2)
-            file.seek(max(STAMP_BYTES, size - STAMP_BYTES))
+            file.seek(max(most, size - STAMP_BYTES))
             digest.update(file.read())
     except OSError as error:
         raise DataError(f"{path}: can't be read: {error.strerror}. Restore the file or correct the list.") from None

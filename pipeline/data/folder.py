@@ -234,7 +234,7 @@ class FolderDataSet(FileDataSet):
 
     def mask_stamp(self, sample: Sample) -> str:
         """Of all that labels come from: the mask, what its pixels mean, and the image's tags where they are listed."""
-        stamp = "no mask" if sample.mask is None else file_stamp(sample.mask) + self._meant(sample.mask)
+        stamp = "no mask" if sample.mask is None else file_stamp(sample.mask, whole=True) + self._meant(sample.mask)
         return stamp if self.listed_tags is None else f"{stamp} {self.listed_tags.get(sample.id)}"
 
     def _meant(self, mask: str) -> str:

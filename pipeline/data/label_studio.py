@@ -19,6 +19,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import numpy as np
 
 from pipeline.data.base import DataError
+from pipeline.data.coco import skip_mark
 from pipeline.data.files import file_stamp, image_sizes, stored_mask
 from pipeline.data.labelled import (
     Item,
@@ -42,8 +43,11 @@ LABELS = ("brushlabels", "labels")
 
 def label_studio(folder: Path, tasks: Path, images: Path, *, part: str = "train", background: bool = False) -> Labelled:
     """Brush PNGs in `folder`, whose tasks are of `images` as the JSON `tasks` says. Raises: DataError."""
-    image_of, said = _tasks(tasks, images)
-    brushes, passed_over = _brushes(folder, tasks, set(image_of), said)
+    passed_over = Counter[str]()
+    image_of, said_of = _tasks(tasks, images, passed_over)
+    said = set[tuple[str, str]]().union(*said_of.values())
+    brushes = _brushes(folder, tasks, set(image_of), said, passed_over)
+    _refuse_lost(folder, tasks, said_of, brushes)
     names = sorted({label for _, label in said} | {label for each in brushes.values() for label, _ in each})
     classes, unlabelled = with_background(checked_classes(tasks, names), is_class=background)
     by_stem(image_of.values(), "images")
@@ -55,7 +59,8 @@ def label_studio(folder: Path, tasks: Path, images: Path, *, part: str = "train"
         drawn = brushes.get(task, [])
 
         def stamp() -> str:
-            return stamp_of("label studio", classes, unlabelled, [(label, file_stamp(path)) for label, path in drawn])
+            files = [(label, file_stamp(path, whole=True)) for label, path in drawn]
+            return stamp_of("label studio", classes, unlabelled, files)
 
         def make() -> np.ndarray:
             width, height = image_sizes(image).upright
@@ -82,14 +87,16 @@ def label_studio(folder: Path, tasks: Path, images: Path, *, part: str = "train"
     return Labelled(classes, {part: items}, passed_over=passed_over)
 
 
-def _tasks(path: Path, images: Path) -> tuple[dict[str, Path], set[tuple[str, str]]]:
-    """The image of each task, and what tags (`from_name`) and labels its regions have. Raises: DataError."""
+def _tasks(
+    path: Path, images: Path, passed_over: Counter[str]
+) -> tuple[dict[str, Path], dict[str, set[tuple[str, str]]]]:
+    """The image of each task, and what tags (`from_name`) and labels its brush regions have. Raises: DataError."""
     pictures = pictures_below(images, "--images")
     by_name: dict[str, list[Path]] = defaultdict(list)
     for picture in pictures:
         by_name[picture.name].append(picture)
     image_of: dict[str, Path] = {}
-    said: set[tuple[str, str]] = set()
+    said: dict[str, set[tuple[str, str]]] = {}
     for task in _listed(path):
         key = task.get("id")
         if type(key) is not int:
@@ -97,13 +104,19 @@ def _tasks(path: Path, images: Path) -> tuple[dict[str, Path], set[tuple[str, st
         if str(key) in image_of:
             raise DataError(f"{path}: task {key} stands there twice. Export it again.")
         image_of[str(key)] = _image_of(path, task, by_name, images)
-        for tag, labels in _regions(task):
+        said[str(key)] = set()
+        for tag, value in _regions(task):
+            if "rle" not in value:
+                if any(name.endswith("labels") for name in value):
+                    passed_over["region that isn't of the brush"] += 1
+                continue
+            labels = _labels(value)
             if len(labels) > 1:
                 several = ", ".join(map(repr, labels))
                 raise DataError(
                     f"{path}: task {key}: a region has several labels, {several}; a pixel has one. Keep one."
                 )
-            said |= {(tag, label) for label in labels}
+            said[str(key)] |= {(tag, label) for label in labels}
     if not image_of:
         raise DataError(f"{path}: holds no task. Export the project again, as JSON.")
     return image_of, said
@@ -117,6 +130,7 @@ def _listed(path: Path) -> Iterator[dict[str, Any]]:
         raise DataError(f"{path}: JSON is read by ijson: pip install -e '.[prepare]'.") from None
     try:
         with path.open("rb") as file:
+            skip_mark(file)
             for task in ijson.items(file, "item"):
                 if not isinstance(task, dict):
                     raise DataError(f"{path}: want a list of tasks, which are mappings. Export the project as JSON.")
@@ -130,14 +144,19 @@ def _listed(path: Path) -> Iterator[dict[str, Any]]:
 def _image_of(path: Path, task: Mapping[str, Any], by_name: Mapping[str, list[Path]], images: Path) -> Path:
     """The picture among `by_name` that one of a task's values names: a path, an address or an uploaded file."""
     data = task.get("data")
-    values = [*(data if isinstance(data, Mapping) else task).values(), task.get("file_upload")]
-    named = [name for value in values if isinstance(value, str) for name in _names(value)]
-    if found := next((by_name[name] for name in named if name in by_name), None):
+    values = data if isinstance(data, Mapping) else task
+    named: list[str] = []
+    for several in ([values.get("image")], [*values.values(), task.get("file_upload")]):
+        its = [[name for name in _names(value) if name in by_name] for value in several if isinstance(value, str)]
+        found = list(dict.fromkeys(path for names in its if names for path in by_name[names[0]]))
         if len(found) > 1:
             raise DataError(
-                f"{found[0]} and {found[1]}: either may be the image of task {task['id']} in {path}. Rename one."
+                f"{found[0]} and {found[1]}: either may be the image of task {task['id']} in {path}. Rename one, or "
+                "leave the other out of --images."
             )
-        return found[0]
+        if found:
+            return found[0]
+        named += [name for value in several if isinstance(value, str) for name in _names(value)]
     shown = named[0] if named else "none that it names"
     raise DataError(f"{path}: task {task['id']}: its image, {shown!r}, is not in {images}. Complete the images.")
 
@@ -151,17 +170,19 @@ def _names(value: str) -> list[str]:
     return [name for name in dict.fromkeys(names) if name]
 
 
-def _regions(task: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
-    """Tag and labels of a task's regions, in JSON or JSON-MIN."""
+def _regions(task: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Tag and value of a task's regions, in JSON or JSON-MIN; those of the brush have `rle`."""
     for annotation in task.get("annotations") or task.get("completions") or ():
+        if isinstance(annotation, Mapping) and annotation.get("was_cancelled"):
+            continue
         for result in annotation.get("result", ()) if isinstance(annotation, Mapping) else ():
             value = result.get("value") if isinstance(result, Mapping) else None
-            if isinstance(value, Mapping) and "rle" in value:
-                yield str(result.get("from_name")), _labels(value)
+            if isinstance(value, Mapping):
+                yield str(result.get("from_name")), value
     for tag, results in task.items():
         for value in results if isinstance(results, list) else ():
-            if isinstance(value, Mapping) and "rle" in value:
-                yield tag, _labels(value)
+            if isinstance(value, Mapping):
+                yield tag, value
 
 
 def _labels(value: Mapping[str, Any]) -> list[str]:
@@ -169,9 +190,9 @@ def _labels(value: Mapping[str, Any]) -> list[str]:
 
 
 def _brushes(
-    folder: Path, tasks: Path, known: set[str], said: set[tuple[str, str]]
-) -> tuple[dict[str, list[tuple[str, Path]]], Counter[str]]:
-    """Label and file of each brush, by task; and what has none. Raises: DataError."""
+    folder: Path, tasks: Path, known: set[str], said: set[tuple[str, str]], passed_over: Counter[str]
+) -> dict[str, list[tuple[str, Path]]]:
+    """Label and file of each brush, by task; what has none is counted. Raises: DataError."""
     label_of: dict[str, str] = {}
     for tag, label in sorted(said):
         name = SLASHES.sub("-", f"{tag}-{label}")
@@ -179,7 +200,6 @@ def _brushes(
             raise DataError(f"{tasks}: files of {name!r} may be of two labels. Rename one of them, or its tag.")
     found: dict[str, list[tuple[str, Path]]] = defaultdict(list)
     annotation_of: dict[str, tuple[str, Path]] = {}
-    passed_over: Counter[str] = Counter()
     for path in pictures_below(folder, "--label-studio", (".png",)):
         match = BRUSH.fullmatch(path.name)
         if match is None:
@@ -199,4 +219,20 @@ def _brushes(
             have = ", ".join(sorted(label_of)[:5]) or "no brush"
             raise DataError(f"{path}: {tasks} has no region {rest!r} (it has {have}). Export both at the same time.")
         found[task].append((label_of[rest], path))
-    return found, passed_over
+    return found
+
+
+def _refuse_lost(
+    folder: Path,
+    tasks: Path,
+    said_of: Mapping[str, set[tuple[str, str]]],
+    brushes: Mapping[str, list[tuple[str, Path]]],
+) -> None:
+    """Raises: DataError for a brush region of which there is no PNG."""
+    for task, said in said_of.items():
+        have = {label for label, _ in brushes.get(task, ())}
+        if lost := sorted({label for _, label in said} - have):
+            raise DataError(
+                f"{tasks}: task {task} has a brush region {lost[0]!r}, of which no PNG is in {folder}. Export both at "
+                "the same time."
+            )

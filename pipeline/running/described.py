@@ -25,6 +25,7 @@ from cache.files import write_atomic, write_text
 from pipeline.data.base import PARTS, BadImage, DataError
 from pipeline.data.description import AS_STORED, UPRIGHT, read_description
 from pipeline.data.files import Sizes, image_sizes
+from pipeline.data.folder import FolderDataSet
 from pipeline.data.labelled import PREPARED, Item, Labelled, WrongValues, stem_of, told
 from pipeline.ops.labels import file_dtype, no_class, to_file
 from pipeline.running.console import progress, say
@@ -52,6 +53,7 @@ def write_data_set(found: Labelled, root: Path, *, overwrite: bool = False) -> P
     path = root / "dataset.yaml"
     said = _description(found, root)
     before = _before(path, said, overwrite)
+    _refuse_both(found, path, before)
     made = Made()
     for part, items in found.parts.items():
         _make_masks(items, root / PREPARED / part, part, made, len(found.classes), overwrite)
@@ -117,6 +119,24 @@ def _before(path: Path, said: Mapping[str, Any], overwrite: bool) -> dict[str, A
     if other == "classes" and (left := [part for part in PARTS if part in before and part not in said]):
         say(f"{path}: has other classes now, so its {left[0]} part is left out: prepare it again")
     return before
+
+
+def _refuse_both(found: Labelled, path: Path, before: Mapping[str, Any] | None) -> None:
+    """Raises: DataError for images that a part of dataset.yaml holds which this export is not of."""
+    others = [part for part in PARTS if before and part in before and part not in found.parts]
+    if not others or before is None or before.get("classes") != list(found.classes):  # of other classes none is kept
+        return
+    now = {os.path.realpath(item.image) for items in found.parts.values() for item in items}
+    for part in others:
+        try:
+            there = [sample.image for sample in FolderDataSet(str(path)).samples(part)]
+        except DataError:  # doctor says what is wrong with it
+            continue
+        if both := [image for image in there if os.path.realpath(image) in now]:
+            raise DataError(
+                f"{path}: {len(both)} of these images are in its {part} part, the first {both[0]}, and an image has "
+                f"one part. Give --test as before, leave them out of the export, or take `{part}` out of {path.name}."
+            )
 
 
 def _yaml(said: Mapping[str, Any]) -> str:

@@ -339,6 +339,18 @@ def test_what_a_folder_says_of_its_model_is_part_of_the_extraction(tmp_path, run
         assert is_one_line_error(run_cli("extract", *asked), "the description of the teacher in its folder")
 
 
+@pytest.mark.parametrize(
+    "wrong", [{"mean": [0.5, 0.5]}, {"std": [0, 0.5, 0.5]}, {"mean": [123.7, 116.3, 103.5]}, {"std": "half"}]
+)
+def test_a_normalisation_that_is_none_is_one_line(tmp_path, wrong):
+    name = folder_of(tmp_path / "m", VIT)
+    file = tmp_path / "m" / "open_clip_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"preprocess_cfg": wrong}))
+    with pytest.raises(TeacherError, match="want three numbers from 0 to 1") as error:
+        describe(name, None, None)
+    assert "\n" not in str(error.value)
+
+
 def test_a_cache_from_before_descriptions_were_noted_stays(tmp_path, run_cli, monkeypatch):
     asked = small_arguments(tmp_path, "data.train=4")
     monkeypatch.setattr(extract, "description_of", lambda model: None)

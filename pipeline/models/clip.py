@@ -87,6 +87,7 @@ def describe(name: str, pretrained: str | None, output_stride: int | None) -> De
         folder = Path(place) if schema == "local-dir" else _hub_file(name, "open_clip_config.json").parent
         try:
             config, trunk, (mean, std) = _described_in(folder)
+            _refuse_odd_colours(mean, std)
         except (ValueError, TypeError, AttributeError, KeyError, OSError, ZeroDivisionError) as error:
             if isinstance(error, TeacherError):
                 raise
@@ -131,6 +132,14 @@ def _described_in(folder: Path) -> tuple[dict[str, Any], dict[str, Any], tuple[A
     read = json.loads(processor.read_text(encoding="utf-8")) if processor.is_file() else {}
     mean, std = HALVES if trunk else OPENAI_MEAN_STD
     return config, trunk, (read.get("image_mean") or mean, read.get("image_std") or std)
+
+
+def _refuse_odd_colours(mean: Any, std: Any) -> None:
+    """Raises: ValueError for what images of 0 to 1 can't be normalised with; some write it for 0 to 255."""
+    for what, values, least in (("mean", mean, 0.0), ("std", std, 1e-6)):
+        numbers = values if isinstance(values, list | tuple) else ()
+        if len(numbers) != 3 or not all(isinstance(n, int | float) and least <= n <= 1 for n in numbers):
+            raise ValueError(f"{what} is {values!r}, want three numbers from 0 to 1{', not 0' if least else ''}")
 
 
 def _published_normalisation(name: str, pretrained: str | None) -> tuple[Any, Any]:

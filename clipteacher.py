@@ -384,9 +384,10 @@ def run(
 ) -> Run:
     """Does the stages of a run up to `until` that aren't done yet, as `cli.py` does them, and returns the run.
 
-    until: extract, cluster (cams in recipe clip_es), train, eval, report, figures. workers, scheduler: those of
-    `cli.py extract`. quiet: no progress, only results and warnings. A stage that was interrupted resumes. Where
-    `workers` or `train.workers` start processes, a script needs `if __name__ == "__main__":` around its calls.
+    until: extract, encode (of a config with cluster.teacher), cluster (cams in recipe clip_es), train, eval, report,
+    figures. workers, scheduler: those of `cli.py extract`. quiet: no progress, only results and warnings. A stage that
+    was interrupted resumes. Where `workers` or `train.workers` start processes, a script needs
+    `if __name__ == "__main__":` around its calls.
 
     >>> clipteacher.run("demo", until="train", quiet=True).config.train.seed
     0

@@ -32,7 +32,7 @@ from pipeline.data.base import DataError, DataSet, Sample, data_of
 from pipeline.data.prompts import prompts
 from pipeline.data.words import names_of_classes, other_names
 from pipeline.learning.text import features_of_file
-from pipeline.models.clip import unlike_openai, weights_files
+from pipeline.models.clip import description_of, unlike_openai, weights_files
 from pipeline.models.second import second_digests
 from pipeline.models.teacher import Teacher, located
 from pipeline.models.weights import file_digest
@@ -94,7 +94,7 @@ def extract(config: Config, *, workers: int = 0, scheduler: str | None = None, r
     manifest = found_manifest(config, "extract")
     if manifest is None:
         refuse_if_locked(path)  # below every image is looked at
-    facts = _facts(config, data)
+    facts = _as_noted(config, _facts(config, data))
     identity = fingerprint(config, "extract", None, facts)
     if manifest is not None and manifest.get("fingerprint") != identity:
         raise StaleCache(
@@ -382,6 +382,7 @@ FACTS = {
     "name": "the data set's name, by which views are drawn,",
     "weights": "the SHA-256 of the teacher's weights",
     "normalisation": "the mean and standard deviation that the teacher's images are normalised with",
+    "description": "the description of the teacher in its folder (its model and how images are normalised)",
     "second": "the SHA-256 of the weights of cluster.teacher",
     "unseen": "the list of unseen classes (streamed tokens are clustered at once)",
 }
@@ -394,10 +395,21 @@ def _facts(config: Config, data: DataSet) -> dict[str, Any]:
     facts: dict[str, Any] = {"name": data.name, "weights": hashed}
     if (normalisation := unlike_openai(model, pretrained)) is not None:
         facts["normalisation"] = normalisation
+    if (description := description_of(model)) is not None:
+        facts["description"] = description
     if config.cache.tokens != STREAM:
         return facts
     second = {} if config.cluster.teacher is None else {"second": second_digests(config.cluster)}
     return facts | {"unseen": list(data.unseen_ids), **second}
+
+
+def _as_noted(config: Config, facts: dict[str, Any]) -> dict[str, Any]:
+    """The facts; in a cache of a version that took no note of a folder's description, those that this one did."""
+    before = {name: value for name, value in facts.items() if name != "description"}
+    if before == facts or not Store.is_at(config.cache_path):
+        return facts
+    made = Store.open(config.cache_path).attributes.get("fingerprint")
+    return before if made == fingerprint(config, "extract", None, before) else facts
 
 
 def _text_identity(config: Config, data: DataSet) -> str:

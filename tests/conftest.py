@@ -91,7 +91,7 @@ def run_cli(capsys, monkeypatch):
         monkeypatch.chdir(folder)
         monkeypatch.setattr(sys, "argv", ["cli.py", *map(str, arguments)])
         base._data.cache_clear()
-        encode.teacher_of.cache_clear()
+        encode._teacher.cache_clear()
         encode._second.cache_clear()
         forget_accelerator()
         capsys.readouterr()

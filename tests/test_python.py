@@ -10,6 +10,7 @@ from pathlib import Path
 import nbformat
 import numpy as np
 import pytest
+import timm
 import torch
 import yaml
 from nbclient import NotebookClient
@@ -379,6 +380,49 @@ def test_another_teacher_in_its_place_is_refused(own_teacher):
     save_file({name: value + 0.1 * torch.randn_like(value) for name, value in load_file(file).items()}, file)
     with pytest.raises(clipteacher.UserError, match="another teacher than the student learned from"):
         clipteacher.load(own_teacher / "runs" / "demo").predict(SCENE, names=["sofa"])
+
+
+def test_a_second_model_s_weights_from_any_working_directory(own_teacher, tmp_path):
+    timm_weights(own_teacher / "second.pth", seed=0)
+    os.chdir(own_teacher)
+    settings = {"cluster.teacher": "timm:test_vit3", "cluster.teacher_weights": "second.pth"}
+    run = clipteacher.run("runs/demo/config.yaml", until="cluster", settings=settings, quiet=True)
+    os.chdir(tmp_path)
+    again = clipteacher.load(run.path if run.path.is_absolute() else own_teacher / run.path)
+    assert "extract, encode, cluster" in repr(clipteacher.run(again.config, until="cluster", quiet=True))
+    assert not Path("runs").exists()
+    (own_teacher / "second.pth").unlink()
+    with pytest.raises(clipteacher.UserError, match=r"'second.pth': no such file in .*where the run was made"):
+        clipteacher.run(again.config, until="cluster", quiet=True)
+
+
+def test_a_session_loads_models_anew_whose_files_have_changed(own_teacher, run_cli):
+    """What a teacher is loaded from may be replaced between two runs of a session, under the same name."""
+    from safetensors.torch import load_file, save_file
+
+    os.chdir(own_teacher)
+    settings = {"cluster.teacher": "timm:test_vit3", "cluster.teacher_weights": "second.pth"}
+
+    def seen(cache):
+        found = clipteacher.run(
+            "runs/demo/config.yaml", until="encode", settings=settings | {"cache.path": cache}, quiet=True
+        ).cache
+        return found.cls("train-00000"), found.read("cluster_tokens", "train-00000")
+
+    timm_weights(own_teacher / "second.pth", seed=0)
+    first = seen("one")
+    timm_weights(own_teacher / "second.pth", seed=1)
+    second = seen("two")
+    assert (second[0] == first[0]).all()
+    assert (second[1] != first[1]).any()
+    file = own_teacher / "weights" / "clip" / "open_clip_model.safetensors"
+    save_file({name: value * 1.1 for name, value in load_file(file).items()}, file)
+    assert (seen("three")[0] != first[0]).any()
+
+
+def timm_weights(path, seed):
+    torch.manual_seed(seed)
+    torch.save(timm.create_model("test_vit3").state_dict(), path)
 
 
 def test_a_weights_file_that_is_gone(inside, tmp_path):

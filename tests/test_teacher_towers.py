@@ -1,6 +1,7 @@
 """Every kind of image tower: its global token is open_clip's, its dense tokens are what its head makes of a place."""
 
 import json
+import shutil
 
 import open_clip
 import pytest
@@ -8,10 +9,14 @@ import torch
 from safetensors.torch import save_file
 from torch.nn.functional import linear, softmax
 
+from bench.small_run import small_arguments
+from pipeline import extract
+from pipeline.config import TeacherSection
 from pipeline.models.clip import describe, seen_by, unlike_openai
 from pipeline.models.explain import explain
-from pipeline.models.teacher import Teacher, TeacherError, shape_of
+from pipeline.models.teacher import Teacher, TeacherError, located, shape_of
 from pipeline.models.towers import tower_of
+from tests.conftest import ROOT, is_one_line_error
 
 TEXT = {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
 VIT = {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8}
@@ -315,3 +320,62 @@ def test_towers_of_published_models():
     for name, (patch, channels) in wanted.items():
         seen = seen_by(describe(name, None, None), 448, "paper")
         assert (seen.patch, seen.channels) == (patch, channels), name
+
+
+def test_what_a_folder_says_of_its_model_is_part_of_the_extraction(tmp_path, run_cli):
+    """Other numbers come of the same weights with another mean, or another activation; the weights say neither."""
+    shutil.copytree(ROOT / "config" / "demo_teacher", tmp_path / "clip")
+    asked = [*small_arguments(tmp_path, "data.train=4"), "--set", f"teacher.model=local-dir:{tmp_path / 'clip'}"]
+    assert run_cli("extract", *asked).returncode == 0
+    file = tmp_path / "clip" / "open_clip_config.json"
+    said = json.loads(file.read_text())
+    file.write_text(json.dumps(said, indent=4))
+    assert "nothing to do" in run_cli("extract", *asked).stderr
+    for changed in (
+        said | {"preprocess_cfg": {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}},
+        said | {"model_cfg": {**said["model_cfg"], "quick_gelu": not said["model_cfg"].get("quick_gelu", False)}},
+    ):
+        file.write_text(json.dumps(changed))
+        assert is_one_line_error(run_cli("extract", *asked), "the description of the teacher in its folder")
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"mean": [0.5, 0.5]}, {"std": [0, 0.5, 0.5]}, {"mean": [123.7, 116.3, 103.5]}, {"std": "half"}]
+)
+def test_a_normalisation_that_is_none_is_one_line(tmp_path, wrong):
+    name = folder_of(tmp_path / "m", VIT)
+    file = tmp_path / "m" / "open_clip_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"preprocess_cfg": wrong}))
+    with pytest.raises(TeacherError, match="want three numbers from 0 to 1") as error:
+        describe(name, None, None)
+    assert "\n" not in str(error.value)
+
+
+def test_a_cache_from_before_descriptions_were_noted_stays(tmp_path, run_cli, monkeypatch):
+    asked = small_arguments(tmp_path, "data.train=4")
+    monkeypatch.setattr(extract, "description_of", lambda model: None)
+    assert run_cli("extract", *asked).returncode == 0
+    monkeypatch.undo()
+    assert "nothing to do" in run_cli("extract", *asked).stderr
+    (tmp_path / "runs" / "small" / "cache" / "extract.manifest.json").unlink()  # as if it had been killed
+    assert "resuming, 4 of 4 images are done" in run_cli("extract", *asked).stderr
+
+
+def test_a_tag_is_a_tag_whatever_lies_beside_it(tmp_path, monkeypatch):
+    """A folder `openai`, in the working directory or where the run was made, isn't taken for the tag's weights."""
+    (tmp_path / "openai").mkdir()
+    monkeypatch.chdir(tmp_path)
+    section = TeacherSection(model="ViT-B-16-quickgelu", pretrained="openai")
+    for near in (None, tmp_path):
+        section._near = near
+        assert located(section) == ("ViT-B-16-quickgelu", "openai")
+    section = TeacherSection(model="ViT-B-16-quickgelu", pretrained="mine")
+    section._near = tmp_path / "project"
+    (tmp_path / "project" / "mine").mkdir(parents=True)
+    assert located(section)[1] == str(tmp_path / "project" / "mine")
+
+
+def test_a_folder_has_its_activation_in_its_description(tmp_path):
+    name = folder_of(tmp_path / "m", {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8})
+    with pytest.raises(TeacherError, match=r"has GELU, and teacher\.quick_gelu is true: leave that key out"):
+        Teacher.load(name, None, image_size=32, quick_gelu=True)

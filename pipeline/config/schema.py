@@ -190,6 +190,13 @@ class Cluster(Section):
     )
     debug: bool = content(False, description="keep centroids and the map before fusion too")
 
+    # As the teacher's, of teacher_weights.
+    _near: Path | None = PrivateAttr(default=None)
+
+    @property
+    def near(self) -> Path | None:
+        return self._near
+
     @model_validator(mode="after")
     def _second_model(self) -> Cluster:
         if self.teacher is not None and not re.fullmatch(r"timm:\S+", self.teacher):
@@ -459,10 +466,10 @@ class Config(Section):
         return self
 
     def made_in(self, folder: Path | None) -> Config:
-        """The same config, the teacher's relative paths looked for in this folder first."""
-        teacher = self.teacher.model_copy()
-        teacher._near = folder
-        return self.model_copy(update={"teacher": teacher})
+        """The same config, its teachers' relative paths looked for in this folder first."""
+        teacher, cluster = self.teacher.model_copy(), self.cluster.model_copy()
+        teacher._near = cluster._near = folder
+        return self.model_copy(update={"teacher": teacher, "cluster": cluster})
 
     @property
     def run_path(self) -> Path:

@@ -28,13 +28,16 @@ from open_clip.factory import resize_pos_embed
 from open_clip.model import _build_vision_tower, convert_to_custom_text_state_dict
 from torch import Tensor
 
+from pipeline.config import digest
 from pipeline.models.layouts import HALVES, OPENAI_MEAN_STD, described, from_transformers, is_transformers
 from pipeline.models.towers import TeacherError, cost_on, no_dense_path, tower_of
-from pipeline.models.weights import WeightsError, files_of, read_state, weights_in
+from pipeline.models.weights import Stamps, WeightsError, files_of, read_state, stamps_of, weights_in
 
 # Extra entries of OpenAI's own archives; open_clip drops them from TorchScript archives only.
 OPENAI_ENTRIES = ("input_resolution", "context_length", "vocab_size")
 POOL_POSITIONS = "visual.attnpool.positional_embedding"  # of CLIP's ResNets; open_clip interpolates ViTs' alone
+# Of a folder: what a model is, how images are normalised, its words.
+DESCRIBING = ("open_clip_config.json", "config.json", "preprocessor_config.json", "bpe.txt.gz")
 KINDS = "(.safetensors, .bin, .pt or .pth)"
 
 
@@ -84,6 +87,7 @@ def describe(name: str, pretrained: str | None, output_stride: int | None) -> De
         folder = Path(place) if schema == "local-dir" else _hub_file(name, "open_clip_config.json").parent
         try:
             config, trunk, (mean, std) = _described_in(folder)
+            _refuse_odd_colours(mean, std)
         except (ValueError, TypeError, AttributeError, KeyError, OSError, ZeroDivisionError) as error:
             if isinstance(error, TeacherError):
                 raise
@@ -130,6 +134,14 @@ def _described_in(folder: Path) -> tuple[dict[str, Any], dict[str, Any], tuple[A
     return config, trunk, (read.get("image_mean") or mean, read.get("image_std") or std)
 
 
+def _refuse_odd_colours(mean: Any, std: Any) -> None:
+    """Raises: ValueError for what images of 0 to 1 can't be normalised with; some write it for 0 to 255."""
+    for what, values, least in (("mean", mean, 0.0), ("std", std, 1e-6)):
+        numbers = values if isinstance(values, list | tuple) else ()
+        if len(numbers) != 3 or not all(isinstance(n, int | float) and least <= n <= 1 for n in numbers):
+            raise ValueError(f"{what} is {values!r}, want three numbers from 0 to 1{', not 0' if least else ''}")
+
+
 def _published_normalisation(name: str, pretrained: str | None) -> tuple[Any, Any]:
     """Mean and std of a tag; of a file those that all tags of the model share, since a file can't say."""
     tag = _tag(name, pretrained)
@@ -147,9 +159,25 @@ def unlike_openai(name: str, pretrained: str | None) -> list[list[float]] | None
     return None if (tuple(mean), tuple(std)) == OPENAI_MEAN_STD else [list(mean), list(std)]
 
 
+def description_of(name: str) -> str | None:
+    """Digest of what a folder says of its model beside the weights; None for a name, whose description is fixed.
+
+    Raises: TeacherError.
+    """
+    if not name.startswith("local-dir:"):
+        return None
+    found = describe(name, None, None)
+    return digest([found.config, repr(sorted(found.trunk.items())), list(found.mean), list(found.std)])
+
+
 def _tag(name: str, pretrained: str | None) -> dict[str, Any]:
     """What open_clip knows of weights that it downloads by a tag; {} for a file."""
     return open_clip.get_pretrained_cfg(name.replace("/", "-"), pretrained) if pretrained else {}
+
+
+def is_tag(name: str, pretrained: str) -> bool:
+    """Whether open_clip downloads weights of a model under this tag."""
+    return bool(_tag(name, pretrained))
 
 
 # ---- building ------------------------------------------------------------------------------------------
@@ -293,6 +321,13 @@ def weights_files(name: str, pretrained: str | None) -> list[Path]:
         return []
 
 
+def stamps_of_files(name: str, pretrained: str | None) -> Stamps:
+    """Path, size and time of all files on this machine that a model is built and filled from."""
+    schema, _, place = name.partition(":")
+    own = [Path(place) / file for file in DESCRIBING] if schema == "local-dir" else []
+    return stamps_of([*own, *weights_files(name, pretrained)])
+
+
 def check_quick_gelu(found: Description, pretrained: str | None, stated: bool | None) -> None:
     """Weights trained with QuickGELU in a model with GELU run and are wrong: an error, not a warning."""
     name = found.name
@@ -305,10 +340,12 @@ def check_quick_gelu(found: Description, pretrained: str | None, stated: bool | 
         )
     wanted = stated if stated is not None else bool(tag.get("quick_gelu")) if tag else None
     if wanted is not None and wanted != found.quick_gelu:
+        has = f"teacher.model {name!r} has {'QuickGELU' if found.quick_gelu else 'GELU'}"
+        if ":" in name:
+            raise TeacherError(f"{has}, and teacher.quick_gelu is {str(wanted).lower()}: leave that key out.")
         twin = f"{name}-quickgelu" if wanted else name.replace("-quickgelu", "")
         raise TeacherError(
-            f"teacher.model {name!r} has {'QuickGELU' if found.quick_gelu else 'GELU'}, the weights {pretrained!r} "
-            f"want {'QuickGELU' if wanted else 'GELU'}: name the model {twin!r}."
+            f"{has}, the weights {pretrained!r} want {'QuickGELU' if wanted else 'GELU'}: name the model {twin!r}."
         )
 
 

@@ -25,10 +25,20 @@ from timm.data import resolve_model_data_config
 from torch import Tensor
 
 from pipeline.config import Cluster
+from pipeline.config.places import looked_in, where_is
 from pipeline.models.clip import quiet
 from pipeline.models.teacher import PRECISIONS, Encoder, weights_sha256
 from pipeline.models.towers import FeatureTower, TeacherError, cost_on
-from pipeline.models.weights import ENDINGS, WeightsError, file_digest, files_of, read_state, weights_in
+from pipeline.models.weights import (
+    ENDINGS,
+    Stamps,
+    WeightsError,
+    file_digest,
+    files_of,
+    read_state,
+    stamps_of,
+    weights_in,
+)
 
 
 @dataclass(frozen=True)
@@ -98,12 +108,22 @@ def second_weights(section: Cluster) -> Path | None:
     """Its checkpoint on this machine; None for one that timm downloads. Raises: TeacherError if it is missing."""
     if section.teacher_weights is None:
         return None
-    path = Path(section.teacher_weights)
+    path = where_is(section.teacher_weights, section.near)
     found = weights_in(path) if path.is_dir() else path
     if found is None or not found.is_file():
-        what = f"the folder holds no weights ({', '.join(ENDINGS)})" if path.is_dir() else "no such file"
+        missing = f"no such file in {looked_in(section.near)}"
+        what = f"the folder holds no weights ({', '.join(ENDINGS)})" if path.is_dir() else missing
         raise TeacherError(f"cluster.teacher_weights {section.teacher_weights!r}: {what}.")
     return found
+
+
+def second_stamps(section: Cluster) -> Stamps:
+    """Path, size and time of the files that it is loaded from. Raises: TeacherError for a missing one."""
+    path = second_weights(section)
+    try:
+        return () if path is None else stamps_of(files_of(path))
+    except WeightsError:  # said when it is read
+        return ()
 
 
 def second_digests(section: Cluster) -> list[str]:

@@ -27,12 +27,15 @@ from pipeline.models.clip import (
     build,
     check_quick_gelu,
     describe,
+    is_tag,
     local_weights,
     seen_by,
+    stamps_of_files,
     tokenizer_of,
     weights_file,
 )
 from pipeline.models.towers import CAN_EXPLAIN, TeacherError, Tower, tower_of
+from pipeline.models.weights import Stamps
 
 __all__ = [
     "CAN_EXPLAIN",
@@ -45,6 +48,7 @@ __all__ = [
     "located",
     "shape_asked",
     "shape_of",
+    "stamps_asked",
 ]
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -301,6 +305,11 @@ def located(section: TeacherSection) -> tuple[str, str | None]:
     return _located(section.model, section.pretrained, section.near)
 
 
+def stamps_asked(section: TeacherSection) -> Stamps:
+    """Path, size and time of the files that a config's teacher is loaded from: one that is loaded is kept by them."""
+    return stamps_of_files(*located(section))
+
+
 def _located(name: str, pretrained: str | None, near: Path | None) -> tuple[str, str | None]:
     """Both with the paths that they name where these are; a folder that is nowhere is an error, a tag stays a tag."""
     schema, _, folder = name.partition(":")
@@ -308,8 +317,10 @@ def _located(name: str, pretrained: str | None, near: Path | None) -> tuple[str,
         if not (place := where_is(folder, near)).is_dir():
             raise TeacherError(f"teacher.model {name!r}: no such folder in {looked_in(near)}. {BRING_IT}")
         name = f"{schema}:{place}"
-    if pretrained is not None and (place := where_is(pretrained, near)).exists():
+    if pretrained is None or is_tag(name, pretrained):  # whatever folder has the tag's name
+        return name, pretrained
+    if (place := where_is(pretrained, near)).exists():
         pretrained = str(place)
-    elif pretrained is not None and near is not None and Path(pretrained).suffix:  # a tag has no ending
+    elif near is not None and Path(pretrained).suffix:  # a folder or a tag has no ending
         raise TeacherError(f"teacher.pretrained {pretrained!r}: no such file in {looked_in(near)}. {BRING_IT}")
     return name, pretrained

@@ -16,7 +16,7 @@ import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,9 @@ PREFERRED = (
 ENDINGS = (".safetensors", ".bin", ".pt", ".pth")
 
 
+Stamps = tuple[tuple[str, int, int], ...]  # by which a file that was replaced is noticed
+
+
 class WeightsError(UserError):
     """A file that holds no state dict that can be read without running what it brings."""
 
@@ -81,6 +84,12 @@ def files_of(path: Path) -> list[Path]:
     Raises: WeightsError for an index that can't be read, or names files outside of its folder.
     """
     return [path] if not path.name.endswith(INDEX) else [path, *dict.fromkeys(_parts(path).values())]
+
+
+def stamps_of(files: Iterable[Path]) -> Stamps:
+    """Path, size and time of those files that are there."""
+    states = [(str(path), path.stat()) for path in files if path.is_file()]
+    return tuple((name, state.st_size, state.st_mtime_ns) for name, state in states)
 
 
 def file_digest(path: Path) -> str:

@@ -29,7 +29,15 @@ from pipeline.data.base import DataSet, Sample, data_of
 from pipeline.ops.labels import cached_dtype
 from pipeline.running.console import mention, progress
 from pipeline.running.engine import map_shards
-from pipeline.running.manifests import asked_of, finish, found_manifest, record_shard, reopen, required_manifest
+from pipeline.running.manifests import (
+    asked_of,
+    finish,
+    found_manifest,
+    record_shard,
+    reopen,
+    required_manifest,
+    save_config,
+)
 from pipeline.running.rows import check_labels_unchanged, current_samples, samples_of, span, stamps_of
 from pipeline.running.table import STAGES, Stage, above, all_above, below, fingerprint
 
@@ -151,6 +159,7 @@ def run_stage(name: str, config: Config, *, workers: int = 0, scheduler: str | N
         return manifest
     run.looked = stage.look(run)
     with lock(config.cache_path, name):
+        save_config(config)  # whoever opens the run asks for what is made here, not for what extract was run with
         store = Store.open(config.cache_path)
         arrays = stage.arrays(config)
         if (sizes := stage.sizes(run, store)) is not None:

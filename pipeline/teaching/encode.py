@@ -23,8 +23,9 @@ from cache.schema import spec_of
 from cache.verify import OK
 from pipeline.config import Cluster, Config, TeacherSection
 from pipeline.data.base import BadImage, DataSet, Sample
-from pipeline.models.second import second_encoder
-from pipeline.models.teacher import Encoder, Teacher, TeacherError
+from pipeline.models.second import second_encoder, second_stamps
+from pipeline.models.teacher import Encoder, Teacher, TeacherError, stamps_asked
+from pipeline.models.weights import Stamps
 from pipeline.ops.quantise import quantised
 from pipeline.ops.views import draw_views, replay_image
 from pipeline.running.devices import device_of
@@ -69,20 +70,27 @@ STORAGE = {
 }
 
 
-@functools.lru_cache(maxsize=1)
 def teacher_of(section: TeacherSection) -> Teacher:
-    """The run's teacher, loaded once a process."""
+    """The run's teacher, loaded once a process, and anew when its files have changed. Raises: TeacherError."""
+    return _teacher(section, stamps_asked(section))
+
+
+@functools.lru_cache(maxsize=1)
+def _teacher(section: TeacherSection, stamps: Stamps) -> Teacher:
     device = str(device_of("teacher.device", section.device))
     return Teacher.of(section, image_size=section.image_size, device=device, precision=section.precision)
 
 
 def second_of(config: Config, side: int) -> Encoder:
-    """The model of cluster.teacher for side x side tokens, loaded once a process. Raises: TeacherError."""
-    return _second(config.cluster, config.teacher, side)
+    """The model of cluster.teacher for side x side tokens, loaded once a process, and anew when its files have changed.
+
+    Raises: TeacherError.
+    """
+    return _second(config.cluster, config.teacher, side, second_stamps(config.cluster))
 
 
 @functools.lru_cache(maxsize=1)
-def _second(section: Cluster, teacher: TeacherSection, side: int) -> Encoder:
+def _second(section: Cluster, teacher: TeacherSection, side: int, stamps: Stamps) -> Encoder:
     device = str(device_of("teacher.device", teacher.device))
     return second_encoder(section, side, precision=teacher.precision, device=device)
 

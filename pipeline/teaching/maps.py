@@ -16,7 +16,8 @@ from torch.nn.functional import interpolate
 from pipeline.config import Cams, Config, ConfigError, TeacherSection
 from pipeline.data.words import background_names
 from pipeline.models.explain import explain, refuse_unexplained, required
-from pipeline.models.teacher import Teacher, shape_asked
+from pipeline.models.teacher import Teacher, shape_asked, stamps_asked
+from pipeline.models.weights import Stamps
 from pipeline.ops.cam import activation_maps, affinity, box_masks, refined
 from pipeline.ops.masks import fitted_size
 from pipeline.running.devices import device_of
@@ -58,14 +59,14 @@ def fitted(image: np.ndarray, section: Cams, patch: int) -> Tensor:
 
 
 @functools.lru_cache(maxsize=1)
-def _loaded(section: TeacherSection, device: str, precision: str) -> Teacher:
+def _loaded(section: TeacherSection, device: str, precision: str, stamps: Stamps) -> Teacher:
     # At its own size: every image has its own positions, interpolated once.
     return Teacher.of(section, image_size=None, device=str(device_of("cams.device", device)), precision=precision)
 
 
 def explained_teacher(section: TeacherSection, cams: Cams) -> Teacher:
     """The run's teacher at its own size, loaded once a process. Raises: TeacherError if CAMs can't be made."""
-    return required(_loaded(section, cams.device, cams.precision))
+    return required(_loaded(section, cams.device, cams.precision, stamps_asked(section)))
 
 
 def refuse_cams(config: Config) -> None:
@@ -76,7 +77,8 @@ def refuse_cams(config: Config) -> None:
 
 def text_features(section: TeacherSection, cams: Cams, words: tuple[str, ...]) -> tuple[Tensor, Tensor]:
     """Features of the classes' words (K, C) and of the background's names (N, C), unit norm, on the device."""
-    return _encoded(section, cams.device, cams.precision, cams.template, words, background_names(cams.background))
+    asked = (section, cams.device, cams.precision, stamps_asked(section))
+    return _encoded(*asked, cams.template, words, background_names(cams.background))
 
 
 @functools.lru_cache(maxsize=2)
@@ -84,11 +86,12 @@ def _encoded(
     section: TeacherSection,
     device: str,
     precision: str,
+    stamps: Stamps,
     template: str,
     words: tuple[str, ...],
     background: tuple[str, ...],
 ) -> tuple[Tensor, Tensor]:
-    teacher = _loaded(section, device, precision)
+    teacher = _loaded(section, device, precision, stamps)
     if template.count("{}") != 1:
         raise ConfigError(f"cams.template {template!r}: want exactly one {{}} for the name.")
     features = teacher.encode_text([[template.replace("{}", name)] for name in (*words, *background)])

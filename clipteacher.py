@@ -235,7 +235,7 @@ def open_cache(path: str | os.PathLike[str]) -> Cache:
     """
     from cache.store import Store
 
-    return Cache(Store.open(path if isinstance(path, str) else Path(path)))
+    return Cache(Store.open(os.path.expanduser(path)))
 
 
 class Cache:

@@ -176,6 +176,47 @@ WRONG = {
 }
 
 
+IN_TRAINING = {
+    "two tensors": ("return dense, dense", "in training the net gives a tuple, not one tensor"),
+    "an error": ("return dense + self.none", r"in training a forward over images of 64 x 64 fails: .*'none' \(.*net_"),
+}
+
+
+@pytest.mark.parametrize("case", IN_TRAINING)
+def test_what_is_wrong_in_training_alone(case, module):
+    line, says = IN_TRAINING[case]
+    more = "\nclass Two(Net):\n    def forward(self, images):\n        dense = super().forward(images)\n"
+    more += f"        if self.training:\n            {line}\n        return dense\n"
+    section = Student(arch=f"{module(NET, more)}:Two")
+    student = build_student(section, C, side=64)
+    with pytest.raises(StudentError, match=says) as raised:
+        check_batch(student, section, 2, 64)
+    assert "\n" not in str(raised.value)
+
+
+def test_code_that_changed_in_one_session(module, tmp_path):
+    """What was imported runs, is what the student says it is made of, and a line says so."""
+    name = module(NET)
+    first = built(f"{name}:Net")
+    (tmp_path / f"{name}.py").write_text(NET.replace("relu()", "sigmoid()"))
+    again = built(f"{name}:Net")
+    assert again.origin == first.origin
+    assert any("has changed since this Python imported it" in note for note in again.notes)
+    assert not any("has changed" in note for note in first.notes)
+
+
+def test_a_module_of_the_same_name_elsewhere(module, tmp_path, monkeypatch):
+    name = module(NET)
+    built(f"{name}:Net")
+    other = tmp_path / "other"
+    other.mkdir()
+    monkeypatch.chdir(other)
+    built(f"{name}:Net")  # nothing of that name here
+    (other / f"{name}.py").write_text(NET)
+    with pytest.raises(StudentError, match=r"was imported from .* before, and .*other.* has the same name"):
+        built(f"{name}:Net")
+
+
 @pytest.mark.parametrize("case", WRONG)
 def test_what_is_wrong_with_a_net_is_one_line(case, module):
     arch, text, options, says = WRONG[case]

@@ -295,6 +295,7 @@ def test_a_picture_that_is_cut_off(inside, tmp_path):
         (["zebra", 3], "3 is no name"),
         ([("sofa", None)], "is no name"),
         ("zebra,zebra", "stands there twice"),
+        (5, "names 5: not a list of names"),
     ],
 )
 def test_what_no_names_are(names, word, inside):
@@ -315,7 +316,9 @@ def test_names_one_by_one():
     assert listed_names(['"a|b"|c']) == (("a|b", "c"),)
 
 
-@pytest.mark.parametrize("wrong", [{"reject": 2}, {"mode": "hole"}, {"gamma": float("nan")}])
+@pytest.mark.parametrize(
+    "wrong", [{"reject": 2}, {"mode": "hole"}, {"gamma": float("nan")}, {"gamma": "1"}, {"reject": True}]
+)
 def test_wrong_options(wrong, inside):
     with pytest.raises(clipteacher.UserError, match=next(iter(wrong))):
         clipteacher.load("runs/demo").predict("photo.jpg", **wrong)

@@ -106,7 +106,7 @@ def test_its_errors_name_its_own_command(installed, tmp_path):
     assert "Run `clipteacher cluster` first." in done.stderr
     done = installed(tmp_path, "train", "--config", "dmeo")
     assert done.returncode == 2
-    assert "There are the presets clip_es_coco14, " in done.stderr
+    assert "There are the presets ade20k, " in done.stderr
 
 
 def test_the_shell_completes_it(installed, tmp_path):

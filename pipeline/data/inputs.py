@@ -47,7 +47,7 @@ def pixels_of(image: Any) -> np.ndarray:
     Raises: BadImage for what is none of them, DataError for a file that can't be read.
     """
     if isinstance(image, str | os.PathLike):
-        return read_image(Path(image))
+        return read_image(Path(image).expanduser())
     if not isinstance(image, Image.Image):
         array = np.asarray(image)
         kinds = {"uint8": ((2,), (3, 3), (3, 4)), "uint16": ((2,),)}.get(array.dtype.name, ())

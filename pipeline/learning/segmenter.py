@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,8 @@ def listed_names(names: Iterable[str | Sequence[str]], own: Sequence[str] = ()) 
 
     Raises: as parsed_names.
     """
+    if not isinstance(names, Iterable):
+        raise _wrong_names(f"names {_short(names)}", "not a list of names")
     listed = list(names)
     where, found = f"names {_short(listed)}", []
     for name in listed:
@@ -246,6 +249,9 @@ MODES = {"whole": Segmenter._whole, "slide": Segmenter._slide}
 
 def check(reject: float | None, mode: str | None, gamma: float | None = None) -> None:
     """Raises: UserError for a threshold that isn't within 0 and 1, an unknown mode, or a gamma that is no number."""
+    for key, value in (("gamma", gamma), ("reject", reject)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, Real)):
+            raise UserError(f"{key} {value!r}: want a number.")
     if gamma is not None and not math.isfinite(gamma):
         raise UserError(f"--gamma {gamma}: want a finite number.")
     if reject is not None and not 0 <= reject <= 1:

@@ -66,6 +66,8 @@ class DenseStudent(nn.Module):
         if below or right:  # the patch size of ViT-L/14 is no power of two
             pixels = pad(pixels, (0, right, 0, below))
         dense = self.net(pixels)
+        if not isinstance(dense, Tensor):  # seen in evaluation before, but some nets give more in training
+            raise StudentError(f"the net gives a {type(dense).__name__}, not one tensor. Give one in both.")
         size = (pixels.shape[2] // STRIDE, pixels.shape[3] // STRIDE)
         if dense.shape[2:] != size:
             dense = interpolate(dense, size, mode="bilinear", align_corners=False)

@@ -12,6 +12,7 @@ import os
 import re
 import sys
 import traceback
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from pipeline.models.published import load, match, read_state
 SPEC = re.compile(r"([^\W\d]\w*(?:\.[^\W\d]\w*)*):([^\W\d]\w*)")  # as entry points are written
 USUAL_PARTS = ("encoder", "backbone")  # what nets call their encoder
 GIVEN = ("channels",)  # no option: it follows from the teacher, or the classes
+_SOURCES: dict[type, str | None] = {}  # of the classes built in this process
 
 
 def own_student(section: Student, channels: int, pretrained: bool, origin: dict[str, Any]) -> DenseStudent:
@@ -44,6 +46,11 @@ def own_student(section: Student, channels: int, pretrained: bool, origin: dict[
         origin={"source": source} if source else {},
         is_foreign=True,
     )
+    if source != _hash_of(cls):
+        student.notes.append(
+            f"{inspect.getsourcefile(cls)}: has changed since this Python imported it, and its code from before is "
+            "what runs; start Python anew for the new one"
+        )
     if origin.get("source", source) != source:
         student.notes.append(f"{inspect.getsourcefile(cls)}: has changed since this student was trained with it")
     if pretrained and section.weights is not None:
@@ -67,6 +74,7 @@ def _imported(arch: str) -> type[nn.Module]:
         raise StudentError(f"{what}: want <module>:<Class>, such as mypackage.nets:Net.")
     module, name = spec[1], spec[2]
     here = os.getcwd()
+    importlib.invalidate_caches()  # a notebook may have written the module a moment ago
     sys.path.insert(0, here)  # as for `python -m`, not only below cli.py's folder
     try:
         found = importlib.import_module(module)
@@ -85,6 +93,7 @@ def _imported(arch: str) -> type[nn.Module]:
         sys.path.remove(here)
         if here not in sys.path:
             sys.path.append(here)  # for what the net imports later; last, so that it hides no package from others
+    _check_place(what, module, here)
     cls = getattr(found, name, None)
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
         nets = [
@@ -93,8 +102,21 @@ def _imported(arch: str) -> type[nn.Module]:
             if isinstance(value, type) and issubclass(value, nn.Module) and value.__module__ == found.__name__
         ]
         wrong = f"has no {name}" if cls is None else f"{name} is no class of torch.nn.Module"
-        raise StudentError(f"{what}: {found.__file__}: {wrong}. Its nets are {', '.join(nets) or 'none'}.")
+        where = getattr(found, "__file__", None) or module
+        raise StudentError(f"{what}: {where}: {wrong}. Its nets are {', '.join(nets) or 'none'}.")
     return cls
+
+
+def _check_place(what: str, module: str, here: str) -> None:
+    """Raises: StudentError where the working directory has another module of the name than the one imported before."""
+    top = module.partition(".")[0]
+    spec = PathFinder.find_spec(top, [here])
+    imported = getattr(sys.modules[top], "__file__", None)
+    if spec is not None and spec.origin and imported and os.path.realpath(spec.origin) != os.path.realpath(imported):
+        raise StudentError(
+            f"{what}: {top} was imported from {imported} before, and {spec.origin} of the working directory has the "
+            "same name. Start Python anew there, or rename one of them."
+        )
 
 
 def _called(cls: type[nn.Module], section: Student, channels: int) -> nn.Module:
@@ -134,7 +156,12 @@ def _is_ours(file: str) -> bool:
 
 
 def _source(cls: type) -> str | None:
-    """A hash of the file that the class stands in; None of one without a file."""
+    """A hash of the file that the class stands in, as it was when the class was first asked for."""
+    return _SOURCES.setdefault(cls, _hash_of(cls))
+
+
+def _hash_of(cls: type) -> str | None:
+    """A hash of the file that a class stands in; None of one without a file."""
     try:
         file = inspect.getsourcefile(cls)
         return None if file is None else hashlib.blake2b(Path(file).read_bytes(), digest_size=8).hexdigest()

@@ -138,9 +138,16 @@ def check_batch(student: DenseStudent, section: Student, batch: int, side: int) 
     try:
         # On shapes any batch costs nothing; a foreign net that must be run for it shows the same with two images.
         try_shapes(student, min(batch, 2) if student.is_foreign else batch, side, training=True)
-    except ValueError as error:
+    except StudentError as error:
+        raise StudentError(f"student {section.arch}: in training {error}") from None
+    except Exception as error:
         if "more than 1 value per channel" not in str(error):
-            raise
+            if not student.is_foreign:
+                raise
+            raise StudentError(
+                f"student {section.arch}: in training a forward over images of {side} x {side} fails: "
+                f"{own_net.placed(error)}."
+            ) from None
         raise StudentError(
             f"student.arch {section.arch} pools to 1 x 1, and its batch norm needs two images or more in each training "
             f"process; train.batch leaves {batch}. Raise train.batch, lower train.processes, or take another arch "

@@ -216,7 +216,7 @@ WRONG_COCO = {
         ["annotations.json: not COCO's instances: its list 'images' is empty or not there"],
     ),
     "a list of numbers": (broken(lambda c: c.update(images=[1])), ["images holds 1, which is no mapping"]),
-    "no size": (broken(lambda c: c["images"][0].pop("height")), ["KeyError: 'height'"]),
+    "no size": (broken(lambda c: c["images"][0].pop("height")), ["an entry of its lists has no 'height'"]),
     "a category that isn't": (
         broken(lambda c: c["annotations"][0].update(category_id=99)),
         ["category_id 99, which is in no entry of `categories` (7, 3)"],

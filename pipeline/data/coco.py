@@ -39,7 +39,7 @@ from pipeline.ops.labels import IGNORE
 
 NEEDS = "pip install -e '.[prepare]'"
 LISTS = ("images", "annotations", "categories")
-TODO = "Export it again as COCO's instance segmentation (JSON)."
+AGAIN = "Export it again as COCO's instance segmentation (JSON)."
 BEYOND = 10  # images' sides: a polygon that reaches further is no outline but a slip, and filling it fills memory
 CHUNK = 1 << 20  # bytes
 ROBOFLOW = "_annotations.coco.json"
@@ -95,14 +95,16 @@ def read_instances(path: Path, tick: Tick) -> Instances:
         raise DataError(f"{path}: can't be read: {error.strerror}. Correct the path.") from None
     except (ijson.JSONError, UnicodeDecodeError) as error:
         what = " ".join(str(error).split())[:200]
-        raise DataError(f"{path}: is no whole JSON: {what}. {TODO}") from None
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"{path}: not COCO's instances ({type(error).__name__}: {error}). {TODO}") from None
+        raise DataError(f"{path}: is no whole JSON: {what}. {AGAIN}") from None
+    except DataError:
+        raise
+    except KeyError as error:
+        raise DataError(f"{path}: not COCO's instances: an entry of its lists has no {error}. {AGAIN}") from None
+    except (TypeError, ValueError, OverflowError) as error:
+        raise DataError(f"{path}: not COCO's instances ({type(error).__name__}: {error}). {AGAIN}") from None
     for key, num in zip(LISTS, (len(found.images), found.num_objects, len(found.categories)), strict=True):
         if not num:
-            raise DataError(f"{path}: not COCO's instances: its list {key!r} is empty or not there. {TODO}")
+            raise DataError(f"{path}: not COCO's instances: its list {key!r} is empty or not there. {AGAIN}")
     found.store.execute("CREATE INDEX of_image ON objects (image)")
     _check_ids(found)
     return found
@@ -155,14 +157,14 @@ def _check_ids(found: Instances) -> None:
     if strange:
         raise DataError(
             f"{path}: annotations have category_id {strange[0]!r}, which is in no entry of `categories` "
-            f"({', '.join(map(repr, list(found.categories)[:5])) or 'none'}). {TODO}"
+            f"({', '.join(map(repr, list(found.categories)[:5])) or 'none'}). {AGAIN}"
         )
     known = Counter(json.dumps(image["id"]) for image in found.images)
     if twice := [key for key, num in known.items() if num > 1]:
-        raise DataError(f"{path}: two images have the id {twice[0]}. {TODO}")
+        raise DataError(f"{path}: two images have the id {twice[0]}. {AGAIN}")
     for (image,) in found.store.execute("SELECT DISTINCT image FROM objects"):
         if image not in known:
-            raise DataError(f"{path}: annotations have image_id {image}, which is in no entry of `images`. {TODO}")
+            raise DataError(f"{path}: annotations have image_id {image}, which is in no entry of `images`. {AGAIN}")
     if found.num_objects and found.num_boxes == found.num_objects:
         raise DataError(
             f"{path}: its {found.num_objects} objects are boxes without a `segmentation`, and boxes label no pixels. "
@@ -233,7 +235,7 @@ def _items(
     by_stem(paths, "images")
     if len(set(paths)) < len(paths):
         twice = next(path for place, path in enumerate(paths) if path in paths[:place])
-        raise DataError(f"{found.path}: two images are the file {twice}. {TODO}")
+        raise DataError(f"{found.path}: two images are the file {twice}. {AGAIN}")
     for image, path in zip(found.images, paths, strict=True):
 
         def stamp(image: Mapping[str, Any] = image) -> str:
@@ -268,7 +270,7 @@ def _shapes(
             mask = _mask_of(shape, size)
         except (DataError, KeyError, TypeError, ValueError) as error:
             what = str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {error}."
-            raise DataError(f"{where}, annotation {key!r}: {what} {TODO}") from None
+            raise DataError(f"{where}, annotation {key!r}: {what} {AGAIN}") from None
         yield Shape.of(IGNORE if is_crowd else label_of[category], mask)
 
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -126,35 +127,25 @@ def shard_blocks(
         "status": np.full(num, OK, np.uint8),
     }
     bad: dict[str, str] = {}
-    waiting: list[tuple[int, int, Tensor]] = []
     sizes, storage = axis_sizes(teacher, num_views), STORAGE[tokens]
     for name in ("cls", *storage.arrays):
         spec = spec_of(name, storage.dtypes.get(name))
         blocks[name] = np.full((num, *spec.shape({"N": num, **sizes})[1:]), spec.fill, spec.dtype)
 
-    def flush() -> None:
-        encoded = _encode_padded(teacher, [image for _, _, image in waiting], batch, storage)
-        for name, values in encoded.items():
-            for (row, view, _), value in zip(waiting, values, strict=True):
-                blocks[name][row, view] = value
-        waiting.clear()
-
     load = functools.partial(_load_views, data, num_views, teacher.image_size, mean_colour(teacher.mean))
-    with ThreadPoolExecutor(DECODE_THREADS) as pool:
-        for row, loaded in enumerate(pool.map(load, samples)):
-            if isinstance(loaded, str):
-                bad[samples[row].id], blocks["status"][row] = loaded, BAD_IMAGE
-            else:
-                boxes, images = loaded
-                blocks["view"][row] = boxes
-                for view, image in enumerate(images):
-                    waiting.append((row, view, image))
-                    if len(waiting) == batch:
-                        flush()
-            if tick:
-                tick(1)
-    if waiting:
-        flush()
+
+    def views() -> Iterator[tuple[int, int, Tensor]]:
+        with ThreadPoolExecutor(DECODE_THREADS) as pool:
+            for row, loaded in enumerate(pool.map(load, samples)):
+                if isinstance(loaded, str):
+                    bad[samples[row].id], blocks["status"][row] = loaded, BAD_IMAGE
+                else:
+                    blocks["view"][row], images = loaded
+                    yield from ((row, view, image) for view, image in enumerate(images))
+                if tick:
+                    tick(1)
+
+    _encode_views(teacher, views(), batch, storage, blocks)
     good = blocks["status"] == OK
     if not all(np.isfinite(blocks[name][good]).all() for name in blocks):
         raise TeacherError(
@@ -185,30 +176,20 @@ def second_blocks(
     for name in storage.arrays:
         spec = spec_of(name, storage.dtypes.get(name))
         blocks[name] = np.full(spec.shape(sizes), spec.fill, spec.dtype)
-    waiting: list[tuple[int, int, Tensor]] = []
-
-    def flush() -> None:
-        encoded = _encode_padded(model, [image for _, _, image in waiting], batch, storage)
-        for name, block in blocks.items():
-            for (row, view, _), value in zip(waiting, encoded[name], strict=True):
-                block[row, view] = value
-        waiting.clear()
 
     def load(row: int) -> list[Tensor]:
         image = data.image(samples[row])
         return [replay_image(image, box, model.image_size, mean) for box in boxes[row]]
 
-    with ThreadPoolExecutor(DECODE_THREADS) as pool:
+    def views() -> Iterator[tuple[int, int, Tensor]]:
         rows = [int(row) for row in np.flatnonzero(usable)]
-        for row, images in zip(rows, pool.map(load, rows), strict=True):
-            for view, image in enumerate(images):
-                waiting.append((row, view, image))
-                if len(waiting) == batch:
-                    flush()
-            if tick:
-                tick(1)
-    if waiting:
-        flush()
+        with ThreadPoolExecutor(DECODE_THREADS) as pool:
+            for row, images in zip(rows, pool.map(load, rows), strict=True):
+                yield from ((row, view, image) for view, image in enumerate(images))
+                if tick:
+                    tick(1)
+
+    _encode_views(model, views(), batch, storage, blocks)
     if tick:
         tick(int((~usable).sum()))
     if not all(np.isfinite(block[usable]).all() for block in blocks.values()):
@@ -232,6 +213,21 @@ def _load_views(
     height, width = image.shape[:2]
     boxes = draw_views(data.name, sample.id, num_views, width, height, size)
     return boxes, [replay_image(image, box, size, mean) for box in boxes]
+
+
+def _encode_views(
+    model: Encoder,
+    views: Iterator[tuple[int, int, Tensor]],
+    batch: int,
+    storage: Storage,
+    blocks: Mapping[str, np.ndarray],
+) -> None:
+    """Writes what is kept of each view, (its row, its number, the image), into those of `blocks` that are there."""
+    while waiting := list(islice(views, batch)):
+        encoded = _encode_padded(model, [image for _, _, image in waiting], batch, storage)
+        for name in blocks.keys() & encoded.keys():
+            for (row, view, _), value in zip(waiting, encoded[name], strict=True):
+                blocks[name][row, view] = value
 
 
 def _encode_padded(teacher: Encoder, views: list[Tensor], batch: int, storage: Storage) -> dict[str, np.ndarray]:
